@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+SHELL := /bin/sh
+PYTHON ?= python3
+DEMO ?= demo
+SEED ?= 0
+
+.PHONY: demo test setup lint clean
+
+setup: .venv/.ready
+
+# Anything that decides what is installed is named here, so that nothing else causes a reinstall.
+.venv/.ready: deploy/setup.sh deploy/constraints.txt pyproject.toml
+	@sh deploy/setup.sh "$(PYTHON)"
+	@touch .venv/.ready
+
+demo: setup
+	@DATA="$(DATA)" DEMO="$(DEMO)" SEED="$(SEED)" STEPS="$(STEPS)" sh deploy/demo.sh
+
+test: setup lint
+	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+
+clean:
+	rm -rf .venv "$(DEMO)"

@@ -1,0 +1,31 @@
+#!/bin/sh
+# The whole chain, through the job files that users run. Called by `make demo`.
+#   DATA   raw shards to use instead of the drawn sample dataset (a folder of danbooru/ and pixiv/ parquet files)
+#   DEMO   folder for everything that is made (default: demo)
+#   STEPS  training steps (default: the stage's own number; 300 with DATA)
+set -eu
+DEMO=${DEMO:-demo}
+python() { .venv/bin/python "$@"; }
+
+if [ -n "${DATA:-}" ]; then
+    # Another folder than the sample dataset's: pictures of two datasets must not mix.
+    DEMO="$DEMO-data"
+    raw=$DATA
+    STEPS=${STEPS:-300}
+else
+    raw="$DEMO/raw"
+    python pipeline/sample_data.py --out "$raw" --seed "${SEED:-0}"
+fi
+
+python pipeline/ingest.py --raw "$raw" --dataset "$DEMO/dataset"
+python pipeline/caption.py --dataset "$DEMO/dataset" --engine tags
+python pipeline/curate.py --dataset "$DEMO/dataset" --stage demo
+python trainer/run.py --stage demo --dataset "$DEMO/dataset" --run "$DEMO/run" ${STEPS:+--steps "$STEPS"}
+
+if [ -n "${DATA:-}" ]; then
+    python trainer/sample.py --run "$DEMO/run" --gallery --out "$DEMO/pictures"
+else
+    python trainer/sample.py --run "$DEMO/run" --gallery --colour-agreement 128 --out "$DEMO/pictures" --prompt \
+        "red star, white background" "blue fish, striped" "green tree, outdoors" "yellow moon, night sky" \
+        "purple heart, polka dot" "pink flower, grey background" "orange balloon" "aqua umbrella"
+fi

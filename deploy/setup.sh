@@ -1,0 +1,59 @@
+#!/bin/sh
+# Sets up .venv with the versions of deploy/constraints.txt. Called by make, which knows whether it is needed.
+#   setup.sh [PYTHON]
+set -eu
+python=${1:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "setup: $python is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2
+    exit 2
+}
+
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1; }
+
+if [ ! -x .venv/bin/python ]; then
+    # Debian ships venv apart from Python.
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        can_install && apt-get update -qq && apt_install python3-venv || {
+            echo "setup: Python has no venv; as root: apt-get install python3-venv" >&2
+            exit 2
+        }
+    fi
+    "$python" -m venv .venv
+fi
+
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+echo "setup: installing into .venv (about 2 minutes the first time)"
+# torch first and by its exact version: any later range is then satisfied by it.
+pip install -c deploy/constraints.txt torch==2.13.0
+pip install -c deploy/constraints.txt -e '.[trainer,dev]'
+
+# pillow-simd decodes and resizes up to twice as fast and is source only. It owns the same PIL folder as pillow, which
+# other packages require by name: so pillow stays installed, and pillow-simd is built over it.
+simd=12.1.1.post0
+if pip show pillow-simd >/dev/null 2>&1; then
+    exit 0
+fi
+can_compile() {
+    command -v cc >/dev/null &&
+        printf '#include <stdio.h>\n#include <Python.h>\n#include <jpeglib.h>\n#include <zlib.h>\n#include <webp/decode.h>\n' |
+        cc -E -I"$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" - >/dev/null 2>&1
+}
+if ! can_compile && can_install; then
+    echo "setup: installing a compiler and the headers of libjpeg, zlib and libwebp for pillow-simd"
+    apt-get update -qq || true
+    apt_install gcc libc6-dev libjpeg-dev zlib1g-dev libwebp-dev || true
+    # The headers of the distribution's own Python; any other Python brings them along.
+    apt_install python3-dev || true
+fi
+avx2() { grep -q avx2 /proc/cpuinfo 2>/dev/null; }
+if can_compile && avx2; then
+    echo "setup: building pillow-simd"
+    if CC="cc -mavx2" pip install --no-binary pillow-simd --force-reinstall --no-deps "pillow-simd==$simd"; then
+        exit 0
+    fi
+fi
+echo "setup: NOTICE: plain pillow is used (no compiler, headers or AVX2 here): decoding is up to 2 times slower"
+pip install -c deploy/constraints.txt --force-reinstall --no-deps pillow

@@ -1,0 +1,70 @@
+"""Start Ray on this machine, or join the cluster that RAY_ADDRESS names, and keep its log out of the terminal."""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data  # configures its loggers when imported: before ours take their place
+
+from pipeline.jobs import UsageError
+
+# The chatter of these loggers is what a user cannot act on: where it goes is printed instead.
+_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+
+
+@contextmanager
+def cluster(job: str, dashboard: bool = False) -> Iterator[str]:
+    """Ray for the time of one job, yielding the path of its log file.
+
+    Without RAY_ADDRESS it is a local Ray that ends with the job; `dashboard` starts one with it, which takes seconds.
+    Workers' own logs stay where Ray keeps them; the log file names the folder.
+    """
+    log_path = os.path.join(tempfile.gettempdir(), f"hdm-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+    _send_logs_to(log_path)
+    context = _connect(os.environ.get("RAY_ADDRESS"), dashboard)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    cpus = ray.cluster_resources().get("CPU", 0)
+    where = f"dashboard http://{context.dashboard_url}; " if context.dashboard_url else ""
+    print(f"{job}: Ray with {cpus:.0f} CPUs; {where}log: {log_path}", flush=True)
+    logging.getLogger("ray").info("session folder of Ray: %s", context.address_info.get("session_dir"))
+    try:
+        yield log_path
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, dashboard: bool) -> Any:
+    if address:
+        _check_reachable(address)
+        return ray.init(address=address, log_to_driver=False)
+    # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
+    cpus = max(2, os.cpu_count() or 2)
+    return ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address for minutes and fills the terminal; UsageError at once where nothing listens."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+    except OSError as error:
+        mend = "start it, or unset RAY_ADDRESS to use a Ray of this machine's own"
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); {mend}") from error
+
+
+def _send_logs_to(path: str) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

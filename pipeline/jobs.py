@@ -1,0 +1,105 @@
+"""What every JOB file shares: errors of one line, exit codes, progress bars and the run record.
+
+Exit codes: 0 done, 1 the job failed, 2 the command or its input is wrong.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.shards import Store
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """The command or its input is wrong: one line that says what, and how to mend it. Exit code 2."""
+
+
+class JobFailed(Exception):
+    """The job could not do all of its work: one line that says what is missing. Exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are one line, like every other error of a job."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a job's `main` and leave with the exit code of how it ended; an unforeseen exception keeps its traceback."""
+    try:
+        main()
+    except UsageError as error:
+        _leave(f"error: {error}", 2)
+    except JobFailed as error:
+        _leave(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _leave("stopped; run the same command to go on", 130)
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def default_dataset() -> str:
+    """Where the dataset is when --dataset is left out."""
+    return os.environ.get("HDM_DATASET") or "dataset"
+
+
+def default_run() -> str:
+    """Where the training run is when --run is left out."""
+    return os.environ.get("HDM_RUN") or "run"
+
+
+def progress(items: Iterable[T], total: int | None, description: str, unit: str) -> "tqdm[T]":
+    """A progress bar on a terminal; on a log file one line every ten seconds instead of one every tenth of a second."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(items, total=total, desc=description, unit=f" {unit}", mininterval=interval, dynamic_ncols=True)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what a job writes."""
+    names = ("homemade-diffusion", "ray", "pyarrow", "numpy", "pillow", "pillow-simd", "torch", "transformers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_run_record(
+    folder: str, job: str, started: float, rows_in: int, rows_out: int, rejected: Mapping[str, int], **more: Any
+) -> None:
+    """Write `FOLDER/run.json` (a folder or s3://) and print its first line; `started` is a `time.time()`.
+
+    Every row is accounted for: rows_in = rows_out + the sum of `rejected`.
+    """
+    assert rows_in == rows_out + sum(rejected.values()), (job, rows_in, rows_out, rejected)
+    seconds = round(time.time() - started, 2)
+    record = {
+        "job": job,
+        "rows_in": rows_in,
+        "rows_out": rows_out,
+        "rejected": dict(sorted(rejected.items())),
+        "seconds": seconds,
+        **more,
+        "versions": versions(),
+    }
+    Store(folder).write("run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1]))
+    print(f"{job}: {rows_in} rows in = {rows_out} out + {sum(rejected.values())} rejected", end="")
+    print(f" ({reasons})" if reasons else "", f"in {seconds:.1f} s", flush=True)

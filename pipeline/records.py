@@ -1,0 +1,121 @@
+"""The file formats of a dataset: column names, types, units and versions.
+
+    DATASET/
+      dataset.json                         schema version, created by
+      images/<shard>.parquet               IMAGES: written once, never rewritten
+      rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
+      captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
+      selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
+      selections/<name>/selection.json     rule set, counts in and out by reason, hash
+
+New columns are new files beside the images: terabytes of pixels are written once.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+TAG_CATEGORIES = ("artist", "character", "copyright", "general", "meta")
+
+
+class Rating(StrEnum):
+    """Danbooru's four ratings, which every source is mapped to."""
+
+    GENERAL = "general"
+    SENSITIVE = "sensitive"
+    QUESTIONABLE = "questionable"
+    EXPLICIT = "explicit"
+
+
+_TAGS = pa.list_(pa.string())
+
+IMAGES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # <source>:<source id>, for Pixiv <source>:<work id>_p<page>
+        pa.field("source", pa.string(), nullable=False),  # danbooru | pixiv
+        pa.field("image", pa.binary(), nullable=False),  # the file as delivered
+        pa.field("format", pa.string(), nullable=False),  # JPEG | PNG | WEBP ... as Pillow names it
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF turning
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the bytes: exact duplicates
+        pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: near duplicates
+        pa.field("rating", pa.string()),  # a Rating, or null where the source has none
+        pa.field("score", pa.int32()),  # votes (Danbooru) or views (Pixiv)
+        pa.field("favourites", pa.int32()),  # favourites (Danbooru) or bookmarks (Pixiv)
+        pa.field("created_at", pa.timestamp("s", tz="UTC")),  # null where unreadable
+        *[pa.field(f"tags_{category}", _TAGS, nullable=False) for category in TAG_CATEGORIES],
+        pa.field("page", pa.int32(), nullable=False),  # of a Pixiv work, from 0; 0 on Danbooru
+        pa.field("parent", pa.string()),  # id of the post that this one is a variant of
+        pa.field("pixiv_id", pa.int64()),  # the Pixiv work that a Danbooru post was taken from
+    ],
+    metadata={"hdm.format": "images", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+REJECTED = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),  # the id, or <raw file>#<row> where there is none
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),  # of the bytes, null where there are none
+    ],
+    metadata={"hdm.format": "rejected", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+CAPTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),  # null where there is none
+        pa.field("reason", pa.string()),  # why there is no caption
+        pa.field("engine", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt_version", pa.string(), nullable=False),
+    ],
+    metadata={"hdm.format": "captions", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+# The text parts are words as the model reads them ("long hair", not "long_hair"), in the categories that training
+# text is put together from.
+TEXT_CATEGORIES = ("special", "character", "copyright", "artist", "general", "meta")
+
+SELECTION = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # in images/<shard>.parquet
+        *[pa.field(category, _TAGS, nullable=False) for category in TEXT_CATEGORIES],
+        pa.field("caption", pa.string()),
+        pa.field("quality", pa.string()),  # "masterpiece" ... "worst quality", or null
+        pa.field("era", pa.string()),  # "old" ... "newest", or null
+        pa.field("rating", pa.string()),  # "safe" ... as the model reads it
+    ],
+    metadata={"hdm.format": "selection", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """One picture as a source describes it, before its bytes were looked at. Fields as in IMAGES."""
+
+    id: str
+    source: str
+    image: bytes
+    rating: Rating | None
+    score: int | None
+    favourites: int | None
+    created_at: datetime | None
+    tags: dict[str, list[str]]  # by TAG_CATEGORIES
+    page: int = 0
+    parent: str | None = None
+    pixiv_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that goes no further, and why."""
+
+    key: str
+    reason: str
+    detail: str

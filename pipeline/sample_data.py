@@ -1,0 +1,105 @@
+"""JOB: draws the embedded sample dataset: labelled illustrations in the raw layouts of Danbooru and of Pixiv.
+
+A few percent of the rows are broken, unusable or double on purpose, as in real dumps: `planted` in run.json counts them
+by site and kind, so that what the later jobs refuse can be checked against it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import pyarrow as pa
+
+from pipeline.jobs import Parser, UsageError, progress, run, write_run_record
+from pipeline.shards import Store
+
+# Raised whenever the same seed no longer gives the same rows.
+VERSION = 1
+DEFAULT_IMAGES = 4400
+_GROUP_ROWS = 256  # a row group: about 2 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleJob:
+    out: str  # folder that gets danbooru/ and pixiv/
+    images: int
+    seed: int
+
+
+def parse_args(argv: list[str] | None) -> SampleJob:
+    parser = Parser(prog="sample_data.py", description=__doc__)
+    parser.add_argument("--out", default="sample-data/raw", metavar="FOLDER")
+    parser.add_argument("--images", type=int, default=DEFAULT_IMAGES, metavar="N", help="rows over both sites")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; give 0 or more")
+    return SampleJob(out=args.out, images=args.images, seed=args.seed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    job = parse_args(argv)
+    try:
+        rows = plan(job.seed, job.images)
+    except ValueError as error:
+        raise UsageError(f"--images: {error}") from None
+    write_samples(job, rows, workers=os.cpu_count() or 1)
+
+
+def write_samples(job: SampleJob, rows: dict[str, list[Post]], workers: int) -> None:
+    """Draw the shards that are not there yet; the files do not depend on `workers`, the number of processes."""
+    started = time.time()
+    store = Store(job.out)
+    _claim(store, job)
+    todo = [(name, posts) for name, posts in shards(rows) if not store.exists(f"{name}.parquet")]
+    planted = count_planted(rows)
+    if not todo and store.exists("run.json"):
+        print(f"sample_data: the {job.images} illustrations of seed {job.seed} are in {store.root} already", flush=True)
+    else:
+        context = get_context("spawn")  # a fork of a process with threads can hang
+        with ProcessPoolExecutor(max(1, min(workers, len(todo))), mp_context=context) as pool:
+            drawing = [pool.submit(draw_shard, store, name, job.seed, posts) for name, posts in todo]
+            for shard in progress(as_completed(drawing), len(drawing), "sample_data", "shard"):
+                shard.result()
+        write_run_record(store.root, "sample_data", started, job.images, job.images, {}, seed=job.seed, planted=planted)
+    for site, kinds in planted.items():
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        print(f"sample_data: planted in {len(rows[site])} rows of {site}: {counts}", flush=True)
+
+
+def shards(rows: dict[str, list[Post]]) -> Iterator[tuple[str, list[Post]]]:
+    """Name (<site>/<number>) and rows of each shard."""
+    for site, posts in rows.items():
+        for number, start in enumerate(range(0, len(posts), SHARD_ROWS[site])):
+            yield f"{site}/{number:04d}", posts[start : start + SHARD_ROWS[site]]
+
+
+def draw_shard(store: Store, name: str, seed: int, posts: list[Post]) -> None:
+    """Draw and write one shard."""
+    schema, make_row = (PIXIV, pixiv_row) if name.startswith("pixiv/") else (DANBOORU, danbooru_row)
+    with store.writing_table(f"{name}.parquet", schema) as write:
+        for start in range(0, len(posts), _GROUP_ROWS):
+            group = [make_row(seed, post) for post in posts[start : start + _GROUP_ROWS]]
+            write(pa.Table.from_pylist(group, schema))
+
+
+def _claim(store: Store, job: SampleJob) -> None:
+    """Record in sample.json what is drawn here; UsageError where the folder holds anything else."""
+    wanted = {"seed": job.seed, "images": job.images, "version": VERSION}
+    mend = "give another --out, or delete that folder"
+    if store.exists("sample.json"):
+        found = json.loads(store.read("sample.json"))
+        if found != wanted:
+            raise UsageError(f"{store.root} holds the samples of {found}, not of {wanted}; {mend}")
+    elif any(store.shards(site) for site in PLANTED):
+        raise UsageError(f"{store.root} holds shards that this job did not draw; {mend}")
+    else:
+        store.write("sample.json", json.dumps(wanted).encode())
+
+
+if __name__ == "__main__":
+    run(main)

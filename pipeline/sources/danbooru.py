@@ -1,0 +1,74 @@
+"""Danbooru posts, as its API and the public dumps spell them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
+from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, moment, number, tally, words
+
+TELLTALE_COLUMNS = {
+    "tag_string",
+    "tag_string_general",
+    "tags_general",
+    "fav_count",
+    "up_score",
+    "file_ext",
+    "is_deleted",
+}
+_TAG_COLUMNS = ("tag_string_general", "tags_general", "tag_string", "tags")
+
+# Letter, number and word spellings; "safe" is the letter s of dumps from before Danbooru had four ratings.
+_RATINGS = {
+    "g": Rating.GENERAL, "0": Rating.GENERAL, "general": Rating.GENERAL, "safe": Rating.GENERAL,
+    "s": Rating.SENSITIVE, "1": Rating.SENSITIVE, "sensitive": Rating.SENSITIVE,
+    "q": Rating.QUESTIONABLE, "2": Rating.QUESTIONABLE, "questionable": Rating.QUESTIONABLE,
+    "e": Rating.EXPLICIT, "3": Rating.EXPLICIT, "explicit": Rating.EXPLICIT,
+}  # fmt: skip
+
+# Videos, Flash and ugoira archives hold no still picture.
+_UNUSABLE_FILES = {"mp4", "webm", "swf", "zip"}
+
+
+def missing_columns(found: set[str]) -> list[str]:
+    """What a Danbooru shard lacks, each with the names that would do."""
+    missing = [] if "id" in found else ["id"]
+    if not found & set(IMAGE_COLUMNS):
+        missing.append(" or ".join(IMAGE_COLUMNS))
+    if not found & set(_TAG_COLUMNS):
+        missing.append(" or ".join(_TAG_COLUMNS))
+    return missing
+
+
+def read_row(row: Mapping[str, Any]) -> Post | Rejected:
+    """One post, or the reason why it has no usable picture. ValueError where the row has no id."""
+    post_id = number(row.get("id"))
+    if post_id is None:
+        raise ValueError(f"id is {row.get('id')!r}")
+    key = f"danbooru:{post_id}"
+    for flag in ("is_deleted", "is_banned"):
+        if row.get(flag):
+            return Rejected(key, flag.removeprefix("is_"), f"{flag} is set")
+    extension = str(row.get("file_ext") or "").lower()
+    if extension in _UNUSABLE_FILES:
+        return Rejected(key, "not a still picture", f"file_ext {extension}")
+    parent = number(row.get("parent_id"))
+    return Post(
+        id=key,
+        source="danbooru",
+        image=image_bytes(row),
+        rating=_RATINGS.get(str(row.get("rating")).lower()),
+        score=tally(row.get("score")),
+        favourites=tally(row.get("fav_count")),
+        created_at=moment(first(row, "created_at", "timestamp")),
+        tags=_tags(row),
+        parent=None if parent is None else f"danbooru:{parent}",
+        pixiv_id=number(row.get("pixiv_id")),
+    )
+
+
+def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Tags by category; a dump with one uncategorised list has all of them under "general"."""
+    tags = {c: words(first(row, f"tag_string_{c}", f"tags_{c}")) for c in TAG_CATEGORIES}
+    if not any(tags.values()):
+        tags["general"] = words(first(row, "tag_string", "tags"))
+    return tags

@@ -1,0 +1,51 @@
+"""One Ray for the whole test session, and job files run as their users run them: as processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Real illustrations and a small released model that a checkout may lie beside; tests that use them skip without.
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a local Ray with 3 logical CPUs: two training workers and one to read pictures."""
+    import ray
+
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def run_job(ray_address: str) -> RunJob:
+    """run_job("pipeline/ingest.py", "--raw", ...) -> the finished process, its output as text."""
+
+    def run(script: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> object:
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=cwd,
+            env=os.environ | {"RAY_ADDRESS": ray_address} | (environment or {}),
+            check=False,
+        )
+
+    return run  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def real_illustrations() -> Path:
+    folder = SHARED_DATA / "hdm-samples"
+    if not folder.exists():
+        pytest.skip("no folder of real illustrations beside this checkout")
+    return folder

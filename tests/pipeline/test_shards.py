@@ -1,0 +1,97 @@
+"""Files appear whole or not at all, on local disk and on S3."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.shards import Store, find_parquet
+
+SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary())])
+ROWS = pa.Table.from_pylist([{"id": "a", "image": b"1"}, {"id": "b", "image": b"2"}], SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket on a real server of this machine, reached through the environment as any S3 is."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import s3fs
+
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("datasets")
+        yield "s3://datasets/one"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "with a space") if request.param == "local" else str(request.getfixturevalue("bucket"))
+
+
+def test_a_table_comes_back_as_it_was_written(root: str) -> None:
+    store = Store(root)
+    store.write_table("images/one.parquet", ROWS, SCHEMA, raw="where from")
+    assert store.read_table("images/one.parquet").equals(ROWS)
+    assert store.rows("images/one.parquet") == 2
+    assert store.metadata("images/one.parquet") == {"raw": "where from"}
+    assert store.shards("images") == ["one"]
+    assert store.tally("images/one.parquet", "id") == {"a": 1, "b": 1}
+    assert find_parquet(root) == [store.path("images/one.parquet")]
+
+
+def test_an_interrupted_write_leaves_no_file(root: str) -> None:
+    store = Store(root)
+
+    def interrupted() -> None:
+        with store.writing_table("broken/two.parquet", SCHEMA) as write:
+            write(ROWS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert store.shards("broken") == []
+    assert not store.exists("broken/two.parquet")
+
+
+def test_an_interrupted_rewrite_keeps_the_old_file(root: str) -> None:
+    store = Store(root)
+    store.write("record.json", b"old")
+
+    def interrupted() -> None:
+        with store._committed("record.json") as path:
+            Path(path).write_bytes(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert store.read("record.json") == b"old"
+
+
+def test_a_removed_file_is_gone_and_removing_it_again_is_nothing(root: str) -> None:
+    store = Store(root)
+    store.write("gone.json", b"{}")
+    store.remove("gone.json")
+    store.remove("gone.json")
+    assert not store.exists("gone.json")
+
+
+def test_pictures_are_not_compressed_again(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write_table("one.parquet", ROWS, SCHEMA)
+    group = pq.read_metadata(tmp_path / "one.parquet").row_group(0)
+    assert group.column(0).compression == "ZSTD"
+    assert group.column(1).compression == "UNCOMPRESSED"
+
+
+def test_a_missing_folder_has_no_shards(tmp_path: Path) -> None:
+    assert Store(str(tmp_path)).shards("images") == []
+    assert find_parquet(str(tmp_path / "nowhere")) == []

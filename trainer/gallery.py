@@ -1,0 +1,190 @@
+"""One HTML page that shows what a run has learnt: prompts and seeds, wide and tall, the camera, the loss, the counts."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from pipeline.jobs import progress
+from pipeline.shards import Store
+from trainer.agreement import Agreement, colour_agreement, prompted_colour
+from trainer.data import Selection, selection_tags
+from trainer.pictures import PictureModel, Pixels, Settings
+
+_SEEDS_PER_PROMPT = 6
+# Multiples of the training side: square area is kept, as the position map expects.
+_SHAPES = {"2:1": (1.5, 0.75), "3:2": (1.25, 0.875), "2:3": (0.875, 1.25), "1:2": (0.75, 1.5)}
+_CAMERA = {
+    "x-shift": [{"x_shift": -0.25}, {}, {"x_shift": 0.25}],
+    "y-shift": [{"y_shift": -0.25}, {}, {"y_shift": 0.25}],
+    "zoom": [{"zoom": 0.75}, {}, {"zoom": 1.33}],
+}
+# Held-out seeds: no picture of the page is drawn from them.
+_AGREEMENT_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of pictures under one title."""
+
+    title: str
+    pictures: list[tuple[str, Pixels]]  # label, picture
+
+
+def write_gallery(
+    model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int, out: Path, agreement_samples: int = 0
+) -> Path:
+    """Draw everything, write OUT/index.html (self-contained), OUT/grid.png and OUT/gallery.json; return the page."""
+    sections = {
+        "Prompts and seeds": _prompt_strips(model, prompts, settings, seed),
+        "Wide and tall": _shape_strips(model, prompts[:3], settings, seed),
+        "Camera": _camera_strips(model, prompts[:2], settings, seed),
+    }
+    agreement = _agreement(model, settings, agreement_samples) if agreement_samples else None
+    funnel = _funnel(model.record["selection"]["dataset"], model.record["selection"]["name"])
+    out.mkdir(parents=True, exist_ok=True)
+    _contact_sheet([strip for strips in sections.values() for strip in strips]).save(out / "grid.png", optimize=True)
+    figures = {
+        "steps": model.steps_taken,
+        "colour_agreement": vars(agreement) | {"share": agreement.share} if agreement else None,
+        "funnel": funnel,
+    }
+    (out / "gallery.json").write_text(json.dumps(figures, indent=1))
+    page = out / "index.html"
+    page.write_text(_render(model, sections, agreement, funnel))
+    _print_summary(agreement, funnel)
+    return page.resolve()
+
+
+def _prompt_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
+    seeds = [seed + number for number in range(_SEEDS_PER_PROMPT)]
+    pairs = [(prompt, number) for prompt in prompts for number in seeds]
+    pictures = _draw(model, [p for p, _ in pairs], [s for _, s in pairs], settings, "prompts")
+    rows = [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
+    labels = [f"seed {number}" for number in seeds]
+    return [Strip(prompt, list(zip(labels, row, strict=True))) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _shape_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
+    strips = []
+    for prompt in prompts:
+        pictures = []
+        for label, (wide, tall) in _SHAPES.items():
+            width, height = (model.nearest_size(model.resolution * side) for side in (wide, tall))
+            [picture] = model.draw([prompt], [seed], replace(settings, width=width, height=height))
+            pictures.append((f"{label} ({width} x {height})", picture))
+        strips.append(Strip(prompt, pictures))
+    return strips
+
+
+def _camera_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
+    strips = []
+    for prompt in prompts:
+        for name, moves in _CAMERA.items():
+            pictures = []
+            for move in moves:
+                [picture] = model.draw([prompt], [seed], replace(settings, **move))
+                pictures.append((", ".join(f"{key} {value:+}" for key, value in move.items()) or "still", picture))
+            strips.append(Strip(f"{name}: {prompt}", pictures))
+    return strips
+
+
+def _agreement(model: PictureModel, settings: Settings, count: int) -> Agreement:
+    """How often the main colour is the prompted one, over the selection's own names of coloured objects."""
+    record = model.record["selection"]
+    tags = selection_tags(Selection.load(record["dataset"], record["name"]))
+    named = sorted(tag for tag in tags if prompted_colour(tag) == tag.split()[0])
+    # A step that shares no factor with the number of names takes the colours and the objects in equal parts.
+    prompts = [named[number * 37 % len(named)] for number in range(count)] if named else []
+    seeds = [_AGREEMENT_SEED + number for number in range(len(prompts))]
+    return colour_agreement(prompts, _draw(model, prompts, seeds, settings, "colour agreement"))
+
+
+def _draw(model: PictureModel, prompts: list[str], seeds: list[int], settings: Settings, what: str) -> list[Pixels]:
+    with progress(iter(()), len(prompts), what, "pictures") as bar:
+        return model.draw(prompts, seeds, settings, lambda done: bar.update(done - bar.n))
+
+
+def _funnel(dataset: str, selection: str) -> list[dict[str, Any]]:
+    """What each job of the dataset read, kept and refused: the run records that are there."""
+    store = Store(dataset)
+    names = ("images/run.json", "captions/run.json", f"selections/{selection}/run.json")
+    return [json.loads(store.read(name)) for name in names if store.exists(name)]
+
+
+def _contact_sheet(strips: list[Strip]) -> Image.Image:
+    """All pictures in rows at twice their size, without text: for a README or a chat."""
+    gap = 4
+    rows = [
+        [Image.fromarray(p).resize((2 * p.shape[1], 2 * p.shape[0])) for _, p in strip.pictures] for strip in strips
+    ]
+    width = max(sum(image.width + gap for image in row) for row in rows) + gap
+    height = sum(max(image.height for image in row) + gap for row in rows) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    y = gap
+    for row in rows:
+        x = gap
+        for image in row:
+            sheet.paste(image, (x, y))
+            x += image.width + gap
+        y += max(image.height for image in row) + gap
+    return sheet
+
+
+def _loss_curve(run: Path) -> str:
+    """Points of an SVG polyline in a 600 x 200 box; the loss is averaged over a fiftieth of the run."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if len(lines) < 2:
+        return ""
+    window = max(1, len(lines) // 50)
+    loss = np.convolve([line["loss"] for line in lines], np.ones(window) / window, mode="valid")
+    steps = np.array([line["step"] for line in lines[window - 1 :]])
+    x = 600 * (steps - steps[0]) / max(1, steps[-1] - steps[0])
+    y = 200 - 200 * loss / loss.max()
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _data_uri(pixels: Pixels) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _render(
+    model: PictureModel, sections: dict[str, list[Strip]], agreement: Agreement | None, funnel: list[dict[str, Any]]
+) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters["data_uri"] = _data_uri
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    return environment.get_template("gallery.html").render(
+        sections=sections,
+        agreement=agreement,
+        funnel=funnel,
+        steps=model.steps_taken,
+        stage=model.record["stage"],
+        parameters=f"{parameters / 1e6:.1f}M",
+        losses=_loss_curve(Path(model.run)),
+        date=time.strftime("%Y-%m-%d"),
+    )
+
+
+def _print_summary(agreement: Agreement | None, funnel: list[dict[str, Any]]) -> None:
+    for record in funnel:
+        rejected = ", ".join(f"{count} {reason}" for reason, count in record["rejected"].items()) or "none"
+        print(f"  {record['job']}: {record['rows_in']} in, {record['rows_out']} out; rejected: {rejected}")
+        for file in record.get("unreadable", []):
+            print(f"    unreadable: {file}")
+    if agreement:
+        print(
+            f"  main colour as prompted: {agreement.hits} of {agreement.total} = {agreement.share:.0%} "
+            f"(chance {agreement.chance:.1%})"
+        )

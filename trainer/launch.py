@@ -1,0 +1,216 @@
+"""The only trainer file that imports ray: wires selection -> batches -> loop -> checkpoint into a Ray Train job."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.data import DataContext, ExecutionResources
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from pipeline.jobs import JobFailed, UsageError, progress, versions
+from trainer import checkpoint
+from trainer.data import Batch, load_batch
+from trainer.latents import Codec, load_codec
+from trainer.loop import Inputs, Loop, LoopConfig
+from trainer.model.xut import XUT
+from trainer.order import rank_positions
+from trainer.recipe import Training
+from trainer.text import TextEncoder, load_text_encoder
+
+
+def train(training: Training) -> list[dict[str, float]]:
+    """Run the job on the connected Ray and return the metrics that were logged. JobFailed where a worker raises."""
+    queue = Queue()
+    metrics: list[dict[str, float]] = []
+    watcher = threading.Thread(target=_show_progress, args=(queue, training, metrics), daemon=True)
+    watcher.start()
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"training": training, "queue": queue},
+        scaling_config=_scaling(training.workers),
+        run_config=RunConfig(name="ray", storage_path=str(Path(training.run).resolve())),
+        datasets={"train": ray.data.from_items([{"step": training.start_step}])},
+        dataset_config=OrderedBatches(training),
+    )
+    try:
+        trainer.fit()
+    except (RayError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise JobFailed(f"training stopped: {cause}; run the same command to go on from the last checkpoint") from error
+    finally:
+        queue.put(None)
+        watcher.join(timeout=30)
+        queue.shutdown()
+    return metrics
+
+
+class OrderedBatches(ray.train.DataConfig):  # type: ignore[misc]
+    """Hands each worker an iterator over exactly its share of every global batch, in order.
+
+    Ray's own split keeps neither the order nor a position (ray issues 37633, 48224); each worker's stream here is a
+    pure function of (seed, step, rank), and Ray Data does the reading and cropping ahead of it.
+    """
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self.training = training
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        return [{"train": _batches_of(self.training, rank, world_size).iterator()} for rank in range(world_size)]
+
+
+def _batches_of(training: Training, rank: int, workers: int) -> ray.data.Dataset:
+    selection, crop, batch_size = training.selection, training.crop(), training.stage.batch_size
+
+    def load(row: dict[str, Any]) -> dict[str, Any]:
+        return vars(load_batch(selection, crop, rank_positions(row["step"], batch_size, rank, workers)))
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.exclude_resources = ExecutionResources(cpu=_cpus_of_workers(workers))
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1  # an evaluation or a checkpoint may stop the reading for long
+    with DataContext.current(context):
+        steps = [{"step": step} for step in range(training.start_step, training.stop_step)]
+        return ray.data.from_items(steps, override_num_blocks=max(1, len(steps) // 4)).map(load)
+
+
+def _cpus_of_workers(workers: int) -> float:
+    """Logical CPUs that the training workers hold together: at least one is left to read and crop, or nothing would."""
+    available = float(ray.cluster_resources().get("CPU", 1))
+    return min(float(workers), available - 1)
+
+
+def _scaling(workers: int) -> ScalingConfig:
+    cpus = float(ray.cluster_resources().get("CPU", 1))
+    if cpus < 2:
+        raise UsageError(
+            f"training needs 2 CPUs, one of them to read pictures, and Ray has {cpus:.0f}; start it with more"
+        )
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < workers:
+        raise UsageError(f"--workers {workers} but the cluster has {gpus} GPUs; use --workers {gpus}")
+    share = _cpus_of_workers(workers) / workers
+    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": share})
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    training: Training = config["training"]
+    context = ray.train.get_context()
+    leader = context.get_world_rank() == 0
+    if not torch.cuda.is_available():
+        # Ray sets OMP_NUM_THREADS to the worker's logical CPUs; reading pictures needs few of the real ones.
+        torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
+    device = ray.train.torch.get_device()
+    codec = load_codec(training.stage.codec, device)
+    encoder = load_text_encoder(training.text_encoder, device)
+    loop = build_loop(training, codec, device)
+    rows = ray.train.get_dataset_shard("train").iter_rows()
+    started = time.time()
+    waited = 0.0
+    for step in range(training.start_step, training.stop_step):
+        asked = time.time()
+        batch = Batch(**next(rows))
+        waited += time.time() - asked
+        loss = loop.step(encode(batch, codec, encoder, training.stage.text_tokens, device))
+        taken = loop.steps_taken
+        last = taken == training.stop_step
+        if taken % training.stage.log_every == 0 or last:
+            loss = _mean_over_workers(loss)
+            if leader:
+                seconds = time.time() - started
+                speed = (taken - training.start_step) * training.stage.batch_size / seconds
+                line = {"step": taken, "loss": float(loss), "images_per_s": speed, "data_wait_share": waited / seconds}
+                _append(Path(training.run) / "metrics.jsonl", line)
+                config["queue"].put(line)
+        if leader and (taken % training.stage.checkpoint_every == 0 or last):
+            save(training, loop)
+    ray.train.report({"step": loop.steps_taken})
+
+
+def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
+    """The model as it was at `start_step`: from the run's newest checkpoint, or new at step 0."""
+    stage = training.stage
+    torch.manual_seed(stage.seed)
+    loop = Loop(
+        XUT(training.model).to(device),
+        LoopConfig(
+            resolution=stage.resolution,
+            selection_rate=stage.selection_rate,
+            total_steps=training.stop_step,
+            ema_decay=stage.ema_decay,
+            optimizer=stage.optimizer,
+        ),
+        codec.loss_weight_C,
+    )
+    if training.start_step:
+        found = checkpoint.newest(Path(training.run))
+        assert found is not None and found.step == training.start_step, (found, training.start_step)
+        loop.model.load_state_dict(found.tensors("model"))
+        loop.ema.load_state_dict(found.tensors("ema"))
+        checkpoint.load_optimizer(loop.optimizer, found.tensors("optimizer"))
+        loop.steps_taken = found.step
+    return loop
+
+
+def save(training: Training, loop: Loop) -> None:
+    tensors = {
+        "model": loop.model.state_dict(),
+        "ema": loop.ema.state_dict(),
+        "optimizer": checkpoint.optimizer_tensors(loop.optimizer),
+    }
+    state = training.record() | {"versions": versions()}
+    checkpoint.save(Path(training.run), loop.steps_taken, tensors, state)
+
+
+def encode(batch: Batch, codec: Codec, encoder: TextEncoder, text_tokens: int, device: torch.device) -> Inputs:
+    """Pixels -> latents and text -> embeddings, by the frozen encoders of this worker."""
+    text_BTD, mask_BT = encoder.encode(batch.texts, text_tokens)
+    pixels_B3HW = torch.from_numpy(batch.pixels_BHW3).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return Inputs(
+        latents_BCHW=codec.encode(pixels_B3HW),
+        text_BTD=text_BTD,
+        text_mask_BT=mask_BT,
+        frame_B4=torch.from_numpy(batch.frame_B4).to(device),
+        keys_B=torch.from_numpy(batch.keys_B).to(device),
+    )
+
+
+def _mean_over_workers(value: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _show_progress(queue: Queue, training: Training, metrics: list[dict[str, float]]) -> None:
+    """Runs beside `fit` in the driver: one line that says how far the workers are."""
+    with progress(iter(()), training.stop_step, f"train {training.stage.selection}", "steps") as bar:
+        bar.update(training.start_step)
+        while True:
+            try:
+                line = queue.get(timeout=5)
+            except Empty:
+                continue
+            if line is None:
+                return
+            metrics.append(line)
+            bar.update(line["step"] - bar.n)
+            bar.set_postfix_str(
+                f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s, waiting for data {line['data_wait_share']:.0%}"
+            )

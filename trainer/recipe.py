@@ -1,0 +1,124 @@
+"""A command line -> one resolved training job, checked against the run folder it goes on from. Knows nothing of Ray."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.jobs import UsageError
+from trainer import checkpoint
+from trainer.data import CropConfig, Selection, example_texts, selection_texts
+from trainer.latents import load_codec
+from trainer.model.xut import XUTConfig
+from trainer.stages import STAGES, StageConfig
+from trainer.text import build_local_text_encoder, text_width
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training job, resolved: what every worker needs to know."""
+
+    stage: StageConfig
+    model: XUTConfig
+    selection: Selection
+    run: str  # absolute path of the run folder, seen by every worker
+    text_encoder: str  # folder or hub name
+    example_prompts: list[str]  # texts of the selection: what to ask a picture of
+    workers: int
+    start_step: int
+    stop_step: int  # also the end of the learning rate's schedule
+
+    def crop(self) -> CropConfig:
+        return CropConfig(self.stage.resolution, self.stage.captions, self.stage.seed)
+
+    def record(self) -> dict[str, Any]:
+        """All that decides the result, as JSON: saved with the run and with every checkpoint."""
+        selection = {"dataset": self.selection.dataset, "name": self.selection.name, "hash": self.selection.digest}
+        return {
+            "stage": asdict(self.stage),
+            "model": self.model.to_dict(),
+            "selection": selection,
+            "text_encoder": self.text_encoder,
+            "example_prompts": self.example_prompts,
+        }
+
+
+def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | None) -> Training:
+    """UsageError, with the mend, for anything that the command, the dataset or the run folder make impossible."""
+    stage = _stage(stage_name)
+    if workers < 1 or stage.batch_size % workers:
+        fitting = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
+        nearest = sorted(fitting, key=lambda n: abs(n - workers))[:2]
+        raise UsageError(
+            f"--workers {workers} does not divide the batch of {stage.batch_size}; nearest: {sorted(nearest)}"
+        )
+    total = steps if steps is not None else stage.samples // stage.batch_size
+    if total < 1:
+        raise UsageError(f"--steps must be at least 1: got {total}")
+    selection = _selection(dataset, stage)
+    folder = Path(run).resolve()
+    text_encoder = _text_encoder(folder, stage, selection)
+    model = XUTConfig.preset(
+        stage.model,
+        in_channels=load_codec(stage.codec).channels,
+        patch_size=stage.patch_size,
+        text_dim=text_width(text_encoder),
+    )
+    found = checkpoint.newest(folder)
+    training = Training(
+        stage=stage,
+        model=model,
+        selection=selection,
+        run=str(folder),
+        text_encoder=text_encoder,
+        example_prompts=example_texts(selection, 6),
+        workers=workers,
+        start_step=found.step if found else 0,
+        stop_step=total,
+    )
+    _check_same_run(found, training)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(training.record(), indent=1))
+    return training
+
+
+def _stage(name: str) -> StageConfig:
+    if name not in STAGES:
+        raise UsageError(f"there is no stage {name!r} yet; stages: {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def _selection(dataset: str, stage: StageConfig) -> Selection:
+    try:
+        selection = Selection.load(dataset, stage.selection)
+    except FileNotFoundError:
+        mend = f"run: python pipeline/curate.py --dataset {dataset} --stage {stage.selection}"
+        raise UsageError(f"{dataset} has no selection {stage.selection!r}; {mend}") from None
+    if selection.count < 1:
+        raise UsageError(f"the selection {stage.selection!r} of {dataset} is empty")
+    return selection
+
+
+def _text_encoder(folder: Path, stage: StageConfig, selection: Selection) -> str:
+    """The encoder's folder or name; "local" is made once per run, from the selection's own texts."""
+    if stage.text_encoder != "local":
+        return stage.text_encoder
+    local = folder / "text_encoder"
+    if not local.exists():
+        build_local_text_encoder(selection_texts(selection), local, stage.seed)
+    return str(local)
+
+
+def _check_same_run(found: checkpoint.Checkpoint | None, training: Training) -> None:
+    """A run goes on only with the model, the encoders and the selection that it began with."""
+    if found is None:
+        return
+    before, now = found.state(), training.record()
+    changed = [f"model.{name}" for name, value in now["model"].items() if before["model"].get(name) != value]
+    changed += [name for name in ("codec", "resolution", "seed") if before["stage"][name] != now["stage"][name]]
+    if before["selection"]["hash"] != now["selection"]["hash"]:
+        changed.append("selection (curated anew since)")
+    if changed:
+        raise UsageError(
+            f"{training.run} was begun with other settings: {', '.join(changed)}; give another --run folder"
+        )

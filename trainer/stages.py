@@ -1,0 +1,48 @@
+"""What one training stage is: every number of the recipe in one place."""
+
+from dataclasses import dataclass, field
+
+from trainer.captions import CaptionConfig
+from trainer.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage trains on square crops of one size. The step count is samples / batch_size."""
+
+    selection: str  # which of the dataset's selections
+    resolution: int  # pixels: side of the square crop
+    samples: int  # crops seen in the whole stage
+    batch_size: int  # crops per optimizer step, summed over all workers
+    model: str  # preset of XUTConfig
+    patch_size: int  # latent pixels along the side of a token
+    codec: str  # pixels <-> latents, see latents.py
+    text_encoder: str  # folder or hub name of a causal language model; "local": made from the selection's captions
+    text_tokens: int  # longest text, in tokens of the encoder
+    selection_rate: float  # share of image tokens that TREAD routes around the middle blocks
+    optimizer: OptimizerConfig
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    ema_decay: float = 0.9999
+    seed: int = 0
+    checkpoint_every: int = 1000  # optimizer steps
+    log_every: int = 10  # optimizer steps
+
+
+STAGES = {
+    # 64-pixel crops on two CPU cores in minutes. Measured choices are in tests/bench/RESULTS.md.
+    "demo": StageConfig(
+        selection="demo",
+        resolution=64,
+        samples=1500 * 64,
+        batch_size=64,
+        model="tiny",
+        patch_size=1,
+        codec="dct",
+        text_encoder="local",
+        text_tokens=64,
+        selection_rate=0.25,
+        optimizer=OptimizerConfig(),
+        ema_decay=0.995,
+        checkpoint_every=250,
+    ),
+}
