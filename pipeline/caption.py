@@ -39,9 +39,9 @@ def main() -> None:
         from pipeline.cluster import cluster  # takes seconds to import: not for --help
         from pipeline.dataflow import map_shards
 
-        work = partial(caption_shard, dataset=job.dataset, engine_name=job.engine)
+        work = partial(caption_shard, dataset=dataset.root, engine_name=job.engine)
         with cluster("caption"):
-            map_shards(todo, work, rows.__getitem__, "caption")
+            map_shards({shard: shard for shard in todo}, work, rows.__getitem__, "caption")
     reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in rows), Counter())
     captioned = reasons.pop(None, 0)
     write_run_record(

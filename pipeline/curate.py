@@ -35,11 +35,11 @@ def main() -> None:
     shards = captioned_shards(dataset)
     # Gone until all is done: a selection with this file is whole.
     dataset.remove(f"{folder}/selection.json")
-    quality, plan = survey(job.dataset, shards, rules.preset)
+    quality, plan = survey(dataset.root, shards, rules.preset)
     dataset.write(f"{folder}/quality.json", quality.to_json().encode())
     with cluster("curate"):
-        work = partial(select_shard, dataset=job.dataset, name=job.stage, rules=rules, quality=quality)
-        map_shards(plan, work, lambda part: len(part.copies), "curate")
+        work = partial(select_shard, dataset=dataset.root, name=job.stage, rules=rules, quality=quality)
+        map_shards({part.shard: part for part in plan}, work, lambda part: len(part.copies), "curate")
 
     files = {shard: f"{folder}/{shard}.parquet" for shard in shards}
     kept = {shard: dataset.rows(file) for shard, file in files.items()}

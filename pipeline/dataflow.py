@@ -4,6 +4,7 @@ A shard is the unit of work and of resume: its task reads, works and commits on 
 picture travels between processes and a killed task is simply run again.
 """
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,23 +16,38 @@ from pipeline.jobs import JobFailed, progress
 T = TypeVar("T")
 
 
-def map_shards(shards: list[T], work: Callable[[T], None], rows: Callable[[T], int], description: str) -> None:
-    """Run `work` on each shard in parallel, with a progress bar over the shards' rows.
+class ShardsFailed(JobFailed):
+    """Some shards could not be done; all others are."""
 
-    JobFailed where a task raises: what other shards have finished stays finished.
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__(f"all shards are done but these: {'; '.join(failures)}")
+        self.failures = failures  # each the shard's name and why
+
+
+def map_shards(shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str) -> None:
+    """Run `work` on each shard (by name) in parallel, with a progress bar over the shards' rows.
+
+    ShardsFailed, when all shards were tried, where the work on some raised. JobFailed where Ray itself gave up.
     """
-    if not shards:
-        return
 
-    def run(item: dict[str, int]) -> dict[str, int]:
-        work(shards[item["index"]])
-        return item
+    def run(item: dict[str, str]) -> dict[str, str]:
+        try:
+            work(shards[item["name"]])
+        except Exception as error:  # of whatever kind: one shard must not keep the others from being done
+            traceback.print_exc()  # goes to the worker's own log
+            return item | {"failure": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        return item | {"failure": ""}
 
-    items = ray.data.from_items([{"index": index} for index in range(len(shards))], override_num_blocks=len(shards))
-    with progress(iter(()), sum(map(rows, shards)), description, "rows") as bar:
+    items = ray.data.from_items([{"name": name} for name in shards], override_num_blocks=len(shards))
+    failures = []
+    with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
         try:
             for item in items.map(run).iter_rows():
-                bar.update(rows(shards[item["index"]]))
+                bar.update(rows(shards[item["name"]]))
+                if item["failure"]:
+                    failures.append(f"{item['name']} ({item['failure']})")
         except RayError as error:
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
+    if failures:
+        raise ShardsFailed(sorted(failures))

@@ -48,7 +48,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is refused before decoding. 100 megapixels take about 0.4 GB while they are decoded."""
+    """What is refused before decoding. 100 megapixels take 0.4 GB (JPEG) to 1.5 GB (WebP) while they are decoded."""
 
     max_bytes: int = 64_000_000
     max_pixels: int = 100_000_000
@@ -377,9 +377,9 @@ def _flatten(file: ImageFile) -> Image.Image:
         return _grey_of_16_bits(file)
     if file.has_transparency_data:
         mode = "L" if file.mode in ("1", "L", "LA") else "RGB"
-        image = file.convert(f"{mode}A")
+        image = file if file.mode == f"{mode}A" else file.convert(f"{mode}A")
         opaque = Image.new(mode, image.size, "white")
-        opaque.paste(image.convert(mode), mask=image.getchannel("A"))
+        opaque.paste(image, mask=image.getchannel("A"))
         return opaque
     if file.mode == "CMYK" and "adobe" not in file.info:
         # Pillow takes ink for inverted, as Adobe writes it; without Adobe's mark it is not.

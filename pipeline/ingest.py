@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.jobs import JobFailed, Parser, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import Parser, UsageError, default_dataset, run, write_run_record
 from pipeline.records import SCHEMA_VERSION
 from pipeline.shards import Store, find_parquet
 
@@ -33,7 +33,7 @@ def main() -> None:
     raw_files = find_raw(job.raw)
     # Here and not above: these take seconds to import, which --help and a mistyped path should not cost.
     from pipeline.cluster import cluster
-    from pipeline.dataflow import map_shards
+    from pipeline.dataflow import ShardsFailed, map_shards
     from pipeline.images import Limits
     from pipeline.validation import plan_shards, validate_shard
 
@@ -45,19 +45,22 @@ def main() -> None:
     todo = [raw for raw in plan.shards if raw.shard not in finished]
     print(f"ingest: {len(plan.shards)} raw shards, {len(plan.shards) - len(todo)} of them finished before", flush=True)
 
+    failed = plan.unreadable
     if todo:
-        with cluster("ingest"):
-            map_shards(
-                todo, partial(validate_shard, dataset=job.dataset, limits=Limits()), lambda raw: raw.rows, "ingest"
-            )
-    kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in plan.shards)
-    reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in plan.shards), Counter())
-    rows = sum(raw.rows for raw in plan.shards)
-    write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, unreadable=plan.unreadable)
-    if plan.unreadable:
-        raise JobFailed(
-            f"{len(plan.unreadable)} files could not be read, all others are done: {'; '.join(plan.unreadable)}"
-        )
+        work = partial(validate_shard, dataset=dataset.root, limits=Limits())
+        try:
+            with cluster("ingest"):
+                map_shards({raw.path: raw for raw in todo}, work, lambda raw: raw.rows, "ingest")
+        except ShardsFailed as error:
+            failed = failed + error.failures
+    finished = set(dataset.shards("images"))
+    done = [raw for raw in plan.shards if raw.shard in finished]
+    kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)
+    reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter())
+    rows = sum(raw.rows for raw in done)
+    write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=failed)
+    if failed:
+        raise ShardsFailed(failed)
 
 
 def find_raw(paths: tuple[str, ...]) -> list[str]:

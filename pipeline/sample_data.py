@@ -7,7 +7,6 @@ by site and kind, so that what the later jobs refuse can be checked against it.
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,30 +14,29 @@ from multiprocessing import get_context
 import pyarrow as pa
 
 from pipeline.jobs import Parser, UsageError, progress, run, write_run_record
+from pipeline.sample_posts import SITES, Post, count_planted, plan, shards
 from pipeline.shards import Store
 
-# Raised whenever the same seed no longer gives the same rows.
-VERSION = 1
-DEFAULT_IMAGES = 4400
+VERSION = 1  # raised whenever the same seed no longer gives the same rows
 _GROUP_ROWS = 256  # a row group: about 2 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleJob:
     out: str  # folder that gets danbooru/ and pixiv/
-    images: int
+    images: int  # rows over both sites
     seed: int
 
 
 def parse_args(argv: list[str] | None) -> SampleJob:
     parser = Parser(prog="sample_data.py", description=__doc__)
     parser.add_argument("--out", default="sample-data/raw", metavar="FOLDER")
-    parser.add_argument("--images", type=int, default=DEFAULT_IMAGES, metavar="N", help="rows over both sites")
+    parser.add_argument("--images", type=int, default=4400, metavar="N", help="rows over both sites")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UsageError(f"--seed is {args.seed}; give 0 or more")
-    return SampleJob(out=args.out, images=args.images, seed=args.seed)
+    job = SampleJob(**vars(parser.parse_args(argv)))
+    if job.seed < 0:
+        raise UsageError(f"--seed is {job.seed}; give 0 or more")
+    return job
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,19 +69,12 @@ def write_samples(job: SampleJob, rows: dict[str, list[Post]], workers: int) -> 
         print(f"sample_data: planted in {len(rows[site])} rows of {site}: {counts}", flush=True)
 
 
-def shards(rows: dict[str, list[Post]]) -> Iterator[tuple[str, list[Post]]]:
-    """Name (<site>/<number>) and rows of each shard."""
-    for site, posts in rows.items():
-        for number, start in enumerate(range(0, len(posts), SHARD_ROWS[site])):
-            yield f"{site}/{number:04d}", posts[start : start + SHARD_ROWS[site]]
-
-
 def draw_shard(store: Store, name: str, seed: int, posts: list[Post]) -> None:
-    """Draw and write one shard."""
-    schema, make_row = (PIXIV, pixiv_row) if name.startswith("pixiv/") else (DANBOORU, danbooru_row)
+    """Draw and write the shard <site>/<number>."""
+    schema, raw_row = SITES[name.split("/")[0]]
     with store.writing_table(f"{name}.parquet", schema) as write:
         for start in range(0, len(posts), _GROUP_ROWS):
-            group = [make_row(seed, post) for post in posts[start : start + _GROUP_ROWS]]
+            group = [raw_row(seed, post) for post in posts[start : start + _GROUP_ROWS]]
             write(pa.Table.from_pylist(group, schema))
 
 
@@ -95,7 +86,7 @@ def _claim(store: Store, job: SampleJob) -> None:
         found = json.loads(store.read("sample.json"))
         if found != wanted:
             raise UsageError(f"{store.root} holds the samples of {found}, not of {wanted}; {mend}")
-    elif any(store.shards(site) for site in PLANTED):
+    elif any(store.shards(site) for site in SITES):
         raise UsageError(f"{store.root} holds shards that this job did not draw; {mend}")
     else:
         store.write("sample.json", json.dumps(wanted).encode())

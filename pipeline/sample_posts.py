@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-
 from pipeline.illustrations import (
     ARTISTS,
     COLOURS,
@@ -26,10 +25,12 @@ from pipeline.illustrations import (
     general_tags,
     subject,
     variant,
+)
 from pipeline.shapes import SHAPES
 
 FEWEST_IMAGES = 120  # below, there is no room for one row of every planted kind
 SHARD_ROWS = {"danbooru": 640, "pixiv": 500}
+_PIXIV_PICTURES = 1 << 24  # the first picture that is Pixiv's
 
 # Share of a site's rows that is planted, by kind; at least one row of each.
 PLANTED: dict[str, dict[str, float]] = {
@@ -60,63 +61,6 @@ PLANTED: dict[str, dict[str, float]] = {
         "duplicate_id": 0.003,
     },
 }
-
-DANBOORU = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("created_at", pa.string()),
-        ("rating", pa.string()),
-        ("score", pa.int32()),
-        ("up_score", pa.int32()),
-        ("down_score", pa.int32()),
-        ("fav_count", pa.int32()),
-        ("source", pa.string()),
-        ("md5", pa.string()),
-        ("file_ext", pa.string()),
-        ("file_size", pa.int64()),
-        ("image_width", pa.int32()),
-        ("image_height", pa.int32()),
-        ("parent_id", pa.int64()),
-        ("pixiv_id", pa.int64()),
-        ("has_children", pa.bool_()),
-        ("is_deleted", pa.bool_()),
-        ("is_banned", pa.bool_()),
-        ("is_flagged", pa.bool_()),
-        ("is_pending", pa.bool_()),
-        ("tag_string", pa.string()),
-        ("tag_string_general", pa.string()),
-        ("tag_string_artist", pa.string()),
-        ("tag_string_character", pa.string()),
-        ("tag_string_copyright", pa.string()),
-        ("tag_string_meta", pa.string()),
-        ("image", pa.binary()),
-    ]
-)
-PIXIV = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("title", pa.string()),
-        ("type", pa.string()),
-        ("caption", pa.string()),
-        ("user", pa.struct([("id", pa.int64()), ("name", pa.string()), ("account", pa.string())])),
-        ("tags", pa.list_(pa.struct([("name", pa.string()), ("translated_name", pa.string())]))),
-        ("create_date", pa.string()),
-        ("page_count", pa.int32()),
-        ("page", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("sanity_level", pa.int32()),
-        ("x_restrict", pa.int32()),
-        ("illust_ai_type", pa.int32()),
-        ("total_view", pa.int64()),
-        ("total_bookmarks", pa.int64()),
-        ("meta_single_page", pa.struct([("original_image_url", pa.string())])),
-        ("meta_pages", pa.list_(pa.struct([("image_urls", pa.struct([("original", pa.string())]))]))),
-        ("series", pa.struct([("id", pa.int64()), ("title", pa.string())])),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-    ]
-)
-
 
 # --- The plan: which rows there are, before any is drawn --------------------------------------------------------------
 
@@ -156,6 +100,13 @@ def count_planted(rows: dict[str, list[Post]]) -> dict[str, dict[str, int]]:
         site: dict(sorted(Counter(post.planted for post in posts if post.planted).items()))
         for site, posts in rows.items()
     }
+
+
+def shards(rows: dict[str, list[Post]]) -> Iterator[tuple[str, list[Post]]]:
+    """Name (<site>/<number>) and rows of each shard."""
+    for site, posts in rows.items():
+        for number, start in enumerate(range(0, len(posts), SHARD_ROWS[site])):
+            yield f"{site}/{number:04d}", posts[start : start + SHARD_ROWS[site]]
 
 
 def _plant(rng: np.random.Generator, site: str, rows: int) -> dict[int, str]:
@@ -234,9 +185,6 @@ def _plan_danbooru(rng: np.random.Generator, rows: int, pixiv: list[Post]) -> li
     return _plant_copies(rng, posts)
 
 
-_PIXIV_PICTURES = 1 << 24  # the first picture that is Pixiv's
-
-
 def scene_of(seed: int, post: Post) -> Illustration:
     """The picture of a row."""
     scene = compose(seed, post.picture)
@@ -255,14 +203,37 @@ def _scenes_of_work(seed: int, post: Post) -> list[Illustration]:
     ]
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------------
+# --- Raw rows: the APIs' field names, with the picture's bytes --------------------------------------------------------
+
+_TEXT, _INT, _LONG, _FLAG, _BYTES = pa.string(), pa.int32(), pa.int64(), pa.bool_(), pa.binary()
+DANBOORU = pa.schema({
+    "id": _LONG, "created_at": _TEXT, "rating": _TEXT,
+    "score": _INT, "up_score": _INT, "down_score": _INT, "fav_count": _INT,
+    "source": _TEXT, "md5": _TEXT, "file_ext": _TEXT, "file_size": _LONG, "image_width": _INT, "image_height": _INT,
+    "parent_id": _LONG, "pixiv_id": _LONG,
+    "has_children": _FLAG, "is_deleted": _FLAG, "is_banned": _FLAG, "is_flagged": _FLAG, "is_pending": _FLAG,
+    "tag_string": _TEXT, "tag_string_general": _TEXT, "tag_string_artist": _TEXT,
+    "tag_string_character": _TEXT, "tag_string_copyright": _TEXT, "tag_string_meta": _TEXT,
+    "image": _BYTES,
+})  # fmt: skip
+PIXIV = pa.schema({
+    "id": _LONG, "title": _TEXT, "type": _TEXT, "caption": _TEXT,
+    "user": pa.struct({"id": _LONG, "name": _TEXT, "account": _TEXT}),
+    "tags": pa.list_(pa.struct({"name": _TEXT, "translated_name": _TEXT})),
+    "create_date": _TEXT, "page_count": _INT, "page": _INT, "width": _INT, "height": _INT,
+    "sanity_level": _INT, "x_restrict": _INT, "illust_ai_type": _INT, "total_view": _LONG, "total_bookmarks": _LONG,
+    "meta_single_page": pa.struct({"original_image_url": _TEXT}),
+    "meta_pages": pa.list_(pa.struct({"image_urls": pa.struct({"original": _TEXT})})),
+    "series": pa.struct({"id": _LONG, "title": _TEXT}),
+    "image": pa.struct({"bytes": _BYTES, "path": _TEXT}),
+})  # fmt: skip
 
 _HTML = b"<!DOCTYPE html><html><head><title>403 Forbidden</title></head><body><h1>403 Forbidden</h1></body></html>\n"
 _MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(2000)
 _ZIP = b"PK\x03\x04\x14\x00\x00\x00\x00\x00" + bytes(2000)
 
 
-def file_of(scene: Illustration, planted: str) -> bytes:
+def _file_of(scene: Illustration, planted: str) -> bytes:
     """The bytes that a row carries, spoilt where that is what was planted."""
     if planted == "empty_bytes":
         return b""
@@ -303,7 +274,7 @@ def _favourites(scene: Illustration, rating: str, rng: np.random.Generator) -> i
 
 
 def danbooru_row(seed: int, post: Post) -> dict[str, Any]:
-    """A row of DANBOORU."""
+    """A row of DANBOORU; numbers and tags are drawn anew from (seed, post number), whatever else is drawn."""
     scene = scene_of(seed, post)
     rng = _row_rng(seed, "danbooru", post)
     rating = str(rng.choice(["g", "s", "q", "e"], p=[0.74, 0.16, 0.06, 0.04]))
@@ -311,8 +282,8 @@ def danbooru_row(seed: int, post: Post) -> dict[str, Any]:
     favourites = _favourites(scene, rating, rng)
     up, down = int(favourites * rng.uniform(0.5, 0.9)), -int(rng.poisson(1.2 * (1 - scene.quality)))
     source, pixiv_id = _source(post, created, rng)
-    data = file_of(scene, post.planted)
-    whole = file_of(scene, "") if post.planted == "truncated_bytes" else data
+    data = _file_of(scene, post.planted)
+    whole = _file_of(scene, "") if post.planted == "truncated_bytes" else data
     file_type = scene.file_type
     if post.planted == "video_or_archive":
         file_type, data = ("mp4", _MP4) if post.number % 2 else ("zip", _ZIP)
@@ -387,55 +358,27 @@ def _danbooru_tags(scene: Illustration, post: Post, rng: np.random.Generator) ->
     }
 
 
-# Danbooru's tag -> what a Pixiv user would write.
 _JAPANESE_COLOURS = dict(
     zip(COLOURS, ("赤い", "オレンジ色の", "黄色い", "緑の", "水色の", "青い", "紫の", "ピンクの"), strict=True)
 )
 _JAPANESE_SHAPES = dict(
-    zip(
-        SHAPES,
-        ("ボール", "星", "ハート", "魚", "家", "木", "花", "キノコ", "傘", "月", "猫", "蝶"),
-        strict=True,
-    )
+    zip(SHAPES, ("ボール", "星", "ハート", "魚", "家", "木", "花", "キノコ", "傘", "月", "猫", "蝶"), strict=True)
 )
+_SUBJECTS = {f"{c}_{s}": _JAPANESE_COLOURS[c] + _JAPANESE_SHAPES[s] for c in COLOURS for s in SHAPES}
+# Danbooru's tag -> what a Pixiv user would write.
 JAPANESE = {
-    "small": "小さめ",
-    "medium": "中くらい",
-    "large": "大きめ",
-    "on_the_left": "左側",
-    "on_the_right": "右側",
-    "at_the_top": "上側",
-    "at_the_bottom": "下側",
-    "striped": "縞模様",
-    "polka_dot": "水玉",
-    "checkered": "市松模様",
-    "simple_background": "シンプル背景",
-    "white_background": "白背景",
-    "grey_background": "灰色背景",
-    "beige_background": "ベージュ背景",
-    "gradient_background": "グラデーション背景",
-    "striped_background": "縞模様背景",
-    "polka_dot_background": "水玉背景",
-    "checkered_background": "市松模様背景",
-    "night": "夜",
-    "night_sky": "夜空",
-    "day": "昼",
-    "outdoors": "屋外",
-    "solo": "ひとつだけ",
-    "multiple_objects": "いろいろ",
-    "blurry": "ぼかし",
-    "film_grain": "ざらざら",
-    "original": "オリジナル",
-    "sample_tales": "サンプル物語",
-    "paper_harbour": "紙の港",
-    "tin_garden": "ブリキの庭",
-    **{f"{c}_{k}": _JAPANESE_COLOURS[c] + _JAPANESE_SHAPES[k] for c in COLOURS for k in SHAPES},
-    **{
-        f"small_{c}_{k}": "小さな" + _JAPANESE_COLOURS[c] + _JAPANESE_SHAPES[k]
-        for c in COLOURS
-        for k in SHAPES_OF_EXTRAS
-    },
-}
+    "small": "小さめ", "medium": "中くらい", "large": "大きめ",
+    "on_the_left": "左側", "on_the_right": "右側", "at_the_top": "上側", "at_the_bottom": "下側",
+    "striped": "縞模様", "polka_dot": "水玉", "checkered": "市松模様",
+    "simple_background": "シンプル背景", "white_background": "白背景", "grey_background": "灰色背景",
+    "beige_background": "ベージュ背景", "gradient_background": "グラデーション背景",
+    "striped_background": "縞模様背景", "polka_dot_background": "水玉背景", "checkered_background": "市松模様背景",
+    "night": "夜", "night_sky": "夜空", "day": "昼", "outdoors": "屋外",
+    "solo": "ひとつだけ", "multiple_objects": "いろいろ", "blurry": "ぼかし", "film_grain": "ざらざら",
+    "original": "オリジナル", "sample_tales": "サンプル物語", "paper_harbour": "紙の港", "tin_garden": "ブリキの庭",
+    **_SUBJECTS,
+    **{f"small_{c}_{s}": "小さな" + _SUBJECTS[f"{c}_{s}"] for c in COLOURS for s in SHAPES_OF_EXTRAS},
+}  # fmt: skip
 
 
 def pixiv_row(seed: int, post: Post) -> dict[str, Any]:
@@ -452,7 +395,7 @@ def pixiv_row(seed: int, post: Post) -> dict[str, Any]:
         urls = ["https://s.pximg.net/common/images/limit_unknown_360.png"]
     title = JAPANESE[subject(first.main)]
     kind = "manga" if post.pages > 2 else "illust"
-    data = file_of(scene, post.planted)
+    data = _file_of(scene, post.planted)
     path = urls[post.page].rsplit("/", 1)[-1]
     if post.planted == "ugoira":
         kind, data, path = "ugoira", _ZIP, f"{work}_ugoira600x600.zip"
@@ -505,3 +448,7 @@ def _pixiv_tags(scenes: list[Illustration], bookmarks: int, rng: np.random.Gener
     return tags
 
 
+SITES: dict[str, tuple[pa.Schema, Callable[[int, Post], dict[str, Any]]]] = {
+    "danbooru": (DANBOORU, danbooru_row),
+    "pixiv": (PIXIV, pixiv_row),
+}

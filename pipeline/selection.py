@@ -79,11 +79,13 @@ def _copies(table: pa.Table) -> list[Refusal | None]:
         first_row.setdefault(row_id, row)
     copies: list[Refusal | None] = [("duplicate id", "of a row before it")] * table.num_rows
     distinct = table.take(list(first_row.values()))
+    width, height = (distinct[side].to_numpy().astype(np.int64) for side in ("width", "height"))
     kept = keepers(
         distinct["id"].to_pylist(),
         distinct["sha256"].to_pylist(),
         distinct["phash"].to_numpy(),
-        distinct["width"].to_numpy().astype(np.int64) * distinct["height"].to_numpy(),
+        pixels=width * height,
+        aspect=width / height,
     )
     for row, keeper in zip(first_row.values(), kept, strict=True):
         copies[row] = None if keeper is None else ("duplicate", f"of {keeper}")

@@ -21,7 +21,7 @@ FIXED_TONES: dict[str, Rgb] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Polygons in the order they are painted; the body takes the object's colour, the others (tone, polygon) theirs."""
+    """Polygons in the order they are painted; the body takes the object's colour, the other parts their own tone."""
 
     behind: tuple[Part, ...]
     body: tuple[Points, ...]
@@ -106,9 +106,7 @@ def _dome(edge: float, scallops: int) -> Points:
     return np.concatenate([top, *arches])
 
 
-def _shape(
-    body: Iterable[Points], behind: Iterable[Part] = (), front: Iterable[Part] = ()
-) -> Shape:
+def _shape(body: Iterable[Points], behind: Iterable[Part] = (), front: Iterable[Part] = ()) -> Shape:
     """Centre the shape and scale its longer side to 2."""
     body, behind, front = tuple(body), tuple(behind), tuple(front)
     corners = np.concatenate([*body, *(points for _, points in behind + front)])
@@ -228,6 +226,7 @@ SHAPES: dict[str, Shape] = {
             *(("black", _oval(side * 0.22, -0.9, 0.06)) for side in (-1, 1)),
         ],
     ),
+}
 
 
 def _squares(side: float) -> list[Points]:
@@ -246,6 +245,7 @@ def _dots(radius: float, across: float, down: float) -> list[Points]:
     return [_oval(x + across / 2 * (row % 2), y, radius) for row, y in rows for x in columns]
 
 
+# Painted over a body and cut off at its edge.
 PATTERNS: dict[str, list[Points]] = {
     "plain": [],
     "striped": _stripes(0.24, every=0.55),

@@ -5,7 +5,7 @@ have spaces, and special (who is in the picture) taken out of general.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ SEPARATORS: Final = ("|||", "%%", "$$")
 
 _COUNT = re.compile(r"(\d+\+?|multiple )(girl|boy|other)s?")
 # How popular a Pixiv work is, and so its quality word: as written there, and as the site translates it.
-_POPULARITY = re.compile(r"\d+users入り|[\d,]*\d\+? ?bookmarks", re.IGNORECASE)
+_POPULARITY = re.compile(r"\d+users入り|\d\+? ?bookmarks", re.IGNORECASE)
 # Underscores are part of a face such as ^_^ and >_<.
 _LONGEST_FACE = 3
 
@@ -38,44 +38,59 @@ class TagRules:
 
 
 class TagReader:
-    """Applies the rules; remembers every tag it has met, since a million pictures share some ten thousand tags."""
+    """Applies the rules, to one post at a time."""
 
     def __init__(self, rules: TagRules | None = None) -> None:
         self._rules = rules or TagRules()
-        self._excluded = {as_words(tag) for tag in self._rules.excluded}
-        self._known: dict[str, dict[str, tuple[str, str] | None]] = {}
+        excluded = frozenset(map(as_words, self._rules.excluded))
+        self._excluded = _Remembered(lambda tag: words if (words := as_words(tag)) in excluded else "")
+        self._names = _Remembered(kept_words)
+        self._meta = _Remembered(lambda tag: kept_words(tag, self._rules.dropped_meta))
+        self._general = _Remembered(self._kept_general)
+        self._special: set[str] = set()  # those met so far
 
     def exclusion(self, tags: Iterable[str]) -> str | None:
         """The first tag for which the picture is left out, as words; None where there is none."""
-        return next((words for words in map(as_words, tags) if words in self._excluded), None)
+        return next(filter(None, map(self._excluded.__getitem__, tags)), None)
 
     def text_parts(self, tags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Raw tags by category -> words by part: special, character, copyright, artist, general, meta. The order is
-        kept, a word that comes twice in a part is kept once."""
-        parts: dict[str, dict[str, None]] = {
-            part: {} for part in ("special", "character", "copyright", "artist", "general", "meta")
+        kept, words that come twice in a part are kept once."""
+        general = _distinct(self._general, tags.get("general", ()))
+        return {
+            "special": [words for words in general if words in self._special],
+            **{part: _distinct(self._names, tags.get(part, ())) for part in ("character", "copyright", "artist")},
+            "general": [words for words in general if words not in self._special],
+            "meta": _distinct(self._meta, tags.get("meta", ())),
         }
-        for category, names in tags.items():
-            known = self._known.setdefault(category, {})
-            for name in names:
-                if name not in known:
-                    known[name] = self._place(name, category)
-                placed = known[name]
-                if placed is not None:
-                    part, words = placed
-                    parts[part][words] = None
-        return {part: list(words) for part, words in parts.items()}
 
-    def _place(self, name: str, category: str) -> tuple[str, str] | None:
-        """The part that a tag belongs to and its words, None for a tag that is dropped."""
-        words = as_words(name)
-        if not words or _POPULARITY.search(words):
-            return None
-        if category == "meta" and any(dropped in words for dropped in self._rules.dropped_meta):
-            return None
-        if category == "general" and is_special(words, self._rules.special):
-            return "special", words
-        return category, words
+    def _kept_general(self, tag: str) -> str:
+        words = kept_words(tag)
+        if is_special(words, self._rules.special):
+            self._special.add(words)
+        return words
+
+
+class _Remembered(dict[str, str]):
+    """What a function answered before: a million posts share some ten thousand tags."""
+
+    def __init__(self, function: Callable[[str], str]) -> None:
+        self._function = function
+
+    def __missing__(self, tag: str) -> str:
+        self[tag] = self._function(tag)
+        return self[tag]
+
+
+def _distinct(remembered: _Remembered, tags: Sequence[str]) -> list[str]:
+    """The words of these tags, without those that have none."""
+    return list(dict.fromkeys(filter(None, map(remembered.__getitem__, tags))))
+
+
+def kept_words(tag: str, dropped: tuple[str, ...] = ()) -> str:
+    """The tag as words; "" for one that says how popular the post is or that contains a dropped word."""
+    words = as_words(tag)
+    return "" if _POPULARITY.search(words) or any(word in words for word in dropped) else words
 
 
 def as_words(tag: str) -> str:

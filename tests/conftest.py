@@ -1,5 +1,6 @@
-"""One Ray for the whole test session, and job files run as their users run them: as processes."""
+"""One Ray and one S3 server for the whole test session, and job files run as their users run them: as processes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,8 +17,32 @@ RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """The address of a local Ray with 3 logical CPUs: two training workers and one to read pictures."""
+def bucket() -> Iterator[str]:
+    """An S3 bucket on a real server of this machine, reached through the environment as any S3 is."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # or every failure shows hundreds of requests
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import s3fs
+
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("datasets")
+        yield "s3://datasets"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_address(bucket: str) -> Iterator[str]:
+    """The address of a local Ray with 3 logical CPUs: two training workers and one to read pictures.
+
+    Its workers have the environment that Ray starts in: the bucket comes first.
+    """
     import ray
 
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

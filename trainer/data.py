@@ -25,7 +25,7 @@ _CACHED_ROW_GROUPS = 16
 class Selection:
     """The shards of a selection and how many rows each has; sample i is row i - (rows before) of its shard."""
 
-    dataset: str
+    dataset: str  # absolute: workers run in folders of their own
     name: str
     shards: tuple[str, ...]
     counts: tuple[int, ...]
@@ -38,9 +38,10 @@ class Selection:
     @classmethod
     def load(cls, dataset: str, name: str) -> "Selection":
         """FileNotFoundError where the dataset has no such selection."""
-        record = json.loads(Store(dataset).read(f"selections/{name}/selection.json"))
+        store = Store(dataset)
+        record = json.loads(store.read(f"selections/{name}/selection.json"))
         shards = tuple(sorted(record["shards"]))
-        return cls(dataset, name, shards, tuple(record["shards"][shard] for shard in shards), record["hash"])
+        return cls(store.root, name, shards, tuple(record["shards"][shard] for shard in shards), record["hash"])
 
     def locate(self, index: int) -> tuple[str, int]:
         """The shard of sample `index`, and its row there."""

@@ -181,8 +181,8 @@ def _print_summary(agreement: Agreement | None, funnel: list[dict[str, Any]]) ->
     for record in funnel:
         rejected = ", ".join(f"{count} {reason}" for reason, count in record["rejected"].items()) or "none"
         print(f"  {record['job']}: {record['rows_in']} in, {record['rows_out']} out; rejected: {rejected}")
-        for file in record.get("unreadable", []):
-            print(f"    unreadable: {file}")
+        for file in record.get("failed", []):
+            print(f"    not done: {file}")
     if agreement:
         print(
             f"  main colour as prompted: {agreement.hits} of {agreement.total} = {agreement.share:.0%} "

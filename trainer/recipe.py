@@ -13,6 +13,8 @@ from trainer.model.xut import XUTConfig
 from trainer.stages import STAGES, StageConfig
 from trainer.text import build_local_text_encoder, text_width
 
+PRESETS = {"tiny": XUTConfig.tiny, "small": XUTConfig.small, "base": XUTConfig.base, "large": XUTConfig.large}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -38,7 +40,6 @@ class Training:
             "stage": asdict(self.stage),
             "model": self.model.to_dict(),
             "selection": selection,
-            "text_encoder": self.text_encoder,
             "example_prompts": self.example_prompts,
         }
 
@@ -57,9 +58,10 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
         raise UsageError(f"--steps must be at least 1: got {total}")
     selection = _selection(dataset, stage)
     folder = Path(run).resolve()
-    text_encoder = _text_encoder(folder, stage, selection)
-    model = XUTConfig.preset(
-        stage.model,
+    text_encoder = text_encoder_of(folder, stage.text_encoder)
+    if stage.text_encoder == "local" and not Path(text_encoder).exists():
+        build_local_text_encoder(selection_texts(selection), Path(text_encoder), stage.seed)
+    model = PRESETS[stage.model](
         in_channels=load_codec(stage.codec).channels,
         patch_size=stage.patch_size,
         text_dim=text_width(text_encoder),
@@ -99,14 +101,9 @@ def _selection(dataset: str, stage: StageConfig) -> Selection:
     return selection
 
 
-def _text_encoder(folder: Path, stage: StageConfig, selection: Selection) -> str:
-    """The encoder's folder or name; "local" is made once per run, from the selection's own texts."""
-    if stage.text_encoder != "local":
-        return stage.text_encoder
-    local = folder / "text_encoder"
-    if not local.exists():
-        build_local_text_encoder(selection_texts(selection), local, stage.seed)
-    return str(local)
+def text_encoder_of(run: Path, name: str) -> str:
+    """Where a stage's text encoder is: "local" lies in the run folder itself, so that the folder can be moved."""
+    return str(run / "text_encoder") if name == "local" else name
 
 
 def _check_same_run(found: checkpoint.Checkpoint | None, training: Training) -> None:

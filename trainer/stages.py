@@ -19,9 +19,11 @@ class StageConfig:
     codec: str  # pixels <-> latents, see latents.py
     text_encoder: str  # folder or hub name of a causal language model; "local": made from the selection's captions
     text_tokens: int  # longest text, in tokens of the encoder
+    text_multiple: int  # a batch's texts are padded to a multiple of so many tokens: few shapes, little padding
     selection_rate: float  # share of image tokens that TREAD routes around the middle blocks
     optimizer: OptimizerConfig
     captions: CaptionConfig = field(default_factory=CaptionConfig)
+    clip_norm: float = 3.0  # of the whole gradient; the papers: 3, then 1 from the 512 stage on
     ema_decay: float = 0.9999
     seed: int = 0
     checkpoint_every: int = 1000  # optimizer steps
@@ -29,20 +31,23 @@ class StageConfig:
 
 
 STAGES = {
-    # 64-pixel crops on two CPU cores in minutes. Measured choices are in tests/bench/RESULTS.md.
+    # 64-pixel crops on two CPU cores in minutes. What was tried is in tests/bench/RESULTS.md.
     "demo": StageConfig(
         selection="demo",
         resolution=64,
-        samples=1500 * 64,
-        batch_size=64,
+        samples=2200 * 32,
+        batch_size=32,
         model="tiny",
         patch_size=1,
         codec="dct",
         text_encoder="local",
         text_tokens=64,
+        text_multiple=8,  # a third of the tokens would be padding with 32, and there is no graph to compile
         selection_rate=0.25,
-        optimizer=OptimizerConfig(),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        # The tag engine's caption only repeats the tags; and the shorter the text, the more pictures a minute.
+        captions=CaptionConfig(tag_dropout=0.15, group_dropout=0.7, caption_only=0.0, tags_only=1.0),
         ema_decay=0.995,
-        checkpoint_every=250,
+        checkpoint_every=500,
     ),
 }

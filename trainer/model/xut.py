@@ -155,21 +155,26 @@ class XUTConfig:
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, D): cosines and sines of 1000 t at periods up to 10000 / 2 pi, Linear, Mish."""
+    """t (B,) in [0, 1] -> (B, D): cosines and sines of 1000 t, periods from 2 pi to 10000 * 2 pi, Linear, Mish."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.frequencies = dim // 2
+        frequency_1F = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))[None]
+        self.frequency: Tensor
+        self.register_buffer("frequency", frequency_1F)  # saved, because the release saves it, rounded to float16
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        step = torch.arange(self.frequencies, device=t_B.device, dtype=torch.float32) / self.frequencies
-        angle_BF = 1000 * t_B.float()[:, None] * torch.exp(-math.log(10000) * step)
+        angle_BF = 1000 * t_B.float()[:, None] * self.frequency.float()
         return F.mish(self.proj(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)))
 
 
 class XUT(nn.Module):
     """The model. checkpointing: recompute in the backward pass the activations of no block, of every second, of all."""
+
+    # The layers whose fan-in, or fan-out, does not grow with the width (trainer.optim).
+    INPUT_LAYERS = ("patch_in", "text_in", "aspect_in")
+    OUTPUT_LAYERS = ("patch_out",)
 
     def __init__(self, config: XUTConfig, checkpointing: Checkpointing = "none") -> None:
         super().__init__()

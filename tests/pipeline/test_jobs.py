@@ -1,0 +1,367 @@
+"""The pipeline's job files as their users run them: what they write, say and refuse, and with which exit code.
+
+One drawn dataset goes through all jobs, on a local disk and on S3; each test states facts about what came out.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.sample_posts import plan
+from pipeline.shards import Store
+
+Finished = CompletedProcess[str]
+RunJob = Callable[..., Finished]
+
+IMAGES = 300
+# Planted kind -> the reason that ingest gives; the other kinds are for curation to find.
+INGEST_REASONS = {
+    "truncated_bytes": "truncated",
+    "empty_bytes": "empty",
+    "html_page": "not an image",
+    "tiny_picture": "too small",
+    "video_or_archive": "not a still picture",
+    "ugoira": "not a still picture",
+    "deleted": "deleted",
+    "banned": "banned",
+    "ai_work": "made by AI",
+    "placeholder": "placeholder picture",
+    "duplicate_id": "duplicate id",
+}
+UNUSABLE_TAGS = {
+    "cosplay_photo": "tag cosplay photo",
+    "third-party_edit": "tag third-party edit",
+    "text-only_page": "tag text-only page",
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A dataset that went through all jobs, and how each of them ended."""
+
+    root: Path
+    ingest: Finished
+    caption: Finished
+    curate: Finished
+
+
+@pytest.fixture(scope="module")
+def raw(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "raw"
+    succeeded(run_job("pipeline/sample_data.py", "--out", folder, "--images", IMAGES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(run_job: RunJob, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """In a folder with a space in its name; the dataset is named once by a flag and twice by HDM_DATASET."""
+    elsewhere = tmp_path_factory.mktemp("with a space")
+    root, named = elsewhere / "dataset", {"HDM_DATASET": "dataset"}
+    return Chain(
+        root,
+        run_job("pipeline/ingest.py", "--raw", raw, "--dataset", root),
+        run_job("pipeline/caption.py", environment=named, cwd=elsewhere),
+        run_job("pipeline/curate.py", "--stage", "demo", environment=named, cwd=elsewhere),
+    )
+
+
+def succeeded(job: Finished) -> None:
+    assert job.returncode == 0, job.stderr
+
+
+def refused(job: Finished, code: int) -> str:
+    """The one line, besides progress bars, that a job left stderr with."""
+    *bars, line = job.stderr.splitlines()
+    assert job.returncode == code, job.stderr
+    assert all("%|" in bar or not bar for bar in bars), job.stderr
+    assert line.startswith({1: "failed: ", 2: "error: "}[code])
+    return line
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """A job's run.json without what differs from run to run."""
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    assert found.pop("seconds") >= 0
+    assert found.pop("versions")["ray"]
+    assert found["rows_in"] == found["rows_out"] + sum(found["rejected"].values())
+    return found
+
+
+def rows(folder: Path, *columns: str) -> list[dict[str, Any]]:
+    """The rows of all shards of a folder, in the order of the shards' names."""
+    tables = (pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
+    return list(chain.from_iterable(table.to_pylist() for table in tables))
+
+
+def ids(folder: Path) -> list[str]:
+    return [row["id"] for row in rows(folder, "id")]
+
+
+def raw_pictures(raw: Path) -> list[tuple[str, bytes]]:
+    """Id and bytes of every raw row, in the order of the plan: Danbooru's first."""
+    danbooru = [(f"danbooru:{row['id']}", row["image"]) for row in rows(raw / "danbooru", "id", "image")]
+    pixiv = [
+        (f"pixiv:{row['id']}_p{row['page']}", row["image"]["bytes"])
+        for row in rows(raw / "pixiv", "id", "page", "image")
+    ]
+    return danbooru + pixiv
+
+
+def planted(raw: Path, kinds: dict[str, str]) -> list[tuple[str, str]]:
+    """Id and reason of each row that was planted with one of these kinds, sorted."""
+    posts = chain.from_iterable(plan(0, IMAGES).values())
+    found = zip(raw_pictures(raw), posts, strict=True)
+    return sorted((name, kinds[post.planted]) for (name, _), post in found if post.planted in kinds)
+
+
+def refusals(folder: Path) -> list[tuple[str, str]]:
+    return sorted((row["key"], row["reason"]) for row in rows(folder, "key", "reason"))
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every shard below a folder and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_ray(tmp_path: Path) -> dict[str, str]:
+    """An environment in which importing Ray, which takes seconds, fails."""
+    (tmp_path / "ray.py").write_text("raise ImportError('Ray was imported')")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("job", ["sample_data", "ingest", "caption", "curate"])
+def test_help_comes_from_any_folder_without_ray(
+    run_job: RunJob, job: str, without_ray: dict[str, str], tmp_path: Path
+) -> None:
+    helped = run_job(f"pipeline/{job}.py", "--help", environment=without_ray, cwd=tmp_path)
+    succeeded(helped)
+    assert f"usage: {job}.py" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["ingest"], ["--raw", "ingest.py --help"]),
+        (["ingest", "--raw", "nowhere", "--dataset", "none"], ["no parquet file at nowhere", "give a .parquet file"]),
+        (["caption", "--engine", "magic", "--dataset", "none"], ["magic", "tags"]),
+        (["caption", "--dataset", "none"], ["none has no images", "pipeline/ingest.py --raw PATH --dataset none"]),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line_with_the_mend_and_writes_nothing(
+    run_job: RunJob, command: list[str], named: list[str], without_ray: dict[str, str], tmp_path: Path
+) -> None:
+    job, *arguments = command
+    line = refused(run_job(f"pipeline/{job}.py", *arguments, environment=without_ray, cwd=tmp_path), 2)
+    assert all(part in line for part in named), line
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_named(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
+    nobody = {"RAY_ADDRESS": "127.0.0.1:1"}
+    line = refused(run_job("pipeline/ingest.py", "--raw", raw, "--dataset", tmp_path, environment=nobody), 2)
+    assert "RAY_ADDRESS=127.0.0.1:1" in line
+
+
+# --- Ingest -----------------------------------------------------------------------------------------------------------
+
+
+def test_ingest_refuses_exactly_what_was_planted_and_keeps_all_other_bytes_as_delivered(
+    local: Chain, raw: Path
+) -> None:
+    succeeded(local.ingest)
+    expected = planted(raw, INGEST_REASONS)
+    counted = record(local.root / "images")
+    assert counted["rows_in"] == IMAGES
+    assert counted["rejected"] == Counter(reason for _, reason in expected)
+    assert len(set(counted["rejected"])) == len(set(INGEST_REASONS.values()))
+    assert refusals(local.root / "rejected") == expected
+    kept = Counter((row["id"], row["image"]) for row in rows(local.root / "images", "id", "image"))
+    delivered = raw_pictures(raw)
+    assert kept <= Counter(delivered)
+    assert Counter(name for name, _ in kept) == Counter(name for name, _ in delivered) - Counter(
+        name for name, _ in expected
+    )
+
+
+def test_the_terminal_shows_the_jobs_own_lines_and_names_the_log(local: Chain) -> None:
+    for name, job in (("ingest", local.ingest), ("caption", local.caption), ("curate", local.curate)):
+        printed = job.stdout.splitlines()
+        assert all(line.startswith(f"{name}: ") for line in printed), printed
+        assert all("%|" in line or not line for line in job.stderr.splitlines()), job.stderr
+        (log,) = (line.split("log: ")[1] for line in printed if "log: " in line)
+        assert "session folder of Ray" in Path(log).read_text()
+
+
+def test_a_second_ingest_writes_no_shard_and_reports_the_same(run_job: RunJob, local: Chain, raw: Path) -> None:
+    before = files(local.root), record(local.root / "images")
+    again = run_job("pipeline/ingest.py", "--raw", raw, "--dataset", local.root)
+    succeeded(again)
+    assert "2 raw shards, 2 of them finished before" in again.stdout
+    assert (files(local.root), record(local.root / "images")) == before
+
+
+def test_unknown_columns_are_refused_before_any_work_naming_those_missing_and_found(
+    run_job: RunJob, raw: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table({"picture": [b""], "label": ["cat"]}), tmp_path / "raw" / "other.parquet")
+    shutil.copy(raw / "danbooru" / "0000.parquet", tmp_path / "raw")
+    line = refused(run_job("pipeline/ingest.py", "--raw", tmp_path / "raw", "--dataset", tmp_path / "dataset"), 2)
+    assert "other.parquet" in line
+    assert "found the columns ['label', 'picture']" in line
+    assert "missing for danbooru ['id', 'image or " in line
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_files_that_are_no_whole_parquet_are_listed_and_all_others_are_done(
+    run_job: RunJob, raw: Path, tmp_path: Path
+) -> None:
+    folder, root = tmp_path / "danbooru", tmp_path / "dataset"
+    folder.mkdir()
+    whole = pq.read_table(raw / "danbooru" / "0000.parquet")
+    for name, first in {"a-cut": 0, "b-spoilt": 10, "c-whole": 20, "d-whole": 30}.items():
+        pq.write_table(whole.slice(first, 10), folder / f"{name}.parquet")
+    (folder / "e-text.parquet").write_text("<html>404</html>")
+    cut, spoilt = folder / "a-cut.parquet", folder / "b-spoilt.parquet"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    # A footer that is whole, and a page of pictures that is not.
+    pictures = pq.read_metadata(spoilt).row_group(0).column(whole.column_names.index("image"))
+    data = bytearray(spoilt.read_bytes())
+    data[pictures.data_page_offset : pictures.data_page_offset + 64] = b"\xff" * 64
+    spoilt.write_bytes(data)
+
+    line = refused(run_job("pipeline/ingest.py", "--raw", folder, "--dataset", root), 1)
+    counted = record(root / "images")
+    assert len(counted["failed"]) == 3
+    for name, failure in zip(("a-cut", "e-text", "b-spoilt"), counted["failed"], strict=True):
+        assert failure.startswith(f"{folder / name}.parquet (")
+        assert failure in line
+    assert counted["rows_in"] == 20
+    assert Store(str(root)).shards("images") == ["danbooru-c-whole", "danbooru-d-whole"]
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_the_images_in_their_order_and_images_are_not_rewritten(local: Chain) -> None:
+    succeeded(local.caption)
+    shards = Store(str(local.root)).shards("images")
+    assert Store(str(local.root)).shards("captions") == shards
+    for shard in shards:
+        pictures, captions = (
+            pq.read_table(local.root / folder / f"{shard}.parquet", columns=["id"]) for folder in ("images", "captions")
+        )
+        assert captions == pictures
+    written = max(files(local.root / "images").values())
+    assert all(later > written for later in files(local.root / "captions").values())
+    counted = record(local.root / "captions")
+    assert counted["rows_in"] == counted["rows_out"] == record(local.root / "images")["rows_out"]
+
+
+# --- Curation ---------------------------------------------------------------------------------------------------------
+
+
+def test_curation_selects_or_refuses_every_row_with_a_reason(local: Chain, raw: Path) -> None:
+    succeeded(local.curate)
+    folder = local.root / "selections" / "demo"
+    out = refusals(folder / "rejected")
+    selection, counted = json.loads((folder / "selection.json").read_text()), record(folder)
+    assert Counter(ids(folder)) + Counter(name for name, _ in out) == Counter(ids(local.root / "images"))
+    assert counted["rejected"] == selection["rejected"] == Counter(reason for _, reason in out)
+    assert counted["rows_out"] == selection["selected"] == sum(selection["shards"].values()) == len(ids(folder))
+    assert [entry for entry in out if entry[1] != "duplicate"] == planted(raw, UNUSABLE_TAGS)
+    for shard in selection["shards"]:
+        pictures = pq.read_table(local.root / "images" / f"{shard}.parquet", columns=["id"])["id"].to_pylist()
+        chosen = pq.read_table(folder / f"{shard}.parquet", columns=["id", "row"]).to_pylist()
+        assert [pictures[row["row"]] for row in chosen] == [row["id"] for row in chosen]
+
+
+def test_of_one_picture_under_two_ids_or_on_both_sites_one_is_selected(local: Chain, raw: Path) -> None:
+    folder = local.root / "selections" / "demo"
+    selected, out = set(ids(folder)), dict(refusals(folder / "rejected"))
+    same: dict[bytes, set[str]] = {}
+    for picture in rows(local.root / "images", "id", "image"):
+        same.setdefault(picture["image"], set()).add(picture["id"])
+    pairs = [names for names in same.values() if len(names) > 1]
+    links = {row["pixiv_id"]: row for row in rows(raw / "danbooru", "id", "source", "pixiv_id")}
+    for name in ids(local.root / "images"):
+        work, _, page = name.removeprefix("pixiv:").partition("_p")
+        link = links.get(int(work)) if page else None
+        if link and link["source"].rsplit("_p", 1)[1].split(".")[0] == page:
+            pairs.append({name, f"danbooru:{link['id']}"})
+    announced = json.loads((raw / "run.json").read_text())["planted"]
+    assert len(pairs) >= announced["danbooru"]["same_on_both_sites"] + announced["danbooru"]["duplicate_bytes"]
+    for names in pairs:
+        assert len(names & selected) == 1, names
+        assert {out[name] for name in names - selected} == {"duplicate"}
+
+
+def test_a_second_curation_on_a_ray_of_its_own_writes_the_same_selection(run_job: RunJob, local: Chain) -> None:
+    path = local.root / "selections" / "demo" / "selection.json"
+    before = path.read_text()
+    assert len(json.loads(before)["hash"]) == 64
+    path.write_text("{}")
+    own = {"RAY_ADDRESS": ""}
+    succeeded(run_job("pipeline/curate.py", "--dataset", local.root, "--stage", "demo", environment=own))
+    assert path.read_text() == before
+
+
+def test_curation_without_captions_is_refused_with_the_mend(run_job: RunJob, local: Chain, tmp_path: Path) -> None:
+    shutil.copytree(local.root / "images", tmp_path / "images")
+    line = refused(run_job("pipeline/curate.py", "--dataset", tmp_path), 2)
+    assert "2 of 2 shards have no captions" in line
+    assert f"python pipeline/caption.py --dataset {tmp_path}" in line
+
+
+def test_a_selection_that_keeps_nothing_is_refused_with_the_counts(run_job: RunJob, local: Chain) -> None:
+    line = refused(run_job("pipeline/curate.py", "--dataset", local.root, "--stage", "1024"), 2)
+    folder = local.root / "selections" / "1024"
+    counted = record(folder)
+    assert counted["rows_out"] == 0
+    assert counted["rejected"]["too small"] > 200
+    assert all(f"'{reason}': {count}" in line for reason, count in counted["rejected"].items())
+    assert not (folder / "selection.json").exists()
+
+
+# --- Elsewhere --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_rows_on_s3_give_the_same_selection(run_job: RunJob, local: Chain, raw: Path, bucket: str) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).put(str(raw), f"{bucket}/raw", recursive=True)
+    dataset = ["--dataset", f"{bucket}/dataset"]
+    succeeded(run_job("pipeline/ingest.py", "--raw", f"{bucket}/raw", *dataset))
+    succeeded(run_job("pipeline/caption.py", *dataset))
+    succeeded(run_job("pipeline/curate.py", *dataset))
+    here, there = Store(str(local.root)), Store(f"{bucket}/dataset")
+    assert there.shards("images") == here.shards("images")
+    assert there.read("selections/demo/selection.json") == here.read("selections/demo/selection.json")
+
+
+def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustrations: Path, tmp_path: Path) -> None:
+    succeeded(run_job("pipeline/ingest.py", "--raw", real_illustrations, "--dataset", tmp_path))
+    ingested = record(tmp_path / "images")
+    assert ingested["rows_in"] == 59
+    assert len(ids(tmp_path / "images")) == ingested["rows_out"]
+    assert len(refusals(tmp_path / "rejected")) == sum(ingested["rejected"].values())
+    succeeded(run_job("pipeline/caption.py", "--dataset", tmp_path))
+    assert record(tmp_path / "captions")["rows_in"] == ingested["rows_out"]
+    succeeded(run_job("pipeline/curate.py", "--dataset", tmp_path))
+    curated = record(tmp_path / "selections" / "demo")
+    assert curated["rows_in"] == ingested["rows_out"]
+    assert curated["rows_out"] > 0

@@ -1,0 +1,473 @@
+"""XUT: its size, its wiring, what it depends on and what it must not depend on."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from trainer.model.blocks import Branch
+from trainer.model.xut import XUT, XUTConfig
+from trainer.positions import full_position_map
+
+TEXT_DIM = 16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Kernels this small are slower on more threads, by far where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(seed: int = 0, **overrides: Any) -> XUT:
+    """A model of a few thousand weights, all random: nothing hides behind a zero initialisation."""
+    shape = {"dim": 32, "heads": 2, "mlp_dim": 48, "depth": 2, "dec_blocks": 2, "post_blocks": 1, "text_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    model = XUT(XUTConfig(**{**shape, **overrides}))
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.1 if parameter.dim() == 1 else 0.5 * parameter[0].numel() ** -0.5
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def inputs(batch: int = 2, text_tokens: int = 6, side: int = 8, seed: int = 1) -> dict[str, Any]:
+    generator = seeded(seed)
+    return {
+        "x_BCHW": torch.randn(batch, 4, side, side, generator=generator),
+        "t_B": torch.rand(batch, generator=generator),
+        "text": torch.randn(batch, text_tokens, TEXT_DIM, generator=generator),
+        "position_map": full_position_map(side * 8, side * 8, side // 2, side // 2).expand(batch, -1, -1),
+        "aspect": torch.randn(batch, generator=generator),
+    }
+
+
+def fresh_model(**overrides: Any) -> XUT:
+    """A small model exactly as it starts."""
+    model = small_model(**overrides)
+    torch.manual_seed(0)
+    return XUT(model.config)
+
+
+def capture(module: nn.Module) -> list[Any]:
+    """The list that will hold the module's next inputs, then its output."""
+    seen: list[Any] = []
+    module.register_forward_hook(lambda module, args, out: seen.extend([args, out]))
+    return seen
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "concat": {"skip": "concat"},
+    "add": {"skip": "add"},
+    "none": {"skip": "none"},
+    "raw_skip": {"skip_norm": False},
+    "last_skip": {"skip_order": "last"},
+    "qk_norm": {"qk_norm": True},
+    "final_norm": {"final_norm": True},
+    "per_layer": {"adaln": "per_layer"},
+    "zero_gate": {"zero_gate": True},
+    "average": {"text_layers": "average"},
+    "learned_rotary": {"rotary": "learned"},
+    "replace_stream": {"replace_stream": True},
+}
+every_option = pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+# Size and configuration
+
+
+@pytest.mark.parametrize(
+    ("config", "millions", "tolerance"),
+    [
+        (XUTConfig.base(), 343.2, 0.005),
+        (XUTConfig.large(), 555.6, 0.005),
+        (XUTConfig.small(), 227.0, 0.005),
+        (XUTConfig.released(), 343.2, 0.005),
+        (XUTConfig.tiny(in_channels=16, patch_size=1, text_dim=128), 2.0, 0.05),
+    ],
+    ids=["base", "large", "small", "released", "tiny"],
+)
+def test_parameter_counts_are_the_papers(config: XUTConfig, millions: float, tolerance: float) -> None:
+    with torch.device("meta"):
+        model = XUT(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=tolerance)
+
+
+def test_base_has_20_blocks_and_24_attention_layers() -> None:
+    with torch.device("meta"):
+        model = XUT(XUTConfig.base())
+    kinds = [module.kind for module in model.modules() if isinstance(module, Branch)]
+    assert (kinds.count("attn"), kinds.count("mlp"), kinds.count("cross")) == (20, 20, 4)
+
+
+def test_config_survives_json() -> None:
+    config = XUTConfig.released(depth=3, qk_norm=True)
+    assert XUTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    fields = XUTConfig.tiny().to_dict()
+    del fields["dim"]
+    with pytest.raises(ValueError, match=r"unknown fields \[dims, wings\], missing fields \[dim\]"):
+        XUTConfig.from_dict({**fields, "wings": 2, "dims": 3})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"skip": "sum"}, "skip must be one of cross, concat, add, none: got 'sum'"),
+        ({"depth": 0}, "depth"),
+        ({"depth": 2.0}, "depth"),
+        ({"qk_norm": "no"}, "qk_norm"),
+        ({"heads": 3}, "multiple of 24"),
+    ],
+)
+def test_impossible_configs_are_refused(overrides: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        XUTConfig.tiny(**overrides)
+
+
+# Wiring
+
+
+def test_u_wiring_is_the_papers_example_by_gradient_probes() -> None:
+    """in > a > b > c > (c,c) > d > (d,b) > e > (e,a) > out: each decoder stage, its stream cut off, reads one stage."""
+    assert _stages_read(small_model(depth=3, dec_blocks=2)) == [{"c"}, {"b"}, {"a"}]
+
+
+def test_released_order_reads_the_last_encoder_stage_everywhere() -> None:
+    assert _stages_read(small_model(depth=3, dec_blocks=2, skip_order="last")) == [{"c"}, {"c"}, {"c"}]
+
+
+@pytest.mark.parametrize("skip", ["concat", "add"])
+def test_other_merges_read_the_mirrored_stage_too(skip: str) -> None:
+    assert _stages_read(small_model(depth=3, dec_blocks=2, skip=skip)) == [{"c"}, {"b"}, {"a"}]
+
+
+def test_without_skips_the_decoder_reads_nothing() -> None:
+    assert _stages_read(small_model(depth=3, dec_blocks=2, skip="none")) == [set(), set(), set()]
+
+
+def _stages_read(model: XUT) -> list[set[str]]:
+    """Which encoder stages (a, b, c ...) each decoder stage reads besides the stream it is handed."""
+    encoded: dict[str, Tensor] = {}
+    decoded: list[Tensor] = []
+
+    def remember(name: str) -> Any:
+        # A leaf of its own, so that a gradient on it cannot come through a later stage.
+        return lambda module, args, out: encoded.setdefault(name, out.detach().requires_grad_())
+
+    for name, stage in zip("abcdef", model.encoder, strict=False):
+        list(stage.children())[-1].register_forward_hook(remember(name))
+    for stage in model.decoder:
+        first, *_, last = stage.children()
+        first.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+        last.register_forward_hook(lambda module, args, out: decoded.append(out))
+    model(**inputs())
+    read = []
+    for out in decoded:
+        gradients = torch.autograd.grad(out.sum(), list(encoded.values()), allow_unused=True, retain_graph=True)
+        read.append({name for name, g in zip(encoded, gradients, strict=True) if g is not None and g.abs().sum() > 0})
+    return read
+
+
+# Initial state
+
+
+@every_option
+def test_fresh_model_predicts_zero(overrides: dict[str, Any]) -> None:
+    model = fresh_model(**overrides)
+    assert not model(**inputs()).any()
+
+
+@pytest.mark.parametrize("overrides", [{}, {"adaln": "per_layer"}, {"zero_gate": True}, {"replace_stream": True}])
+def test_at_its_zero_start_the_condition_has_no_effect(overrides: dict[str, Any]) -> None:
+    model = fresh_model(**overrides)
+    nn.init.normal_(model.patch_out.weight)
+    batch = inputs()
+    velocity = model(**batch)
+    assert velocity.any()
+    assert torch.equal(model(**{**batch, "t_B": 1 - batch["t_B"], "aspect": batch["aspect"] + 3}), velocity)
+
+
+def test_a_fresh_block_is_a_plain_pre_norm_block() -> None:
+    """Written out: h + attention(norm h), h + cross-attention(norm h, norm skip), h + SwiGLU(norm h)."""
+    model = fresh_model(dec_blocks=1, depth=1)
+    seen = capture(model.decoder[0][0])
+    model(**inputs())
+    (h, context, skip), out = seen
+    block = model.decoder[0][0].double()
+    h, skip, table = h.double(), skip.double(), context.rotary.double()
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x[..., 0::2], x[..., 1::2]
+        cos, sin = table[..., 0], table[..., 1]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, out: nn.Linear) -> Tensor:
+        q, k, v = (x.reshape(*x.shape[:2], 2, 16) for x in (q, k, v))
+        weights = torch.einsum("bsae,btae->bast", turned(q), turned(k)).div(4).softmax(-1)
+        return torch.einsum("bast,btae->bsae", weights, v).reshape(h.shape) @ out.weight.T + out.bias
+
+    attn, cross, mlp = block.attn, block.cross, block.mlp
+    q, k, v = (norm(h, attn.norm.weight) @ attn.function.qkv.weight.T).chunk(3, -1)
+    h = h + attention(q, k, v, attn.function.out)
+    k, v = (norm(skip, cross.function.skip_norm.weight) @ cross.function.kv.weight.T).chunk(2, -1)
+    h = h + attention(norm(h, cross.norm.weight) @ cross.function.q.weight.T, k, v, cross.function.out)
+    gate, value = (norm(h, mlp.norm.weight) @ mlp.function.up.weight.T + mlp.function.up.bias).chunk(2, -1)
+    h = h + (gate * gate.sigmoid() * value) @ mlp.function.down.weight.T + mlp.function.down.bias
+    torch.testing.assert_close(out.double(), h, atol=1e-5, rtol=1e-5)
+
+
+def test_with_zero_gates_a_fresh_model_passes_its_stream_unchanged() -> None:
+    model = fresh_model(zero_gate=True)
+    first, last = capture(model.prev[0]), capture(model.post[-1])
+    model(**inputs())
+    assert torch.equal(first[0][0], last[1])
+
+
+def test_blocks_without_output_projections_pass_the_stream_unchanged() -> None:
+    model = small_model()
+    for branch in (module for module in model.modules() if isinstance(module, Branch)):
+        last = branch.function.down if branch.kind == "mlp" else branch.function.out
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    first, last_block = capture(model.prev[0]), capture(model.post[-1])
+    model(**inputs())
+    assert torch.equal(first[0][0], last_block[1])
+
+
+# TREAD
+
+
+def test_routed_around_tokens_come_back_bit_equal() -> None:
+    model = small_model(prev_blocks=1, post_blocks=1)
+    before, after, inside = capture(model.prev[-1]), capture(model.post[0]), capture(model.encoder[0][0])
+    model(**inputs(), selection_rate=0.5, routing_key=torch.tensor([5, 6]))
+    h_BSD, back_BSD = before[1], after[0][0]
+    assert inside[0][0].shape == (2, 8 + 6, 32)
+    unchanged_BS = (h_BSD == back_BSD).all(-1)
+    assert unchanged_BS[:, :16].sum(1).tolist() == [8, 8]
+    assert not unchanged_BS[:, 16:].any()
+
+
+def test_the_u_sees_the_kept_tokens_with_their_own_positions_and_mask() -> None:
+    model = small_model()
+    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    outside, inside = capture(model.prev[0]), capture(model.encoder[0][0])
+    model(**inputs(), text_mask=mask, selection_rate=0.75, routing_key=torch.tensor([5, 6]))
+    whole, kept, h_BSD = outside[0][1], inside[0][1], outside[1]
+    for sample in range(2):
+        for k, token in enumerate(inside[0][0][sample]):
+            (origin,) = (h_BSD[sample] == token).all(-1).nonzero()[0].tolist()
+            assert torch.equal(kept.position[sample, k], whole.position[sample, origin])
+            assert torch.equal(kept.rotary[sample, k], whole.rotary[sample, origin])
+            assert kept.key_mask[sample, 0, 0, k] == whole.key_mask[sample, 0, 0, origin]
+
+
+def test_rate_zero_is_the_dense_model_and_keeping_all_tokens_equals_it() -> None:
+    model, batch, key = small_model(), inputs(), torch.tensor([5, 6])
+    dense = model(**batch)
+    assert torch.equal(model(**batch, selection_rate=0.0, routing_key=key), dense)
+    torch.testing.assert_close(model(**batch, selection_rate=1e-9, routing_key=key), dense, atol=1e-6, rtol=0)
+    assert not torch.allclose(model(**batch, selection_rate=0.5, routing_key=key), dense)
+
+
+def test_routing_without_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="routing_key"):
+        small_model()(**inputs(), selection_rate=0.5)
+
+
+# What the velocity must not depend on
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("overrides", [{}, {"skip": "concat"}, {"text_layers": "average"}])
+def test_velocity_does_not_depend_on_padding(overrides: dict[str, Any], rate: float) -> None:
+    model, batch, key = small_model(**overrides), inputs(), torch.tensor([5, 6])
+    unpadded = model(**batch, selection_rate=rate, routing_key=key)
+    garbage = 100 * torch.randn(2, 26, TEXT_DIM, generator=seeded(3))
+    padded = {**batch, "text": torch.cat([batch["text"], garbage], 1)}
+    mask = (torch.arange(32) < 6).expand(2, -1)
+    velocity = model(**padded, text_mask=mask, selection_rate=rate, routing_key=key)
+    torch.testing.assert_close(velocity, unpadded, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(**padded, selection_rate=rate, routing_key=key), unpadded, atol=1e-2)
+
+
+def test_text_that_is_all_padding_is_no_text() -> None:
+    model, batch = small_model(), inputs()
+    none = model(**{**batch, "text": batch["text"][:, :0]})
+    torch.testing.assert_close(model(**batch, text_mask=torch.zeros(2, 6)), none, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_velocity_does_not_depend_on_the_other_samples_of_the_batch(rate: float) -> None:
+    model, batch = small_model(), inputs(batch=3)
+    extra = {"text_mask": torch.arange(6) < torch.tensor([[6], [2], [4]]), "routing_key": torch.tensor([5, 6, 7])}
+    together = model(**batch, **extra, selection_rate=rate)
+    for i in range(3):
+        alone = {key: value[i : i + 1] for key, value in {**batch, **extra}.items()}
+        torch.testing.assert_close(model(**alone, selection_rate=rate), together[i : i + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_text_has_no_order_of_its_own() -> None:
+    model, batch = small_model(), inputs()
+    shuffled = batch["text"][:, torch.randperm(6, generator=seeded(4))]
+    torch.testing.assert_close(model(**{**batch, "text": shuffled}), model(**batch), atol=1e-5, rtol=1e-5)
+
+
+def test_moving_all_positions_by_a_constant_changes_nothing_among_image_tokens() -> None:
+    """Rotary attention sees distances; only text, which stays at the origin, can tell where the picture is."""
+    model, batch = small_model(), inputs()
+    moved = batch["position_map"] + torch.tensor([0.3, -0.2])
+    assert not torch.allclose(model(**{**batch, "position_map": moved}), model(**batch), atol=1e-3)
+    batch["text"] = batch["text"][:, :0]
+    torch.testing.assert_close(model(**{**batch, "position_map": moved}), model(**batch), atol=1e-4, rtol=1e-4)
+
+
+def test_velocity_depends_on_every_input() -> None:
+    model, batch = small_model(), inputs()
+    velocity = model(**batch)
+    for name in batch:
+        assert not torch.allclose(model(**{**batch, name: batch[name] * 0.5}), velocity, atol=1e-4), name
+    assert not torch.allclose(model(**{**batch, "aspect": None}), velocity, atol=1e-4)
+
+
+# Refusals
+
+
+def test_a_position_map_of_the_wrong_grid_is_refused_with_both_shapes() -> None:
+    batch = inputs()
+    with pytest.raises(ValueError, match=r"position_map must be \(2, 16, 2\).*got \(2, 64, 2\)"):
+        small_model()(**{**batch, "position_map": torch.zeros(2, 64, 2)})
+    with pytest.raises(ValueError, match=r"must be \(2, 64, 2\), one \(y, x\) per latent"):
+        small_model(position_grid="latent")(**batch)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 4, 7, 8)])
+def test_latents_that_do_not_split_into_patches_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="4 channels and sides that are multiples of the patch size 2"):
+        small_model()(**{**inputs(), "x_BCHW": torch.zeros(shape)})
+
+
+# Training
+
+
+@every_option
+def test_one_batch_is_learned_by_heart(overrides: dict[str, Any]) -> None:
+    """The loss of a repeated batch falls below 5% of its start."""
+    model = fresh_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0, **overrides)
+    batch = inputs(batch=4, side=4)
+    target = torch.randn(4, 4, 4, 4, generator=seeded(5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(120):
+        optimizer.zero_grad()
+        (model(**batch) - target).square().mean().backward()
+        optimizer.step()
+    assert (model(**batch) - target).square().mean() < 0.05 * target.square().mean()
+
+
+@every_option
+def test_bfloat16_gradients_are_finite_float32_and_near_the_float32_ones(overrides: dict[str, Any]) -> None:
+    model, batch = small_model(**overrides), inputs()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        velocity = model(**batch, selection_rate=0.5, routing_key=torch.tensor([5, 6]))
+        velocity.float().square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    exact = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = gradients()
+    assert rounded.keys() == exact.keys() == dict(model.named_parameters()).keys()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in rounded.values())
+    exact_all, rounded_all = (torch.cat([g.flatten() for g in gs.values()]) for gs in (exact, rounded))
+    assert torch.cosine_similarity(exact_all, rounded_all, dim=0) > 0.99
+
+
+def test_checkpointing_recomputes_blocks_and_changes_no_gradient() -> None:
+    gradients, runs = {}, {}
+    for checkpointing in ("none", "blocks", "all"):
+        model = small_model()
+        again = XUT(model.config, checkpointing=checkpointing)
+        again.load_state_dict(model.state_dict())
+        calls: list[int] = []
+        for branch in (module for module in again.modules() if isinstance(module, Branch) and module.kind == "mlp"):
+            branch.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+        again(**inputs(), selection_rate=0.5, routing_key=torch.tensor([5, 6])).square().mean().backward()
+        gradients[checkpointing] = [p.grad for p in again.parameters()]
+        runs[checkpointing] = len(calls)
+    blocks = 1 + 2 * (1 + 2) + 1
+    assert runs == {"none": blocks, "blocks": blocks + blocks // 2, "all": 2 * blocks}
+    for checkpointing in ("blocks", "all"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[checkpointing], strict=True))
+
+
+def test_unknown_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="none, blocks, all"):
+        XUT(XUTConfig.tiny(), checkpointing="some")  # type: ignore[arg-type]
+
+
+# Compiled
+
+
+ROUTED: dict[str, Any] = {
+    "text_mask": torch.arange(6) < torch.tensor([[6], [2]]),
+    "routing_key": torch.tensor([5, 6]),
+    "selection_rate": 0.5,
+}
+
+
+def test_training_forward_is_one_graph_per_resolution_and_text_length() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for side, text_tokens in [(8, 6), (4, 6), (8, 12)]:
+        for seed in range(3):
+            batch = inputs(side=side, text_tokens=text_tokens, seed=seed)
+            mask = torch.arange(text_tokens) < torch.tensor([[seed + 1], [text_tokens]])
+            key = torch.tensor([seed, 7 * seed])
+            compiled(**batch, text_mask=mask, selection_rate=0.5, routing_key=key).square().mean().backward()
+    assert counter.frame_count == 3
+
+
+def test_the_traced_graph_equals_eager_forward_and_backward() -> None:
+    torch._dynamo.reset()
+    model = small_model(depth=1, dec_blocks=1, prev_blocks=0)
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = {}
+    for name, run in (("eager", model), ("traced", traced)):
+        model.zero_grad()
+        velocity = run(**inputs(), **ROUTED)
+        velocity.square().mean().backward()
+        gradients[name] = [velocity.detach(), *(p.grad for p in model.parameters())]
+    for eager, fast in zip(gradients["eager"], gradients["traced"], strict=True):
+        torch.testing.assert_close(fast, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_the_compiled_velocity_equals_eager() -> None:
+    """Forward only: the C++ of the backward pass takes a minute to build."""
+    torch._dynamo.reset()
+    model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(**inputs(), **ROUTED)
+        torch.testing.assert_close(compiled, model(**inputs(), **ROUTED), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,133 @@
+"""The training and the sampling job as their users run them: workers, going on, pictures, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+RunJob = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def dataset(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small drawn dataset, curated for the demo stage."""
+    folder = tmp_path_factory.mktemp("dataset")
+    _succeeds(run_job("pipeline/sample_data.py", "--out", folder / "raw", "--images", 160))
+    _succeeds(run_job("pipeline/ingest.py", "--raw", folder / "raw", "--dataset", folder / "dataset"))
+    _succeeds(run_job("pipeline/caption.py", "--dataset", folder / "dataset"))
+    _succeeds(run_job("pipeline/curate.py", "--dataset", folder / "dataset"))
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="module")
+def trained(run_job: RunJob, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps by two workers, which talk over gloo."""
+    run = tmp_path_factory.mktemp("runs") / "two workers"
+    _succeeds(_train(run_job, dataset, run, "--steps", 3, "--workers", 2))
+    return run
+
+
+def _train(run_job: RunJob, dataset: Path, run: Path, *arguments: object) -> CompletedProcess[str]:
+    return run_job("trainer/run.py", "--stage", "demo", "--dataset", dataset, "--run", run, *arguments)
+
+
+def _succeeds(finished: CompletedProcess[str]) -> CompletedProcess[str]:
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished
+
+
+def _refuses(finished: CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line that has these words; no traceback."""
+    assert finished.returncode == 2, finished.stderr[-2000:]
+    assert "Traceback" not in finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_worker_and_two_take_the_same_steps(run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
+    _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 3, "--workers", 1))
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(trained), rel=1e-5)
+    weights = "checkpoints/step-00000003/model.safetensors"
+    one, two = load_file(tmp_path / "run" / weights), load_file(trained / weights)
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(
+    run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    again = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 3))
+    assert "has its 3 steps" in again.stdout
+    further = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 4))
+    assert "going on from step 3" in further.stdout
+    assert (tmp_path / "run/checkpoints/step-00000004/state.json").exists()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["rows_in"], record["rows_out"]) == (32, 32)
+
+
+def test_a_run_of_another_selection_is_refused(run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    state = tmp_path / "run/checkpoints/step-00000003/state.json"
+    changed = json.loads(state.read_text())
+    changed["selection"]["hash"] = "another"
+    state.write_text(json.dumps(changed))
+    _refuses(_train(run_job, dataset, tmp_path / "run", "--steps", 4), "selection", "--run")
+
+
+def test_what_cannot_be_trained_is_refused_with_the_mend(run_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    _refuses(_train(run_job, dataset, tmp_path, "--workers", 3), "does not divide", "[2, 4]")
+    _refuses(_train(run_job, dataset, tmp_path, "--steps", 0), "--steps")
+    _refuses(_train(run_job, tmp_path, tmp_path, "--steps", 1), "pipeline/curate.py")
+    _refuses(run_job("trainer/run.py", "--stage", "2048"), "2048", "demo")
+
+
+def test_a_picture_is_the_same_again_and_moves_with_the_camera(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
+    def sample(out: str, *arguments: object) -> np.ndarray:
+        prompts = ("--prompt", "red star", "blue fish")
+        _succeeds(run_job("trainer/sample.py", "--run", trained, *prompts, "--steps", 2, "--out", tmp_path / out, *arguments))
+        pictures = sorted((tmp_path / out).glob("*.png"))
+        assert [path.name for path in pictures] == ["000000-red-star.png", "000001-blue-fish.png"]
+        made_by = json.loads(Image.open(pictures[1]).info["hdm"])
+        assert (made_by["prompt"], made_by["seed"]) == ("blue fish", 1)
+        return np.stack([np.asarray(Image.open(path)) for path in pictures])
+
+    still = sample("still", "--width", 100, "--height", 48)
+    assert still.shape == (2, 48, 104, 3), "100 is no whole number of 8-pixel tokens: the nearest is 104"
+    np.testing.assert_array_equal(still, sample("again", "--width", 100, "--height", 48))
+    assert not np.array_equal(still, sample("moved", "--width", 100, "--height", 48, "--x-shift", 0.25))
+
+
+def test_a_page_shows_all_there_is(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
+    arguments = ("--gallery", "--steps", 1, "--colour-agreement", 4, "--out", tmp_path, "--prompt", "red star")
+    done = _succeeds(run_job("trainer/sample.py", "--run", trained, *arguments))
+    assert str(tmp_path / "index.html") in done.stdout.splitlines()[-1]
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png") == 6 + 4 + 9, "six seeds, four shapes, nine cameras"
+    for heading in ("Prompts and seeds", "Wide and tall", "Camera", "Loss", "refused", "Chance"):
+        assert heading in page
+    figures = json.loads((tmp_path / "gallery.json").read_text())
+    assert figures["colour_agreement"]["total"] == 4
+    assert [record["job"] for record in figures["funnel"]] == ["ingest", "caption", "curate"]
+
+
+def test_what_cannot_be_drawn_is_refused_with_the_mend(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
+    def sample(*arguments: object) -> CompletedProcess[str]:
+        return run_job("trainer/sample.py", "--run", trained, "--out", tmp_path, "--prompt", "red star", *arguments)
+
+    _refuses(run_job("trainer/sample.py", "--run", tmp_path / "nowhere"), "no checkpoint", "trainer/run.py")
+    _refuses(sample("--width", 0), "--width")
+    _refuses(sample("--zoom", 0), "zoom")
+    _refuses(sample("--guidance", "nan"), "guidance")
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,183 @@
+"""The public HDM weights: read, renamed into ours, and back.
+
+A release is one safetensors file with keys `unet.model.*`, float16 or float32, optionally with the decoder's `vae.*`,
+and a JSON config in the release's own field names. Renaming keeps every tensor's bytes; `vae.*` passes as it is.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.model.xut import XUT, XUTConfig
+
+PREFIX = "unet.model."
+PASSED_ON = "vae."
+
+# Our name -> the release's, applied in this order to the start, the middle and the end of a key.
+STEMS = {
+    "patch_in.": "in_patch.proj.",
+    "patch_out.": "out_patch.proj.",
+    "text_in.": "ctx_proj.",
+    "time_in.frequency": "time_emb.freqs",
+    "time_in.proj.": "time_emb.proj.0.",
+    "aspect_in.": "addon_info_embs_proj.0.",
+    "aspect_out.": "addon_info_embs_proj.2.",
+    "adaln.attn.": "shared_adaln_attn.",
+    "adaln.cross.": "shared_adaln_xattn.",
+    "adaln.mlp.": "shared_adaln_ffw.",
+    "prev.": "prev_tread_trns.blocks.",
+    "encoder.": "backbone.enc_blocks.",
+    "decoder.": "backbone.dec_blocks.",
+    "post.": "post_tread_trns.blocks.",
+}
+ADALN_PARTS = {"norm.": "0.", "hidden.": "1.", "out.": "3."}
+BLOCK_PARTS = {
+    "attn.norm.": "attn_pre_norm.norm.",
+    "cross.norm.": "xattn_pre_norm.norm.",
+    "mlp.norm.": "mlp_pre_norm.norm.",
+    "attn.function.": "attn.",
+    "cross.function.": "xattn.",
+    "mlp.function.up.": "mlp.w12.",
+    "mlp.function.down.": "mlp.w3.",
+}
+
+CONFIG_FIELDS = {
+    "patch_size": "patch_size",
+    "input_dim": "in_channels",
+    "dim": "dim",
+    "ctx_dim": "text_dim",
+    "heads": "heads",
+    "mlp_dim": "mlp_dim",
+    "depth": "depth",
+    "enc_blocks": "enc_blocks",
+    "dec_blocks": "dec_blocks",
+}
+TREAD_FIELDS = {"prev_trns_depth": "prev_blocks", "post_trns_depth": "post_blocks"}
+# Options of the release that its weights were trained with: any other value is another architecture.
+FIXED_FIELDS = {
+    "addon_info_embs_dim": 1,
+    "shared_adaln": True,
+    "concat_ctx": True,
+    "dec_ctx": False,
+    "class_cond": 0,
+    "use_dyt": False,
+    "double_t": False,
+}
+# What the release says about data and training.
+NOT_ARCHITECTURE = {"ctx_size", "grad_ckpt"}
+
+
+def load(weights_path: str | Path, config_path: str | Path | None = None) -> XUT:
+    """The released model, float32, ready to sample; without a config that of the public 340M weights.
+
+    Give it position maps at latent resolution (`trainer.positions`, convention released), the aspect as W / H, captions
+    padded to 256 tokens and no text_mask: so it was trained.
+    Raises ValueError for a config or a file that is not the release's.
+    """
+    config = XUTConfig.released() if config_path is None else read_config(config_path)
+    state = from_released(read_tensors(weights_path), config)
+    model = XUT(config)
+    model.load_state_dict({key: tensor.float() for key, tensor in state.items() if not key.startswith(PASSED_ON)})
+    return model.eval()
+
+
+def read_config(path: str | Path) -> XUTConfig:
+    """The architecture of a config in the release's field names. Raises ValueError naming fields that do not fit."""
+    fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    tread: dict[str, Any] = fields.get("tread_config", {})
+    missing = sorted(CONFIG_FIELDS.keys() - fields.keys()) + sorted(TREAD_FIELDS.keys() - tread.keys())
+    known = CONFIG_FIELDS.keys() | FIXED_FIELDS.keys() | NOT_ARCHITECTURE | {"dim_head", "tread_config"}
+    unknown = sorted(fields.keys() - known) + sorted(tread.keys() - TREAD_FIELDS.keys() - {"dropout_ratio"})
+    other = [f"{name}={fields[name]}" for name, value in FIXED_FIELDS.items() if fields.get(name, value) != value]
+    if not missing and fields.get("dim_head", fields["dim"] // fields["heads"]) * fields["heads"] != fields["dim"]:
+        other.append(f"dim_head={fields['dim_head']} (with {fields['heads']} heads of dim {fields['dim']})")
+    if missing or unknown or other:
+        raise ValueError(
+            f"{path} is not a config of the released architecture: missing [{', '.join(missing)}], "
+            f"unknown [{', '.join(unknown)}], not as released [{', '.join(other)}]"
+        )
+    ours = {our: fields[their] for their, our in CONFIG_FIELDS.items()}
+    return XUTConfig.released(**ours, **{our: tread[their] for their, our in TREAD_FIELDS.items()})
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ValueError for any other file: reading a pickle can run code."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}). A pickle (.ckpt, .pt, .bin) can run code when it is read and "
+            "is refused; if you trust where it comes from, convert it once: "
+            'python -c "import sys, torch, safetensors.torch as s; w = torch.load(sys.argv[1], weights_only=True); '
+            "s.save_file({k: v.contiguous() for k, v in w.get('state_dict', w).items()}, sys.argv[2])\" "
+            f"{shlex.quote(str(path))} {shlex.quote(str(Path(path).with_suffix('.safetensors')))}"
+        ) from None
+    return tensors
+
+
+def from_released(tensors: Mapping[str, Tensor], config: XUTConfig) -> dict[str, Tensor]:
+    """A released state dict under our names and shapes, bytes unchanged; `vae.*` as it is.
+
+    Raises one ValueError that lists every unknown, missing and misshapen key.
+    """
+    return _renamed(tensors, {their: our for our, their in _names(config).items()})
+
+
+def to_released(tensors: Mapping[str, Tensor], config: XUTConfig) -> dict[str, Tensor]:
+    """The inverse of `from_released`, with the same refusals. The config must be of the released architecture."""
+    return _renamed(tensors, _names(config))
+
+
+# A name and the shape that belongs to it.
+Entry = tuple[str, torch.Size]
+
+
+def _names(config: XUTConfig) -> dict[Entry, Entry]:
+    """Every tensor of the model -> the release's name and shape for it."""
+    shape_only = XUTConfig.released(
+        **{our: getattr(config, our) for our in (*CONFIG_FIELDS.values(), *TREAD_FIELDS.values())}
+    )
+    if config != shape_only:
+        differing = [name for name, value in config.to_dict().items() if value != shape_only.to_dict()[name]]
+        raise ValueError(f"this model is not of the released architecture, it differs in: {', '.join(differing)}")
+    with torch.device("meta"):
+        state = XUT(config).state_dict()
+    patch = torch.Size([config.dim, config.in_channels, config.patch_size, config.patch_size])
+    return {
+        (name, value.shape): (_released_name(name), patch if name == "patch_in.weight" else value.shape)
+        for name, value in state.items()
+    }
+
+
+def _released_name(name: str) -> str:
+    stem = next(stem for stem in STEMS if name.startswith(stem))
+    rest = name.removeprefix(stem)
+    parts = ADALN_PARTS if stem.startswith("adaln.") else BLOCK_PARTS
+    for ours, theirs in parts.items():
+        rest = rest.replace(ours, theirs, 1)
+    return PREFIX + STEMS[stem] + rest.replace("log_frequency", "rope.freqs")
+
+
+def _renamed(tensors: Mapping[str, Tensor], entries: Mapping[Entry, Entry]) -> dict[str, Tensor]:
+    wanted: dict[str, torch.Size] = dict(entries.keys())
+    passed_on = {name: tensor for name, tensor in tensors.items() if name.startswith(PASSED_ON)}
+    unknown = sorted(tensors.keys() - wanted.keys() - passed_on.keys())
+    missing = sorted(wanted.keys() - tensors.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in sorted(wanted.items())
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if unknown or missing or misshapen:
+        raise ValueError(
+            "these weights do not fit the config: "
+            f"unknown [{', '.join(unknown)}]; missing [{', '.join(missing)}]; misshapen [{', '.join(misshapen)}]"
+        )
+    return {new: tensors[old].reshape(shape) for (old, _), (new, shape) in entries.items()} | passed_on

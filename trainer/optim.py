@@ -1,0 +1,131 @@
+"""Which parameter learns how fast: muP by role, a handful of fused groups, a cosine schedule.
+
+Under muP (arXiv 2203.03466, table 3, Adam) the best rate does not move with the width if hidden and output matrices
+learn at rate / fan_in, everything else at the plain rate. So a rate found on a narrow model serves a wide one. The
+papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of XUT-base.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+Role = Literal["input", "hidden", "output", "vector", "frozen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Defaults: the papers' first stage, with the rate that is best for the demo's width."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices; the rest stay with AdamW
+    learning_rate: float = 2e-3  # peak, of AdamW, at the base width
+    base_width: int = 128  # fan-in at which hidden matrices learn at the plain rate: the demo's width
+    betas: tuple[float, float] = (0.9, 0.98)  # the papers: 0.995 from the 512 stage on
+    eps: float = 1e-8
+    weight_decay: float = 0.02  # of matrices only; the papers: 0.005, then 0.002 later
+    warmup_steps: int = 1000
+    final_ratio: float = 0.01  # of the peak, where the cosine ends
+    # Muon's steps have the same spectral norm at every width, so its rate needs no scaling; 0.02 is its authors' choice.
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"optimizer kind must be adamw or muon: got {self.kind!r}")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter, by name.
+
+    frozen: does not learn. vector: biases, norms, rotary frequencies. input: matrices whose fan-in stays when the model
+    gets wider (the model names these layers in INPUT_LAYERS). output: those whose fan-out stays (OUTPUT_LAYERS).
+    hidden: matrices that grow both ways.
+    """
+    inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
+    outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
+
+    def role(name: str, parameter: nn.Parameter) -> Role:
+        layer = name.rpartition(".")[0]
+        if not parameter.requires_grad:
+            return "frozen"
+        if parameter.dim() != 2:
+            return "vector"
+        if layer in inputs:
+            return "input"
+        return "output" if layer in outputs else "hidden"
+
+    return {name: role(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """One optimizer over all that learns. Each group carries its peak rate as `initial_lr` and its `role`.
+
+    Give it the model itself, not a compiled or distributed wrapper, whose names differ.
+    """
+    roles = parameter_roles(model)
+    members: dict[tuple[Role, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        if role != "frozen":
+            scaled = role == "output" or (role == "hidden" and config.kind == "adamw")
+            members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)
+
+    def groups(with_muon: bool) -> list[dict[str, Any]]:
+        peak = config.muon_learning_rate if with_muon else config.learning_rate
+        return [
+            {
+                "params": parameters,
+                "lr": peak * scale,
+                "initial_lr": peak * scale,
+                "weight_decay": 0.0 if role == "vector" else config.weight_decay,
+                "role": role,
+            }
+            for (role, scale), parameters in members.items()
+            if (config.kind == "muon" and role == "hidden") == with_muon
+        ]
+
+    adamw = AdamW(groups(with_muon=False), betas=config.betas, eps=config.eps, fused=True)
+    if config.kind == "adamw":
+        return adamw
+    return MuonAndAdamW(Muon(groups(with_muon=True), momentum=config.muon_momentum, adjust_lr_fn="original"), adamw)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for its groups, AdamW for the others, behind one list of groups and one state dict."""
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self.parts: tuple[tuple[Optimizer, int, int], ...] = ()
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        split = len(muon.param_groups)
+        self.parts = ((muon, 0, split), (adamw, split, len(self.param_groups)))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "neither part evaluates the loss again"
+        for part, first, last in self.parts:
+            # Handed over at every step: load_state_dict replaces both.
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            part.step()
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak rate at update number `step` (from 0): linear warm-up, then a cosine to `final_ratio`.
+
+    A pure function: a resumed run needs nothing but its step. Warm-up takes at most a tenth of a short run.
+    """
+    warmup = min(config.warmup_steps, total_steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Every group at `factor` of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
