@@ -27,5 +27,5 @@ if [ -n "${DATA:-}" ]; then
 else
     python trainer/sample.py --run "$DEMO/run" --gallery --colour-agreement 128 --out "$DEMO/pictures" --prompt \
         "red star, white background" "blue fish, striped" "green tree, outdoors" "yellow moon, night sky" \
-        "purple heart, polka dot" "pink flower, grey background" "orange balloon" "aqua umbrella"
+        "purple heart, polka dot" "pink flower, grey background" "orange ball, gradient background" "aqua umbrella"
 fi

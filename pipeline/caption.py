@@ -42,8 +42,8 @@ def main() -> None:
         work = partial(caption_shard, dataset=dataset.root, engine_name=job.engine)
         with cluster("caption"):
             map_shards({shard: shard for shard in todo}, work, rows.__getitem__, "caption")
-    reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in rows), Counter())
-    captioned = reasons.pop(None, 0)
+    reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in rows), Counter[str]())
+    captioned = sum(rows.values()) - reasons.total()
     write_run_record(
         dataset.path("captions"), "caption", started, sum(rows.values()), captioned, reasons, engine=job.engine
     )

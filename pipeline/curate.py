@@ -43,7 +43,7 @@ def main() -> None:
 
     files = {shard: f"{folder}/{shard}.parquet" for shard in shards}
     kept = {shard: dataset.rows(file) for shard, file in files.items()}
-    reasons = sum((dataset.tally(f"{folder}/rejected/{shard}.parquet", "reason") for shard in shards), Counter())
+    reasons = sum((dataset.tally(f"{folder}/rejected/{shard}.parquet", "reason") for shard in shards), Counter[str]())
     rows, selected = sum(len(part.copies) for part in plan), sum(kept.values())
     write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=job.stage)
     if not selected:

@@ -77,7 +77,7 @@ class Picture:
 class Crop:
     """A square out of the resized picture, which is `width` x `height`; the square begins at column x0, row y0."""
 
-    pixels_HWC: NDArray[np.uint8]  # noqa: N815
+    pixels_HWC: NDArray[np.uint8]
     x0: int
     y0: int
     width: int

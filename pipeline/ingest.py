@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.jobs import Parser, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import Parser, UsageError, default_dataset, run, versions, write_run_record
 from pipeline.records import SCHEMA_VERSION
 from pipeline.shards import Store, find_parquet
 
@@ -35,13 +35,13 @@ def main() -> None:
     from pipeline.cluster import cluster
     from pipeline.dataflow import ShardsFailed, map_shards
     from pipeline.images import Limits
-    from pipeline.validation import plan_shards, validate_shard
+    from pipeline.validation import finished_shards, plan_shards, validate_shard
 
     plan = plan_shards(raw_files, job.source)
     dataset = Store(job.dataset)
     if not dataset.exists("dataset.json"):
-        dataset.write("dataset.json", json.dumps({"schema_version": SCHEMA_VERSION}).encode())
-    finished = set(dataset.shards("images"))
+        dataset.write("dataset.json", json.dumps({"schema_version": SCHEMA_VERSION, "created_by": versions()}).encode())
+    finished = finished_shards(plan, dataset)
     todo = [raw for raw in plan.shards if raw.shard not in finished]
     print(f"ingest: {len(plan.shards)} raw shards, {len(plan.shards) - len(todo)} of them finished before", flush=True)
 
@@ -53,10 +53,10 @@ def main() -> None:
                 map_shards({raw.path: raw for raw in todo}, work, lambda raw: raw.rows, "ingest")
         except ShardsFailed as error:
             failed = failed + error.failures
-    finished = set(dataset.shards("images"))
+    finished = finished_shards(plan, dataset)
     done = [raw for raw in plan.shards if raw.shard in finished]
     kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)
-    reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter())
+    reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter[str]())
     rows = sum(raw.rows for raw in done)
     write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=failed)
     if failed:

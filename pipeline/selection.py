@@ -101,8 +101,9 @@ def select_shard(part: ShardRows, dataset: str, name: str, rules: Rules, quality
     assert images["id"].equals(captions["id"]), part.shard
     reader = TagReader()
     kept, refused = [], []
-    texts = _texts(images, captions["caption"].to_pylist(), quality, reader)
-    for number, (row, text) in enumerate(zip(images.to_pylist(), texts, strict=True)):
+    rows = images.to_pylist()
+    texts = _texts(rows, captions["caption"].to_pylist(), _posts(images), quality, reader)
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         refusal = part.copies[number] or _refusal(row, text, rules, reader)
         if refusal:
             refused.append({"key": row["id"], "reason": refusal[0], "detail": refusal[1], "sha256": row["sha256"]})
@@ -115,12 +116,11 @@ def select_shard(part: ShardRows, dataset: str, name: str, rules: Rules, quality
 
 
 def _texts(
-    images: pa.Table, captions: list[str | None], quality: QualityTable, reader: TagReader
+    rows: list[dict[str, Any]], captions: list[str | None], posts: Posts, quality: QualityTable, reader: TagReader
 ) -> Iterator[dict[str, Any]]:
     """The text parts of each row, in the columns of SELECTION."""
-    posts = _posts(images)
-    rows = zip(images.to_pylist(), captions, quality.judge(posts), era_words(posts.created_at), strict=True)
-    for row, caption, quality_word, era in rows:
+    described = zip(rows, captions, quality.judge(posts), era_words(posts.created_at), strict=True)
+    for row, caption, quality_word, era in described:
         yield {
             **reader.text_parts({category: row[f"tags_{category}"] for category in TAG_CATEGORIES}),
             "caption": caption and without_separators(caption),

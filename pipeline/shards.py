@@ -94,9 +94,9 @@ class Store:
         if self.exists(name):
             self._files.rm(self.path(name))
 
-    def tally(self, name: str, column: str) -> Counter[str | None]:
-        """How often each value of a text column occurs in a parquet file."""
-        values = self.read_table(name, [column])[column].value_counts().to_pylist()
+    def tally(self, name: str, column: str) -> Counter[str]:
+        """How often each text of a column occurs in a parquet file; nulls are not counted."""
+        values = self.read_table(name, [column])[column].drop_null().value_counts().to_pylist()
         return Counter({entry["values"]: entry["counts"] for entry in values})
 
     def write_table(self, name: str, table: pa.Table | pa.RecordBatch, schema: pa.Schema, **metadata: str) -> None:
@@ -140,7 +140,7 @@ def _is_shard(name: str) -> bool:
 
 
 def find_parquet(path: str) -> list[str]:
-    """Every parquet file at a path: itself, or all below a folder or s3:// prefix, sorted. Temporary files are left out."""
+    """Every parquet file at a path, sorted: itself, or all below a folder or s3:// prefix but for temporary ones."""
     store = Store(path)
     if path.endswith(".parquet"):
         return [store.root] if store.exists() else []

@@ -1,6 +1,7 @@
 """One raw shard -> one shard of checked images and one of refused rows. Runs in a Ray task; knows nothing of Ray."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -30,6 +31,7 @@ class RawShard:
     source: str
     shard: str
     rows: int
+    digest: str  # of its footer: tells it from another file that would become the same shard
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,24 @@ def _inspect(path: str, source: str) -> RawShard:
     with Store(path).open() as file:
         footer = pq.ParquetFile(file)
         source = recognise(footer.schema_arrow.names, source)
-        return RawShard(path, source, shard_name(path, source), footer.metadata.num_rows)
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        digest = hashlib.sha256(file.read(length)).hexdigest()
+        return RawShard(path, source, shard_name(path, source), footer.metadata.num_rows, digest)
+
+
+def finished_shards(plan: Plan, dataset: Store) -> set[str]:
+    """Which of the plan's shards the dataset has. UsageError where one of them was made from another file."""
+    finished = {raw.shard for raw in plan.shards} & set(dataset.shards("images"))
+    for raw in plan.shards:
+        made_from = dataset.metadata(f"images/{raw.shard}.parquet") if raw.shard in finished else {}
+        if made_from and made_from["footer"] != raw.digest:
+            raise UsageError(
+                f"{raw.path} would become shard {raw.shard}, which is there already, made from {made_from['raw']}; "
+                "rename the new file, or its folder"
+            )
+    return finished
 
 
 def shard_name(path: str, source: str) -> str:
@@ -89,7 +108,7 @@ def validate_shard(raw: RawShard, dataset: str, limits: Limits) -> None:
                 yield outcome
 
     store = Store(dataset)
-    with store.writing_table(f"images/{raw.shard}.parquet", IMAGES, raw=raw.path) as write:
+    with store.writing_table(f"images/{raw.shard}.parquet", IMAGES, raw=raw.path, footer=raw.digest) as write:
         for group in _groups(checked()):
             write(pa.RecordBatch.from_pylist(group, IMAGES))
         refusals = pa.RecordBatch.from_pylist(rejected, REJECTED)

@@ -1,4 +1,4 @@
-"""One HTML page that shows what a run has learnt: prompts and seeds, wide and tall, the camera, the loss, the counts."""
+"""One HTML page that shows what a run has learnt: prompts and seeds, wide and tall, camera, loss, counts."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from trainer.pictures import PictureModel, Pixels, Settings
 _SEEDS_PER_PROMPT = 6
 # Multiples of the training side: square area is kept, as the position map expects.
 _SHAPES = {"2:1": (1.5, 0.75), "3:2": (1.25, 0.875), "2:3": (0.875, 1.25), "1:2": (0.75, 1.5)}
-_CAMERA = {
+_CAMERA: dict[str, list[dict[str, Any]]] = {
     "x-shift": [{"x_shift": -0.25}, {}, {"x_shift": 0.25}],
     "y-shift": [{"y_shift": -0.25}, {}, {"y_shift": 0.25}],
     "zoom": [{"zoom": 0.75}, {}, {"zoom": 1.33}],

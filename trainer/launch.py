@@ -119,7 +119,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     rows = iter(ray.train.get_dataset_shard("train").iter_rows())
     started = time.time()
     waited = 0.0
-    for step in range(training.start_step, training.stop_step):
+    for _ in range(training.start_step, training.stop_step):
         asked = time.time()
         batch = Batch(**next(rows))
         waited += time.time() - asked
@@ -157,7 +157,8 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
     )
     if training.start_step:
         found = checkpoint.newest(Path(training.run))
-        assert found is not None and found.step == training.start_step, (found, training.start_step)
+        assert found is not None, training.run
+        assert found.step == training.start_step, (found, training.start_step)
         loop.model.load_state_dict(found.tensors("model"))
         loop.ema.load_state_dict(found.tensors("ema"))
         checkpoint.load_optimizer(loop.optimizer, found.tensors("optimizer"))
@@ -213,6 +214,5 @@ def _show_progress(queue: Queue, training: Training, metrics: list[dict[str, flo
                 return
             metrics.append(line)
             bar.update(line["step"] - bar.n)
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, {line['images_per_s']:.0f} images/s, waiting for data {line['data_wait_share']:.0%}"
-            )
+            speed, waiting = line["images_per_s"], line["data_wait_share"]
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} images/s, waiting for data {waiting:.0%}")

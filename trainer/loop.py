@@ -57,7 +57,7 @@ class Loop:
         set_learning_rate(self.optimizer, factor)
         loss = self._loss(inputs)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.ema.update(self.model)

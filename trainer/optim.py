@@ -30,7 +30,7 @@ class OptimizerConfig:
     weight_decay: float = 0.02  # of matrices only; the papers: 0.005, then 0.002 later
     warmup_steps: int = 1000
     final_ratio: float = 0.01  # of the peak, where the cosine ends
-    # Muon's steps have the same spectral norm at every width, so its rate needs no scaling; 0.02 is its authors' choice.
+    # Muon's steps have the same spectral norm at every width: its rate needs no scaling. 0.02 is its authors' choice.
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
 

@@ -1,8 +1,8 @@
 """Which sample is number i of epoch e: a pure function of (seed, epoch, i).
 
-A position counts samples from the start of training: position p lies in epoch p // count at place p % count. Batches are
-cut from positions alone, so they do not depend on the number of workers, an epoch sees every sample exactly once, and a
-checkpoint needs one integer of data state.
+A position counts samples from the start of training: position p lies in epoch p // count at place p % count. Batches
+are cut from positions alone, so they do not depend on the number of workers, an epoch sees every sample exactly once,
+and a checkpoint needs one integer of data state.
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ def samples(count: int, seed: int, start: int, stop: int) -> Indices:
 
 
 def rank_positions(step: int, batch_size: int, rank: int, workers: int) -> range:
-    """The positions that one of `workers` ranks takes in optimizer step `step` (from 0): its share of the global batch."""
+    """The positions that one of `workers` ranks takes in optimizer step `step` (from 0)."""
     assert batch_size % workers == 0, (batch_size, workers)
     share = batch_size // workers
     first = step * batch_size + rank * share

@@ -97,7 +97,7 @@ class PictureModel:
         """Pixels along the side of the crops it was trained on."""
         return int(self.record["stage"]["resolution"])
 
-    def nearest_size(self, pixels: int) -> int:
+    def nearest_size(self, pixels: float) -> int:
         """The nearest side that is a whole number of tokens."""
         token = self.codec.factor * self.model.config.patch_size
         return max(1, round(pixels / token)) * token

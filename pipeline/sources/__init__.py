@@ -23,14 +23,17 @@ def recognise(columns: Iterable[str], source: str = "auto") -> str:
     Raises ValueError, naming the columns that are missing and those that were found, where they are no such layout.
     """
     found = set(columns)
+    telling = {name: len(found & telltale) for name, telltale in _TELLTALE.items()}
+    likeliest = max(telling, key=lambda name: telling[name])
     if source == "auto":
-        telling = {name: len(found & telltale) for name, telltale in _TELLTALE.items()}
-        source = max(telling, key=lambda name: telling[name])
+        source = likeliest
         if not telling[source]:
             raise ValueError(
                 f"neither Danbooru's nor Pixiv's layout: found the columns {sorted(found)}, missing for danbooru "
                 f"{danbooru.missing_columns(found)}, for pixiv {pixiv.missing_columns(found)}"
             )
+    elif telling[likeliest] > telling[source]:
+        raise ValueError(f"{likeliest}'s layout, not {source}'s: found {sorted(found)}; leave --source out")
     missing = _MISSING[source](found)
     if missing:
         raise ValueError(f"not {source}'s layout: missing {missing}, found {sorted(found)}")

@@ -8,7 +8,8 @@ from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, tally
 
 TELLTALE_COLUMNS = {
-    "x_restrict", "xRestrict", "illust_ai_type", "aiType", "total_bookmarks", "bookmarkCount", "create_date", "createDate",
+    "x_restrict", "xRestrict", "illust_ai_type", "aiType", "total_bookmarks", "bookmarkCount",
+    "create_date", "createDate",
 }  # fmt: skip
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. sanity_level above 2 marks all-ages works that are suggestive.

@@ -96,7 +96,9 @@ def test_what_cannot_be_trained_is_refused_with_the_mend(run_job: RunJob, datase
 def test_a_picture_is_the_same_again_and_moves_with_the_camera(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
     def sample(out: str, *arguments: object) -> np.ndarray:
         prompts = ("--prompt", "red star", "blue fish")
-        _succeeds(run_job("trainer/sample.py", "--run", trained, *prompts, "--steps", 2, "--out", tmp_path / out, *arguments))
+        _succeeds(
+            run_job("trainer/sample.py", "--run", trained, *prompts, "--steps", 2, "--out", tmp_path / out, *arguments)
+        )
         pictures = sorted((tmp_path / out).glob("*.png"))
         assert [path.name for path in pictures] == ["000000-red-star.png", "000001-blue-fish.png"]
         made_by = json.loads(Image.open(pictures[1]).info["hdm"])
