@@ -3,6 +3,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 DEMO ?= demo
 SEED ?= 0
+export DATA DEMO SEED STEPS
 
 .PHONY: demo test setup lint clean
 
@@ -14,7 +15,7 @@ setup: .venv/.ready
 	@touch .venv/.ready
 
 demo: setup
-	@DATA="$(DATA)" DEMO="$(DEMO)" SEED="$(SEED)" STEPS="$(STEPS)" sh deploy/demo.sh
+	@sh deploy/demo.sh
 
 test: setup lint
 	@.venv/bin/python -m pytest

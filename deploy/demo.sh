@@ -8,8 +8,8 @@ DEMO=${DEMO:-demo}
 python() { .venv/bin/python "$@"; }
 
 if [ -n "${DATA:-}" ]; then
-    # Another folder than the sample dataset's: pictures of two datasets must not mix.
-    DEMO="$DEMO-data"
+    # A folder of its own: pictures of two datasets must not mix.
+    DEMO="$DEMO-$(basename "$DATA")"
     raw=$DATA
     STEPS=${STEPS:-300}
 else

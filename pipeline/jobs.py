@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's `main` and leave with the exit code of how it ended; an unforeseen exception keeps its traceback."""
+    # As Ctrl-C: the job unwinds and takes the Ray that it started along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UsageError as error:

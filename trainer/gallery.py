@@ -121,11 +121,9 @@ def _funnel(dataset: str, selection: str) -> list[dict[str, Any]]:
 
 
 def _contact_sheet(strips: list[Strip]) -> Image.Image:
-    """All pictures in rows at twice their size, without text: for a README or a chat."""
+    """All pictures in rows, without text and with 256 colours: small enough for a README or a chat."""
     gap = 4
-    rows = [
-        [Image.fromarray(p).resize((2 * p.shape[1], 2 * p.shape[0])) for _, p in strip.pictures] for strip in strips
-    ]
+    rows = [[Image.fromarray(pixels) for _, pixels in strip.pictures] for strip in strips]
     width = max(sum(image.width + gap for image in row) for row in rows) + gap
     height = sum(max(image.height for image in row) + gap for row in rows) + gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -136,7 +134,7 @@ def _contact_sheet(strips: list[Strip]) -> Image.Image:
             sheet.paste(image, (x, y))
             x += image.width + gap
         y += max(image.height for image in row) + gap
-    return sheet
+    return sheet.quantize(256)
 
 
 def _loss_curve(run: Path) -> str:

@@ -61,11 +61,12 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
     text_encoder = text_encoder_of(folder, stage.text_encoder)
     if stage.text_encoder == "local" and not Path(text_encoder).exists():
         build_local_text_encoder(selection_texts(selection), Path(text_encoder), stage.seed)
-    model = PRESETS[stage.model](
-        in_channels=load_codec(stage.codec).channels,
-        patch_size=stage.patch_size,
-        text_dim=text_width(text_encoder),
-    )
+    try:
+        text_dim = text_width(text_encoder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    channels = load_codec(stage.codec).channels
+    model = PRESETS[stage.model](in_channels=channels, patch_size=stage.patch_size, text_dim=text_dim)
     found = checkpoint.newest(folder)
     training = Training(
         stage=stage,

@@ -65,10 +65,11 @@ class XUTConfig:
     skip_norm: bool = True
     # Which encoder stage a decoder stage reads: the mirrored one, or always the last one.
     skip_order: Literal["mirrored", "last"] = "mirrored"
-    # RMSNorm of queries and keys. Off, as in the paper: it guards against attention logits that grow in long bfloat16
-    # runs, and costs two more passes over queries and keys.
+    # RMSNorm of queries and keys: bounds attention logits, which can run away in long bfloat16 trainings. Off, as in
+    # the paper, until such a run is seen: it costs two more passes over queries and keys.
     qk_norm: bool = False
-    # RMSNorm before the output projection. Off, as in the paper: 20 blocks need it less than hundreds.
+    # RMSNorm before the output projection, which otherwise reads a stream whose scale training may change. Off, as in
+    # the paper, until measured to help.
     final_norm: bool = False
     # One adaLN for all blocks, the paper's choice (section 3.3; Chroma): 50M parameters of base, where one for every
     # branch, a single Linear each as in DiT, takes 139M.
