@@ -38,7 +38,7 @@ def main() -> None:
     if training.start_step >= training.stop_step:
         print(f"run: {training.run} has its {training.stop_step} steps; --steps N trains longer", flush=True)
         return
-    with cluster("run"):
+    with cluster("run", dashboard=True):
         metrics = train(training)
     samples = (training.stop_step - training.start_step) * training.stage.batch_size
     write_run_record(training.run, "train", started, samples, samples, {}, steps=training.stop_step, last=metrics[-1])

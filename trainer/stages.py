@@ -35,13 +35,13 @@ STAGES = {
     "demo": StageConfig(
         selection="demo",
         resolution=64,
-        samples=2600 * 16,
+        samples=2400 * 16,
         batch_size=16,
         model="tiny",
         patch_size=1,
         codec="dct",
         text_encoder="local",
-        text_tokens=24,  # the tag engine's captions have 15 on average; the words after them may be cut
+        text_tokens=40,  # the longest texts; the tags are in order of name, and a cut would always take the same ones
         text_multiple=8,  # a third of the tokens would be padding with 32, and there is no graph to compile
         selection_rate=0.25,
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=100),
