@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -28,6 +29,7 @@ def cluster(job: str, dashboard: bool = False) -> Iterator[str]:
     log_path = os.path.join(tempfile.gettempdir(), f"hdm-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
     _send_logs_to(log_path)
     context = _connect(os.environ.get("RAY_ADDRESS"), dashboard)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put a handler of its own, with a stack trace
     ray.data.DataContext.get_current().enable_progress_bars = False
     cpus = ray.cluster_resources().get("CPU", 0)
     where = f"dashboard http://{context.dashboard_url}; " if context.dashboard_url else ""

@@ -1,5 +1,6 @@
 """The only trainer file that imports ray: wires selection -> batches -> loop -> checkpoint into a Ray Train job."""
 
+import ctypes
 import json
 import threading
 import time
@@ -38,9 +39,7 @@ def train(training: Training) -> list[dict[str, float]]:
         _train_worker,
         train_loop_config={"training": training, "queue": queue},
         scaling_config=_scaling(training.workers),
-        run_config=RunConfig(
-            name="ray", storage_path=training.run, worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT}
-        ),
+        run_config=RunConfig(name="ray", storage_path=training.run),
     )
     try:
         trainer.fit()
@@ -56,10 +55,6 @@ def train(training: Training) -> list[dict[str, float]]:
 
 # Of one worker: enough to hide a slow read, and bounded however fast the reading is.
 _BATCHES_AHEAD = 8
-
-# glibc gives large blocks back to the system at every free and faults them in again at every allocation: 8% of a
-# training step on a CPU. Workers keep them instead.
-_WORKER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 def _batches(training: Training, rank: int, workers: int) -> Iterator[Batch]:
@@ -105,6 +100,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         # Ray sets OMP_NUM_THREADS to the worker's logical CPUs; reading pictures needs few of the real ones.
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
+        _keep_freed_memory()
     device = ray.train.torch.get_device()
     codec = load_codec(training.stage.codec, device)
     encoder = load_text_encoder(training.text_encoder, device)
@@ -130,6 +126,17 @@ def _train_worker(config: dict[str, Any]) -> None:
         if leader and (taken % training.stage.checkpoint_every == 0 or last):
             save(training, loop)
     ray.train.report({"step": loop.steps_taken})
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system at every free and faults them in again at every allocation, which
+    takes about a tenth of a training step on a CPU. (By environment variables it would need a Ray runtime environment,
+    whose workers do not start from a path with a space.)"""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
