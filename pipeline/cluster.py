@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shlex
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,7 +49,11 @@ def _connect(address: str | None, dashboard: bool) -> Any:
         return ray.init(address=address, log_to_driver=False)
     # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
     cpus = max(2, os.cpu_count() or 2)
-    return ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False)
+    # Ray hands this to a shell where a worker has an environment of its own, as in training; a path may have a space.
+    python = {"py_executable": shlex.quote(sys.executable)}
+    return ray.init(
+        address="local", num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False, runtime_env=python
+    )
 
 
 def _check_reachable(address: str) -> None:
