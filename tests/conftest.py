@@ -1,7 +1,9 @@
 """One Ray and one S3 server for the whole test session, and job files run as their users run them: as processes."""
 
+import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,14 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
+    """Where the path has a space: for the session's Ray what pipeline/cluster.py does for a Ray of the job's own."""
+    if " " not in sys.executable or "RAY_ADDRESS" in (environment or {}):
+        return {}
+    job = {"runtime_env": {"py_executable": shlex.quote(sys.executable)}}
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +71,7 @@ def run_job(ray_address: str) -> RunJob:
             text=True,
             timeout=240,
             cwd=cwd,
-            env=os.environ | {"RAY_ADDRESS": ray_address} | (environment or {}),
+            env=os.environ | {"RAY_ADDRESS": ray_address} | _quoted_python(environment) | (environment or {}),
             check=False,
         )
 
