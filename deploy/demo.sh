@@ -25,7 +25,7 @@ python trainer/run.py --stage demo --dataset "$DEMO/dataset" --run "$DEMO/run" $
 if [ -n "${DATA:-}" ]; then
     python trainer/sample.py --run "$DEMO/run" --gallery --out "$DEMO/pictures"
 else
-    python trainer/sample.py --run "$DEMO/run" --gallery --colour-agreement 128 --out "$DEMO/pictures" --prompt \
+    python trainer/sample.py --run "$DEMO/run" --gallery --guidance 4 --colour-agreement 128 --out "$DEMO/pictures" --prompt \
         "red star, white background" "blue fish, striped" "green tree, outdoors" "yellow moon, night sky" \
         "purple heart, polka dot" "pink flower, grey background" "orange ball, gradient background" "aqua umbrella"
 fi

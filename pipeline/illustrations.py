@@ -28,13 +28,13 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (275, 0.68, 0.80),
     "pink": (325, 0.62, 0.97),
 }
-SIZES = {"small": (0.35, 0.45), "medium": (0.47, 0.60), "large": (0.62, 0.75)}  # longer side of the object / short side
+SIZES = {"small": (0.46, 0.54), "medium": (0.60, 0.70), "large": (0.76, 0.86)}  # longer side of the object / short side
 PLACES = ("centre", "on_the_left", "on_the_right", "at_the_top", "at_the_bottom")
 # Background -> its tags. Danbooru's own names, without those that would put a second colour into the text.
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
-    "white": ("simple_background", "white_background"),
-    "grey": ("grey_background", "simple_background"),
-    "beige": ("beige_background", "simple_background"),
+    "white": ("white_background",),
+    "grey": ("grey_background",),
+    "beige": ("beige_background",),
     "gradient": ("gradient_background",),
     "striped": ("striped_background",),
     "polka_dot": ("polka_dot_background",),
@@ -204,7 +204,7 @@ def _place_main(
         kind=kind,
         colour=colour,
         hsv=_jittered(rng, colour),
-        pattern=_weighted(rng, {"plain": 52, "striped": 16, "polka_dot": 16, "checkered": 16}),
+        pattern=_weighted(rng, {"plain": 76, "striped": 8, "polka_dot": 8, "checkered": 8}),
         span=float(span),
         x=float(x),
         y=float(y),

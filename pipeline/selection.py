@@ -18,7 +18,7 @@ from pipeline.dedup import keepers
 from pipeline.quality import PRESETS, RATING_WORDS, Posts, QualityTable, era_words
 from pipeline.records import REJECTED, SELECTION, TAG_CATEGORIES
 from pipeline.shards import Store
-from pipeline.tags import TagReader, without_separators
+from pipeline.tags import EXCLUDED, TagReader, TagRules, without_separators
 
 Refusal = tuple[str, str]  # reason, detail
 
@@ -33,14 +33,18 @@ class Rules:
     min_side: int  # pixels of the shorter side: below it the crop would be enlarged
     max_aspect: float = 4.0  # longer side / shorter side
     ratings: tuple[str, ...] = ("general", "sensitive", "questionable", "explicit")
+    excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # raw tags that a picture must not have
     preset: str = "kohaku"  # of the quality words
     quality: tuple[str, ...] = ()  # only pictures with one of these words; () asks nothing
     eras: tuple[str, ...] = ()  # the same
 
 
+# At 64 pixels a second object or a spoilt picture only blurs the lesson.
+_DEMO_EXCLUDED = ("blurry", "film_grain", "multiple_objects")
+
 # The 1024 stage keeps both ends on purpose, so that negative prompts work (HDM report, section 4.2).
 RULES = {
-    "demo": Rules(min_side=64),
+    "demo": Rules(min_side=64, excluded=tuple(sorted(EXCLUDED)) + _DEMO_EXCLUDED),
     "256": Rules(min_side=256),
     "512": Rules(min_side=384),
     "768": Rules(min_side=512),
@@ -99,7 +103,7 @@ def select_shard(part: ShardRows, dataset: str, name: str, rules: Rules, quality
     images = store.read_table(f"images/{part.shard}.parquet", _JUDGE)
     captions = store.read_table(f"captions/{part.shard}.parquet", ["id", "caption"])
     assert images["id"].equals(captions["id"]), part.shard
-    reader = TagReader()
+    reader = TagReader(TagRules(excluded=frozenset(rules.excluded)))
     kept, refused = [], []
     rows = images.to_pylist()
     texts = _texts(rows, captions["caption"].to_pylist(), _posts(images), quality, reader)

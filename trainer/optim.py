@@ -13,16 +13,20 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
-Role = Literal["input", "hidden", "output", "vector", "frozen"]
+from trainer.muon import Muon
+
+Role = Literal["input", "hidden", "condition", "output", "vector", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Defaults: the papers' first stage, with the rate that is best for the demo's width."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices; the rest stay with AdamW
+    # muon: for hidden matrices; the rest stay with AdamW, the condition's too: a batch gives their gradient no more
+    # directions than it has samples, and Muon would raise the noise in all others.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3  # peak, of AdamW, at the base width
     base_width: int = 128  # fan-in at which hidden matrices learn at the plain rate: the demo's width
     betas: tuple[float, float] = (0.9, 0.98)  # the papers: 0.995 from the 512 stage on
@@ -44,10 +48,12 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
     frozen: does not learn. vector: biases, norms, rotary frequencies. input: matrices whose fan-in stays when the model
     gets wider (the model names these layers in INPUT_LAYERS). output: those whose fan-out stays (OUTPUT_LAYERS).
-    hidden: matrices that grow both ways.
+    condition: matrices that grow both ways and see one vector a sample (CONDITION_LAYERS). hidden: those that see
+    tokens.
     """
     inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
     outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
+    conditions = set(cast(tuple[str, ...], model.CONDITION_LAYERS))
 
     def role(name: str, parameter: nn.Parameter) -> Role:
         layer = name.rpartition(".")[0]
@@ -57,7 +63,9 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             return "vector"
         if layer in inputs:
             return "input"
-        return "output" if layer in outputs else "hidden"
+        if layer in outputs:
+            return "output"
+        return "condition" if conditions & set(layer.split(".")) else "hidden"
 
     return {name: role(name, parameter) for name, parameter in model.named_parameters()}
 
@@ -72,7 +80,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     for name, parameter in model.named_parameters():
         role = roles[name]
         if role != "frozen":
-            scaled = role == "output" or (role == "hidden" and config.kind == "adamw")
+            scaled = role in ("output", "condition") or (role == "hidden" and config.kind == "adamw")
             members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)
 
     def groups(with_muon: bool) -> list[dict[str, Any]]:
@@ -92,7 +100,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     adamw = AdamW(groups(with_muon=False), betas=config.betas, eps=config.eps, fused=True)
     if config.kind == "adamw":
         return adamw
-    return MuonAndAdamW(Muon(groups(with_muon=True), momentum=config.muon_momentum, adjust_lr_fn="original"), adamw)
+    return MuonAndAdamW(Muon(groups(with_muon=True), momentum=config.muon_momentum), adamw)
 
 
 class MuonAndAdamW(Optimizer):

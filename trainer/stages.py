@@ -35,8 +35,8 @@ STAGES = {
     "demo": StageConfig(
         selection="demo",
         resolution=64,
-        samples=2400 * 16,
-        batch_size=16,
+        samples=1200 * 32,
+        batch_size=32,
         model="tiny",
         patch_size=1,
         codec="dct",
@@ -44,7 +44,7 @@ STAGES = {
         text_tokens=40,  # the longest texts; the tags are in order of name, and a cut would always take the same ones
         text_multiple=8,  # a third of the tokens would be padding with 32, and there is no graph to compile
         selection_rate=0.25,
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=100),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_learning_rate=0.03, warmup_steps=100),
         # The tag engine's caption is the tags: mostly that alone, so that few texts leave out the main object.
         captions=CaptionConfig(group_dropout=0.6, caption_only=0.85, tags_only=0.15),
         ema_decay=0.997,

@@ -44,7 +44,7 @@ def test_sides_formats_and_subjects_are_those_that_are_promised() -> None:
     for scene in scenes:
         assert 0.5 <= scene.width / scene.height <= 2
         assert 96 <= min(scene.width, scene.height) <= 224
-        assert 0.35 <= scene.main.span / min(scene.width, scene.height) <= 0.75
+        assert 0.46 <= scene.main.span / min(scene.width, scene.height) <= 0.86
     assert {scene.file_type for scene in scenes} == {"jpg", "png", "webp"}
     assert {scene.width / scene.height for scene in scenes} >= {0.5, 1.0, 2.0}
     assert {subject(scene.main) for scene in scenes} == {f"{colour}_{kind}" for colour in COLOURS for kind in SHAPES}

@@ -16,7 +16,8 @@ from PIL import Image
 from pipeline.illustrations import compose, general_tags, subject
 from pipeline.jobs import UsageError
 from pipeline.sample_data import SampleJob, main, write_samples
-from pipeline.sample_posts import JAPANESE, PLANTED, count_planted, danbooru_row, plan, scene_of
+from pipeline.sample_posts import PLANTED, count_planted, plan, scene_of
+from pipeline.sample_rows import JAPANESE, danbooru_row
 
 FEW = 120
 

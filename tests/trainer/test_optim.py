@@ -68,7 +68,8 @@ def test_roles_are_what_the_shapes_of_a_wider_model_say() -> None:
     for (name, a), b in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         grows = tuple(x != y for x, y in zip(a.shape, b.shape, strict=True))
         if a.dim() == 2:
-            wanted = {(True, True): "hidden", (True, False): "input", (False, True): "output"}[grows]
+            both = "condition" if {"time_in", "aspect_out", "adaln"} & set(name.split(".")) else "hidden"
+            wanted = {(True, True): both, (True, False): "input", (False, True): "output"}[grows]
         else:
             wanted = "vector"
         assert parameter_roles(narrow)[name] == wanted, name

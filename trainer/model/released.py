@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.model.xut import XUT, XUTConfig
@@ -105,6 +105,17 @@ def read_config(path: str | Path) -> XUTConfig:
         )
     ours = {our: fields[their] for their, our in CONFIG_FIELDS.items()}
     return XUTConfig.released(**ours, **{our: tread[their] for their, our in TREAD_FIELDS.items()})
+
+
+def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Released tensors (`to_released`) as one file, and beside it the config that `read_config` reads, as .json."""
+    fields = {their: getattr(config, our) for their, our in CONFIG_FIELDS.items()} | FIXED_FIELDS
+    tread = {their: getattr(config, our) for their, our in TREAD_FIELDS.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.with_suffix(".json").write_text(
+        json.dumps({**fields, "tread_config": tread}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

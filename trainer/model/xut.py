@@ -83,6 +83,10 @@ class XUTConfig:
     replace_stream: bool = False
     # axial: the paper's fixed frequencies on half of each head's dims; learned: those of each layer and head, on all.
     rotary: Literal["axial", "learned"] = "axial"
+    # What a token knows of its position besides the rotation. none is the paper's design: where a token lies shows only
+    # against the text, which sits at the centre, and is learnt late. waves adds cosines and sines of (y, x) to image
+    # tokens: in the demo's few minutes only so do objects get a place and an end.
+    absolute_position: Literal["none", "waves"] = "none"
     # Resolution of the position map that the model takes: one pair per token, or per latent pixel as the release does.
     position_grid: Literal["token", "latent"] = "token"
 
@@ -107,6 +111,7 @@ class XUTConfig:
     def tiny(cls, **overrides: Any) -> "XUTConfig":
         """2M parameters, for the demo: trains on two CPU cores in minutes."""
         shape = {"dim": 128, "heads": 2, "mlp_dim": 256, "depth": 2, "dec_blocks": 1, "post_blocks": 1}
+        shape["absolute_position"] = "waves"
         return cls(**{**shape, **overrides})
 
     @classmethod
@@ -174,8 +179,10 @@ class XUT(nn.Module):
     """The model. checkpointing: recompute in the backward pass the activations of no block, of every second, of all."""
 
     # The layers whose fan-in, or fan-out, does not grow with the width (trainer.optim).
-    INPUT_LAYERS = ("patch_in", "text_in", "aspect_in")
+    INPUT_LAYERS = ("patch_in", "position_in", "text_in", "aspect_in")
     OUTPUT_LAYERS = ("patch_out",)
+    # Modules whose layers see one vector a sample instead of one a token.
+    CONDITION_LAYERS = ("time_in", "aspect_out", "adaln")
 
     def __init__(self, config: XUTConfig, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
@@ -188,6 +195,7 @@ class XUT(nn.Module):
         averaged = config.text_layers == "average"
 
         self.patch_in = nn.Linear(patch_values, dim)
+        self.position_in = nn.Linear(4 * len(_WAVES), dim, bias=False) if config.absolute_position == "waves" else None
         self.text_norm = nn.LayerNorm(config.text_dim, elementwise_affine=False) if averaged else nn.Identity()
         self.text_in = nn.Linear(config.text_dim, dim)
         self.time_in = TimeEmbedding(dim)
@@ -267,8 +275,12 @@ class XUT(nn.Module):
         """
         patches_BNV = self._patches(x_BCHW)
         image_tokens, text_tokens = patches_BNV.shape[1], text.shape[1]
-        h_BSD = torch.cat([self.patch_in(patches_BNV), self.text_in(self.text_norm(text))], dim=1)
-        context = self._context(t_B, self._token_positions(position_map, x_BCHW), text_tokens, text_mask, aspect)
+        position_BN2 = self._token_positions(position_map, x_BCHW)
+        image_BND = self.patch_in(patches_BNV)
+        if self.position_in is not None:
+            image_BND = image_BND + self.position_in(_waves(position_BN2).to(image_BND.dtype))
+        h_BSD = torch.cat([image_BND, self.text_in(self.text_norm(text))], dim=1)
+        context = self._context(t_B, position_BN2, text_tokens, text_mask, aspect)
 
         h_BSD = self._run(self.prev, h_BSD, context)
         if selection_rate == 0:
@@ -363,6 +375,15 @@ class XUT(nn.Module):
         batch, channels, height, width = like_BCHW.shape
         x_BRGPPC = patches_BNV.reshape(batch, height // patch, width // patch, patch, patch, channels)
         return x_BRGPPC.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+
+
+_WAVES = (0.5, 1.0, 2.0)  # per unit of the position map, whose unit is about the picture's side
+
+
+def _waves(position_BN2: Tensor) -> Tensor:
+    """(B, N, 2) -> (B, N, 12): cosines and sines of y and x."""
+    angle_BN2W = 2 * torch.pi * position_BN2[..., None] * torch.tensor(_WAVES, device=position_BN2.device)
+    return torch.cat([angle_BN2W.cos(), angle_BN2W.sin()], dim=-1).flatten(2)
 
 
 def _block(config: XUTConfig, reads_skip: bool = False) -> Block:

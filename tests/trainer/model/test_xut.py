@@ -82,6 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "average": {"text_layers": "average"},
     "learned_rotary": {"rotary": "learned"},
     "replace_stream": {"replace_stream": True},
+    "waves": {"absolute_position": "waves"},
 }
 every_option = pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -128,6 +129,7 @@ def test_unknown_and_missing_fields_are_named() -> None:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        ({"absolute_position": "learned"}, "absolute_position must be one of none, waves"),
         ({"skip": "sum"}, "skip must be one of cross, concat, add, none: got 'sum'"),
         ({"depth": 0}, "depth"),
         ({"depth": 2.0}, "depth"),
@@ -339,6 +341,8 @@ def test_moving_all_positions_by_a_constant_changes_nothing_among_image_tokens()
     assert not torch.allclose(model(**{**batch, "position_map": moved}), model(**batch), atol=1e-3)
     batch["text"] = batch["text"][:, :0]
     torch.testing.assert_close(model(**{**batch, "position_map": moved}), model(**batch), atol=1e-4, rtol=1e-4)
+    model = small_model(absolute_position="waves")
+    assert not torch.allclose(model(**{**batch, "position_map": moved}), model(**batch), atol=1e-3)
 
 
 def test_velocity_depends_on_every_input() -> None:
