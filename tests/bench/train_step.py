@@ -1,0 +1,170 @@
+"""BENCH: one training step of XUT - images/s, TFLOP/s, share of the machine's measured matmul peak, peak memory.
+
+Needs torch and this checkout, and transformers for --encoders; neither Ray nor an installed package. Several values of
+--tread are measured in turns within one run, so that their ratio holds on a noisy machine.
+
+    python tests/bench/train_step.py --preset base --resolution 512 --batch 1 --tread 0 0.5
+    python tests/bench/train_step.py --preset base --resolution 256 --batch 128 --device cuda --dtype bf16 --compile
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
+from trainer.model.arithmetic import products
+from trainer.model.xut import XUT, XUTConfig
+from trainer.optim import OptimizerConfig, build_optimizer
+from trainer.positions import crop_position_map
+
+PRESETS = {"tiny": XUTConfig.tiny, "small": XUTConfig.small, "base": XUTConfig.base, "large": XUTConfig.large}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PIXELS_PER_LATENT = 8
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="base")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels: side of the crop")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=96, help="padded length of a text; real ones are 1/4 to all")
+    parser.add_argument("--tread", type=float, nargs="+", default=[0.0, 0.5], help="selection rates, in turns")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast, weights stay fp32")
+    parser.add_argument("--checkpointing", choices=["none", "blocks", "all"], default="none")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--encoders", action="store_true", help="with a text encoder: a random Qwen3 of the demo's size"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each rate; the median counts")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(args.device)
+    peak = matmul_peak(device, DTYPES[args.dtype])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{name}, torch {torch.__version__}, {platform.platform()}; {args.dtype} matmul peak {peak / 1e12:.3f} TFLOP/s"
+    )
+
+    step, config, image_tokens = training_step(args, device)
+    seconds: dict[float, list[float]] = {rate: [] for rate in args.tread}
+    memory: dict[float, float] = {}
+    for rate in args.tread:
+        step(rate)  # compiles, allocates
+    for _ in range(args.steps):
+        for rate in args.tread:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds[rate].append(timed(lambda rate=rate: step(rate), device))  # type: ignore[misc]
+            memory[rate] = peak_memory(device)
+
+    print("| TREAD | s/step | images/s | TFLOP/s | of matmul peak | peak memory, GiB | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    first = statistics.median(seconds[args.tread[0]])
+    for rate in args.tread:
+        middle = statistics.median(seconds[rate])
+        done = args.batch * products(config, image_tokens, args.text_tokens, rate).step / middle
+        print(
+            f"| {rate:g} | {middle:.3f} | {args.batch / middle:.2f} | {done / 1e12:.3f} | {done / peak:.0%} "
+            f"| {memory[rate]:.1f} | {middle / first:.3f} |"
+        )
+
+
+def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[float], None], XUTConfig, int]:
+    """A function that takes one step at a selection rate; the model's config; its image tokens."""
+    torch.manual_seed(0)
+    encode, text_dim = text_encoder(device) if args.encoders else (None, None)
+    config = PRESETS[args.preset](**({"text_dim": text_dim} if text_dim else {}))
+    side = args.resolution // PIXELS_PER_LATENT
+    grid = side // config.patch_size
+    model = XUT(config, checkpointing=args.checkpointing).to(device)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=args.optimizer))
+    forward: nn.Module = torch.compile(model, fullgraph=True) if args.compile else model  # type: ignore[assignment]
+
+    batch = args.batch
+    keys_B = torch.tensor([sample_key(0, 0, position) for position in range(batch)], device=device)
+    x_BCHW = torch.randn(batch, config.in_channels, side, side, device=device)
+    text_BTD = torch.randn(batch, args.text_tokens, config.text_dim, device=device)
+    lengths_B = torch.linspace(args.text_tokens / 4, args.text_tokens, batch, device=device)
+    mask_BT = torch.arange(args.text_tokens, device=device) < lengths_B[:, None]
+    zero_B = torch.zeros(batch, device=device)
+    wide_B, tall_B = zero_B + 1.5 * args.resolution, zero_B + args.resolution
+    map_BN2 = crop_position_map(zero_B, zero_B, args.resolution, wide_B, tall_B, grid)
+
+    def step(rate: float) -> None:
+        text = encode(batch, args.text_tokens) if encode else text_BTD
+        noise_BCHW, t_B = draw_noise(keys_B, x_BCHW.shape[1:]), draw_times(keys_B)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+            velocity_BCHW = forward(
+                interpolate(x_BCHW, noise_BCHW, t_B),
+                t_B,
+                text=text,
+                text_mask=mask_BT,
+                position_map=map_BN2,
+                aspect=torch.log(wide_B / tall_B),
+                selection_rate=rate,
+                routing_key=keys_B,
+            )
+        loss = flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step, config, grid * grid
+
+
+def text_encoder(device: torch.device) -> tuple[Callable[[int, int], Tensor], int]:
+    """A function (texts, tokens of each) -> embeddings (B, T, D), and D."""
+    from trainer.text import build_local_text_encoder, load_text_encoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_local_text_encoder(["one word after another"], Path(folder) / "encoder", seed=0)
+        encoder = load_text_encoder(Path(folder) / "encoder", device)
+    text = "one word after another " * 200
+    return lambda texts, tokens: encoder.encode([text] * texts, tokens)[0], encoder.dim
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best large square product."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
+    return 2 * side**3 / best
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the device since the last reset, or of this process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
