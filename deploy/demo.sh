@@ -8,8 +8,8 @@ DEMO=${DEMO:-demo}
 python() { .venv/bin/python "$@"; }
 
 if [ -n "${DATA:-}" ]; then
-    # A folder of its own: pictures of two datasets must not mix.
-    DEMO="$DEMO-$(basename "$DATA")"
+    # A folder of its own: pictures of two datasets must not mix, whatever their folders are called.
+    DEMO="$DEMO-$(basename "$DATA")-$(realpath "$DATA" | cksum | cut -d ' ' -f 1)"
     raw=$DATA
     STEPS=${STEPS:-300}
 else
@@ -26,6 +26,6 @@ if [ -n "${DATA:-}" ]; then
     python trainer/sample.py --run "$DEMO/run" --gallery --out "$DEMO/pictures"
 else
     python trainer/sample.py --run "$DEMO/run" --gallery --guidance 4 --colour-agreement 128 --out "$DEMO/pictures" --prompt \
-        "red star, white background" "blue fish, striped" "green tree, outdoors" "yellow moon, night sky" \
-        "purple heart, polka dot" "pink flower, grey background" "orange ball, gradient background" "aqua umbrella"
+        "red mushroom, white background" "blue butterfly" "green tree, outdoors" "yellow star, night sky" \
+        "purple house" "pink flower, grey background" "orange ball, gradient background" "aqua umbrella"
 fi

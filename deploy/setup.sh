@@ -12,7 +12,7 @@ python=${1:-python3}
 can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1; }
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or a set-up was interrupted
     # Debian ships venv apart from Python.
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         can_install && apt-get update -qq && apt_install python3-venv || {
@@ -20,7 +20,7 @@ if [ ! -x .venv/bin/python ]; then
             exit 2
         }
     fi
-    "$python" -m venv .venv
+    "$python" -m venv --clear .venv
 fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
@@ -41,14 +41,14 @@ can_compile() {
         printf '#include <stdio.h>\n#include <Python.h>\n#include <jpeglib.h>\n#include <zlib.h>\n#include <webp/decode.h>\n' |
         cc -E -I"$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" - >/dev/null 2>&1
 }
-if ! can_compile && can_install; then
+avx2() { grep -q avx2 /proc/cpuinfo 2>/dev/null; }
+if avx2 && ! can_compile && can_install; then
     echo "setup: installing a compiler and the headers of libjpeg, zlib and libwebp for pillow-simd"
     apt-get update -qq || true
     apt_install gcc libc6-dev libjpeg-dev zlib1g-dev libwebp-dev || true
     # The headers of the distribution's own Python; any other Python brings them along.
     apt_install python3-dev || true
 fi
-avx2() { grep -q avx2 /proc/cpuinfo 2>/dev/null; }
 if can_compile && avx2; then
     echo "setup: building pillow-simd"
     if CC="cc -mavx2" pip install --no-binary pillow-simd --force-reinstall --no-deps "pillow-simd==$simd"; then

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from captioner.engines import ENGINES
-from pipeline.jobs import Parser, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.shards import Store
 
 
@@ -32,6 +32,7 @@ def main() -> None:
         raise UsageError(
             f"{job.dataset} has no images; run: python pipeline/ingest.py --raw PATH --dataset {job.dataset}"
         )
+    failed: dict[str, str] = {}
     todo = sorted(set(rows) - set(dataset.shards("captions")))
     print(f"caption: {len(rows)} shards of images, {len(rows) - len(todo)} of them captioned before", flush=True)
     if todo:
@@ -41,12 +42,16 @@ def main() -> None:
 
         work = partial(caption_shard, dataset=dataset.root, engine_name=job.engine)
         with cluster("caption"):
-            map_shards({shard: shard for shard in todo}, work, rows.__getitem__, "caption")
-    reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in rows), Counter[str]())
-    captioned = sum(rows.values()) - reasons.total()
+            failed = map_shards({shard: shard for shard in todo}, work, rows.__getitem__, "caption")
+    done = {shard: count for shard, count in rows.items() if shard not in failed}
+    reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in done), Counter[str]())
+    total = sum(done.values())
     write_run_record(
-        dataset.path("captions"), "caption", started, sum(rows.values()), captioned, reasons, engine=job.engine
-    )
+        dataset.path("captions"), "caption", started, total, total - reasons.total(), reasons,
+        engine=job.engine, failed=failed,
+    )  # fmt: skip
+    if failed:
+        raise ShardsFailed(failed)
 
 
 if __name__ == "__main__":

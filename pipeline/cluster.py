@@ -17,6 +17,7 @@ import ray.data  # configures its loggers when imported: before ours take their 
 
 from pipeline.jobs import UsageError
 
+_START_IT = "start it, or unset RAY_ADDRESS to use a Ray of this machine's own"
 # The chatter of these loggers is what a user cannot act on: where it goes is printed instead.
 _LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 
@@ -36,7 +37,7 @@ def cluster(job: str, dashboard: bool = False) -> Iterator[str]:
     cpus = ray.cluster_resources().get("CPU", 0)
     where = f"dashboard http://{context.dashboard_url}; " if context.dashboard_url else ""
     print(f"{job}: Ray with {cpus:.0f} CPUs; {where}log: {log_path}", flush=True)
-    logging.getLogger("ray").info("session folder of Ray: %s", context.address_info.get("session_dir"))
+    logging.getLogger("ray").info("session folder of Ray: %s", getattr(context, "address_info", {}).get("session_dir"))
     try:
         yield log_path
     finally:
@@ -46,7 +47,10 @@ def cluster(job: str, dashboard: bool = False) -> Iterator[str]:
 def _connect(address: str | None, dashboard: bool) -> Any:
     if address:
         _check_reachable(address)
-        return ray.init(address=address, log_to_driver=False)
+        try:
+            return ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            raise UsageError(f"no Ray cluster for RAY_ADDRESS={address}: {_START_IT}") from error
     # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
     cpus = max(2, os.cpu_count() or 2)
     # Ray hands this to a shell where a worker has an environment of its own, as in training; a path may have a space.
@@ -64,8 +68,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
     except OSError as error:
-        mend = "start it, or unset RAY_ADDRESS to use a Ray of this machine's own"
-        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); {mend}") from error
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); {_START_IT}") from error
 
 
 def _send_logs_to(path: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from pipeline.jobs import Parser, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.shards import Store
 
 
@@ -39,13 +39,15 @@ def main() -> None:
     dataset.write(f"{folder}/quality.json", quality.to_json().encode())
     with cluster("curate"):
         work = partial(select_shard, dataset=dataset.root, name=job.stage, rules=rules, quality=quality)
-        map_shards({part.shard: part for part in plan}, work, lambda part: len(part.copies), "curate")
+        failed = map_shards({part.shard: part for part in plan}, work, lambda part: len(part.copies), "curate")
 
-    files = {shard: f"{folder}/{shard}.parquet" for shard in shards}
+    files = {shard: f"{folder}/{shard}.parquet" for shard in shards if shard not in failed}
     kept = {shard: dataset.rows(file) for shard, file in files.items()}
-    reasons = sum((dataset.tally(f"{folder}/rejected/{shard}.parquet", "reason") for shard in shards), Counter[str]())
-    rows, selected = sum(len(part.copies) for part in plan), sum(kept.values())
-    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=job.stage)
+    reasons = sum((dataset.tally(f"{folder}/rejected/{shard}.parquet", "reason") for shard in files), Counter[str]())
+    rows, selected = sum(len(part.copies) for part in plan if part.shard in files), sum(kept.values())
+    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=job.stage, failed=failed)
+    if failed:
+        raise ShardsFailed(failed)
     if not selected:
         raise UsageError(
             f"no row is left for stage {job.stage}: {dict(reasons)}; loosen RULES in pipeline/selection.py"
@@ -67,6 +69,9 @@ def captioned_shards(dataset: Store) -> list[str]:
         raise UsageError(
             f"{dataset.root} has no images; run: python pipeline/ingest.py --raw PATH --dataset {dataset.root}"
         )
+    if not any(dataset.rows(f"images/{shard}.parquet") for shard in shards):
+        reasons = sum((dataset.tally(f"rejected/{shard}.parquet", "reason") for shard in shards), Counter[str]())
+        raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
     missing = sorted(set(shards) - set(dataset.shards("captions")))
     if missing:
         mend = f"run: python pipeline/caption.py --dataset {dataset.root}"

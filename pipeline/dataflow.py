@@ -16,18 +16,12 @@ from pipeline.jobs import JobFailed, progress
 T = TypeVar("T")
 
 
-class ShardsFailed(JobFailed):
-    """Some shards could not be done; all others are."""
-
-    def __init__(self, failures: list[str]) -> None:
-        super().__init__(f"all shards are done but these: {'; '.join(failures)}")
-        self.failures = failures  # each the shard's name and why
-
-
-def map_shards(shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str) -> None:
+def map_shards(
+    shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str
+) -> dict[str, str]:
     """Run `work` on each shard (by name) in parallel, with a progress bar over the shards' rows.
 
-    ShardsFailed, when all shards were tried, where the work on some raised. JobFailed where Ray itself gave up.
+    All shards are tried; returns those on which the work raised, each with why. JobFailed where Ray itself gave up.
     """
 
     def run(item: dict[str, str]) -> dict[str, str]:
@@ -39,15 +33,14 @@ def map_shards(shards: dict[str, T], work: Callable[[T], None], rows: Callable[[
         return item | {"failure": ""}
 
     items = ray.data.from_items([{"name": name} for name in shards], override_num_blocks=len(shards))
-    failures = []
+    failures: dict[str, str] = {}
     with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
         try:
             for item in items.map(run).iter_rows():
                 bar.update(rows(shards[item["name"]]))
                 if item["failure"]:
-                    failures.append(f"{item['name']} ({item['failure']})")
+                    failures[item["name"]] = item["failure"]
         except RayError as error:
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
-    if failures:
-        raise ShardsFailed(sorted(failures))
+    return failures

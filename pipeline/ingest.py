@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.jobs import Parser, UsageError, default_dataset, run, versions, write_run_record
+from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, versions, write_run_record
 from pipeline.records import SCHEMA_VERSION
 from pipeline.shards import Store, find_parquet
 
@@ -33,7 +33,7 @@ def main() -> None:
     raw_files = find_raw(job.raw)
     # Here and not above: these take seconds to import, which --help and a mistyped path should not cost.
     from pipeline.cluster import cluster
-    from pipeline.dataflow import ShardsFailed, map_shards
+    from pipeline.dataflow import map_shards
     from pipeline.images import Limits
     from pipeline.validation import finished_shards, plan_shards, validate_shard
 
@@ -48,11 +48,8 @@ def main() -> None:
     failed = plan.unreadable
     if todo:
         work = partial(validate_shard, dataset=dataset.root, limits=Limits())
-        try:
-            with cluster("ingest"):
-                map_shards({raw.path: raw for raw in todo}, work, lambda raw: raw.rows, "ingest")
-        except ShardsFailed as error:
-            failed = failed + error.failures
+        with cluster("ingest"):
+            failed = failed | map_shards({raw.path: raw for raw in todo}, work, lambda raw: raw.rows, "ingest")
     finished = finished_shards(plan, dataset)
     done = [raw for raw in plan.shards if raw.shard in finished]
     kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -27,6 +28,14 @@ class UsageError(Exception):
 
 class JobFailed(Exception):
     """The job could not do all of its work: one line that says what is missing. Exit code 1."""
+
+
+class ShardsFailed(JobFailed):
+    """Some shards could not be done; all others are."""
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        listed = "; ".join(f"{name} ({why})" for name, why in sorted(failures.items()))
+        super().__init__(f"all shards are done but these: {listed}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,12 +57,25 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _leave("stopped; run the same command to go on", 130)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        _leave(f"error: {error}; give a path of the right kind that this user may write to", 2)
+    except Exception as error:
+        if type(error).__module__ != "botocore.exceptions":  # not imported where nothing is on S3
+            raise
+        _leave(f"error: S3: {error}; look at AWS_ENDPOINT_URL and at AWS_PROFILE or AWS_ACCESS_KEY_ID", 2)
     sys.exit(0)
 
 
 def _leave(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def local_path(flag: str, path: str) -> Path:
+    """UsageError for a URL, which would be taken for the name of a folder here."""
+    if "://" in path:
+        raise UsageError(f"{flag} {path} must be a path on this machine's file system, mounted on every node")
+    return Path(path)
 
 
 def default_dataset() -> str:

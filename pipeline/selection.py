@@ -82,7 +82,7 @@ def _copies(table: pa.Table) -> list[Refusal | None]:
     for row, row_id in enumerate(table["id"].to_pylist()):
         first_row.setdefault(row_id, row)
     copies: list[Refusal | None] = [("duplicate id", "of a row before it")] * table.num_rows
-    distinct = table.take(list(first_row.values()))
+    distinct = table.take(pa.array(first_row.values(), pa.int64()))
     width, height = (distinct[side].to_numpy().astype(np.int64) for side in ("width", "height"))
     kept = keepers(
         distinct["id"].to_pylist(),
@@ -102,7 +102,11 @@ def select_shard(part: ShardRows, dataset: str, name: str, rules: Rules, quality
     store = Store(dataset)
     images = store.read_table(f"images/{part.shard}.parquet", _JUDGE)
     captions = store.read_table(f"captions/{part.shard}.parquet", ["id", "caption"])
-    assert images["id"].equals(captions["id"]), part.shard
+    if not images["id"].equals(captions["id"]):
+        raise ValueError(
+            f"captions/{part.shard}.parquet is of other rows than images/{part.shard}.parquet, made from another "
+            "ingest: remove it and run pipeline/caption.py again"
+        )
     reader = TagReader(TagRules(excluded=frozenset(rules.excluded)))
     kept, refused = [], []
     rows = images.to_pylist()

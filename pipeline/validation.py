@@ -37,7 +37,7 @@ class RawShard:
 @dataclass(frozen=True)
 class Plan:
     shards: list[RawShard]
-    unreadable: list[str]  # files that are not whole parquet, each with what is wrong
+    unreadable: dict[str, str]  # files that are not whole parquet, each with what is wrong
 
 
 def plan_shards(paths: list[str], source: str) -> Plan:
@@ -46,12 +46,12 @@ def plan_shards(paths: list[str], source: str) -> Plan:
     UsageError for a file of an unknown layout, and for two files that would become the same shard.
     """
     shards: dict[str, RawShard] = {}
-    unreadable = []
+    unreadable: dict[str, str] = {}
     for path in progress(paths, len(paths), "reading footers", "files"):
         try:
             raw = _inspect(path, source)
         except (OSError, pa.ArrowInvalid) as error:
-            unreadable.append(f"{path} ({str(error).splitlines()[0].strip()})")
+            unreadable[path] = str(error).splitlines()[0].strip()
             continue
         except ValueError as error:
             raise UsageError(f"{path} is {error}") from error
@@ -129,14 +129,16 @@ def _check(
         post = READERS[raw.source](row)
     except ValueError as error:
         return Rejected(f"{raw.path}#{index}", "no id", str(error))
+    except Exception as error:  # of a field that is not what its site delivers: one row must not cost its shard
+        return Rejected(f"{raw.path}#{index}", "unreadable row", f"{type(error).__name__}: {error}")
     if isinstance(post, Rejected):
         return post
     if post.id in seen:
         return Rejected(post.id, "duplicate id", f"row {index} of {raw.path}")
-    seen.add(post.id)
     picture = decode(post.image, limits)
     if isinstance(picture, Refused):
         return Rejected(post.id, picture.reason.value, picture.detail)
+    seen.add(post.id)  # not before: a sound copy may follow a broken one
     return _image_row(post, picture)
 
 

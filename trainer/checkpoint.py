@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,8 +29,12 @@ class Checkpoint:
         return state
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """`name` is model, ema or optimizer."""
-        tensors: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
+        """`name` is model, ema or optimizer. ValueError for a damaged file."""
+        file = self.folder / f"{name}.safetensors"
+        try:
+            tensors: dict[str, Tensor] = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove its folder to use the checkpoint before") from error
         return tensors
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import JobFailed, Parser, UsageError, run
+from pipeline.jobs import JobFailed, Parser, UsageError, local_path, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def parse_args() -> ExportJob:
 
 def main() -> None:
     job = parse_args()
-    out = Path(job.out)
+    out = local_path("--out", job.out)
     for path in filter(None, (job.from_released, job.to_released, job.config)):
         if not Path(path).exists():
             raise UsageError(f"{path} is not there")

@@ -20,7 +20,7 @@ from trainer.data import Selection, selection_tags
 from trainer.pictures import PictureModel, Pixels, Settings
 
 _SEEDS_PER_PROMPT = 6
-# Multiples of the training side: square area is kept, as the position map expects.
+# Multiples of the training side: the area stays within an eighth of the square's, as the position map expects.
 _SHAPES = {"2:1": (1.5, 0.75), "3:2": (1.25, 0.875), "2:3": (0.875, 1.25), "1:2": (0.75, 1.5)}
 _CAMERA: dict[str, list[dict[str, Any]]] = {
     "x-shift": [{"x_shift": -0.25}, {}, {"x_shift": 0.25}],
@@ -29,6 +29,12 @@ _CAMERA: dict[str, list[dict[str, Any]]] = {
 }
 # Held-out seeds: no picture of the page is drawn from them.
 _AGREEMENT_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Gallery:
+    page: Path
+    pictures: int  # drawn for it
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,11 @@ class Strip:
 
 def write_gallery(
     model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int, out: Path, agreement_samples: int = 0
-) -> Path:
-    """Draw everything, write OUT/index.html (self-contained), OUT/grid.png and OUT/gallery.json; return the page."""
+) -> Gallery:
+    """Draw everything, write OUT/index.html (self-contained), OUT/grid.png and OUT/gallery.json.
+
+    ValueError where the agreement is asked for and the selection names no coloured objects.
+    """
     sections = {
         "Prompts and seeds": _prompt_strips(model, prompts, settings, seed),
         "Wide and tall": _shape_strips(model, prompts[:3], settings, seed),
@@ -51,7 +60,8 @@ def write_gallery(
     agreement = _agreement(model, settings, agreement_samples) if agreement_samples else None
     funnel = _funnel(model.record["selection"]["dataset"], model.record["selection"]["name"])
     out.mkdir(parents=True, exist_ok=True)
-    _contact_sheet([strip for strips in sections.values() for strip in strips]).save(out / "grid.png", optimize=True)
+    drawn = [strip for strips in sections.values() for strip in strips]
+    _contact_sheet(drawn).save(out / "grid.png", optimize=True)
     figures = {
         "steps": model.steps_taken,
         "colour_agreement": vars(agreement) | {"share": agreement.share} if agreement else None,
@@ -61,7 +71,7 @@ def write_gallery(
     page = out / "index.html"
     page.write_text(_render(model, sections, agreement, funnel))
     _print_summary(agreement, funnel)
-    return page.resolve()
+    return Gallery(page.resolve(), sum(len(strip.pictures) for strip in drawn) + (agreement.total if agreement else 0))
 
 
 def _prompt_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
@@ -103,7 +113,9 @@ def _agreement(model: PictureModel, settings: Settings, count: int) -> Agreement
     tags = selection_tags(Selection.load(record["dataset"], record["name"]))
     named = sorted(tag for tag in tags if prompted_colour(tag) == tag.split()[0])
     # A step that shares no factor with the number of names takes the colours and the objects in equal parts.
-    prompts = [named[number * 37 % len(named)] for number in range(count)] if named else []
+    if not named:
+        raise ValueError(f"the selection {record['name']!r} names no coloured objects: leave --colour-agreement out")
+    prompts = [named[number * 37 % len(named)] for number in range(count)]
     seeds = [_AGREEMENT_SEED + number for number in range(len(prompts))]
     return colour_agreement(prompts, _draw(model, prompts, seeds, settings, "colour agreement"))
 
@@ -179,8 +191,8 @@ def _print_summary(agreement: Agreement | None, funnel: list[dict[str, Any]]) ->
     for record in funnel:
         rejected = ", ".join(f"{count} {reason}" for reason, count in record["rejected"].items()) or "none"
         print(f"  {record['job']}: {record['rows_in']} in, {record['rows_out']} out; rejected: {rejected}")
-        for file in record.get("failed", []):
-            print(f"    not done: {file}")
+        for name, why in record.get("failed", {}).items():
+            print(f"    not done: {name} ({why})")
     if agreement:
         print(
             f"  main colour as prompted: {agreement.hits} of {agreement.total} = {agreement.share:.0%} "

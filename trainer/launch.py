@@ -31,6 +31,7 @@ from trainer.text import TextEncoder, load_text_encoder
 
 def train(training: Training) -> list[dict[str, float]]:
     """Run the job on the connected Ray and return the metrics that were logged. JobFailed where a worker raises."""
+    scaling = _scaling(training.workers)
     queue = Queue()
     metrics: list[dict[str, float]] = []
     watcher = threading.Thread(target=_show_progress, args=(queue, training, metrics), daemon=True)
@@ -38,7 +39,7 @@ def train(training: Training) -> list[dict[str, float]]:
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"training": training, "queue": queue},
-        scaling_config=_scaling(training.workers),
+        scaling_config=scaling,
         run_config=RunConfig(name="ray", storage_path=training.run),
     )
     try:
@@ -106,6 +107,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     encoder = load_text_encoder(training.text_encoder, device)
     loop = build_loop(training, codec, device)
     batches = _batches(training, context.get_world_rank(), context.get_world_size())
+    if leader:
+        _forget_steps_after(training.start_step, Path(training.run) / "metrics.jsonl")
     started = time.time()
     waited = 0.0
     for _ in range(training.start_step, training.stop_step):
@@ -115,15 +118,18 @@ def _train_worker(config: dict[str, Any]) -> None:
         loss = loop.step(encode(batch, codec, encoder, training.stage, device))
         taken = loop.steps_taken
         last = taken == training.stop_step
-        if taken % training.stage.log_every == 0 or last:
+        saving = taken % training.stage.checkpoint_every == 0 or last
+        if taken % training.stage.log_every == 0 or saving:
             loss = _mean_over_workers(loss)
+            if not torch.isfinite(loss):  # on every worker alike, and before a sound checkpoint makes room for this one
+                raise FloatingPointError(f"the loss is {float(loss)} at step {taken}: lower the learning rate")
             if leader:
                 seconds = time.time() - started
                 speed = (taken - training.start_step) * training.stage.batch_size / seconds
                 line = {"step": taken, "loss": float(loss), "images_per_s": speed, "data_wait_share": waited / seconds}
                 _append(Path(training.run) / "metrics.jsonl", line)
                 config["queue"].put(line)
-        if leader and (taken % training.stage.checkpoint_every == 0 or last):
+        if leader and saving:
             save(training, loop)
     ray.train.report({"step": loop.steps_taken})
 
@@ -194,6 +200,22 @@ def _mean_over_workers(value: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(value)
         value = value / torch.distributed.get_world_size()
     return value
+
+
+def _forget_steps_after(step: int, metrics: Path) -> None:
+    """Of a run that was stopped: the lines since its last checkpoint, which come again, and a half-written one."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    temporary = metrics.with_suffix(".partial")
+    temporary.write_text("".join(kept))
+    temporary.rename(metrics)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Axes: B batch, C latent channels, H W rows and columns, N image tokens, 3 = RGB.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -68,12 +69,13 @@ class PictureModel:
     device: torch.device
     steps_taken: int
     record: dict[str, Any]  # what the run was trained with
-    run: str
+    run: Path
 
     @classmethod
-    def load(cls, run: str, device: torch.device) -> "PictureModel":
-        """ValueError for a run folder without a finished checkpoint."""
-        found = checkpoint.newest(Path(run))
+    def load(cls, run: Path, device: torch.device) -> "PictureModel":
+        """ValueError for a run folder without a finished checkpoint, or with a damaged one."""
+        run = run.resolve()
+        found = checkpoint.newest(run)
         if found is None:
             raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
         record = found.state()
@@ -84,7 +86,7 @@ class PictureModel:
         return cls(
             model,
             load_codec(record["stage"]["codec"], device),
-            load_text_encoder(text_encoder_of(Path(run), record["stage"]["text_encoder"]), device),
+            load_text_encoder(text_encoder_of(run, record["stage"]["text_encoder"]), device),
             record["stage"]["text_tokens"],
             device,
             found.step,
@@ -152,11 +154,15 @@ class PictureModel:
 
 
 def save_picture(out: Path, pixels: Pixels, prompt: str, seed: int, settings: Settings) -> Path:
-    """Write OUT/<seed>-<prompt>.png with all that made it in its metadata (key "hdm"), and return its path."""
+    """Write OUT/<seed>-<prompt>-<hash of the settings>.png, with all that made it in its metadata (key "hdm").
+
+    So the same command gives the same file, and no other command overwrites it. Returns the path.
+    """
     out.mkdir(parents=True, exist_ok=True)
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "unconditional"
+    origin = json.dumps({"prompt": prompt, "seed": seed, **asdict(settings)})
     made_by = PngInfo()
-    made_by.add_itxt("hdm", json.dumps({"prompt": prompt, "seed": seed, **asdict(settings)}))
-    path = out / f"{seed:06d}-{words}.png"
+    made_by.add_itxt("hdm", origin)
+    path = out / f"{seed:06d}-{words}-{hashlib.sha256(origin.encode()).hexdigest()[:6]}.png"
     Image.fromarray(pixels).save(path, pnginfo=made_by)
     return path

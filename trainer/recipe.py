@@ -1,11 +1,12 @@
 """A command line -> one resolved training job, checked against the run folder it goes on from. Knows nothing of Ray."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.jobs import UsageError
+from pipeline.jobs import UsageError, local_path
 from trainer import checkpoint
 from trainer.data import CropConfig, Selection, example_texts, selection_texts
 from trainer.latents import load_codec
@@ -34,7 +35,7 @@ class Training:
         return CropConfig(self.stage.resolution, self.stage.captions, self.stage.seed)
 
     def record(self) -> dict[str, Any]:
-        """All that decides the result, as JSON: saved with the run and with every checkpoint."""
+        """What the run trains and on what, as JSON: saved with the run and with every checkpoint."""
         selection = {"dataset": self.selection.dataset, "name": self.selection.name, "hash": self.selection.digest}
         return {
             "stage": asdict(self.stage),
@@ -57,9 +58,12 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
     if total < 1:
         raise UsageError(f"--steps must be at least 1: got {total}")
     selection = _selection(dataset, stage)
-    folder = Path(run).resolve()
+    folder = local_path("--run", run).resolve()
+    found = checkpoint.newest(folder)
     text_encoder = text_encoder_of(folder, stage.text_encoder)
-    if stage.text_encoder == "local" and not Path(text_encoder).exists():
+    if stage.text_encoder == "local" and found is None:
+        # Made anew until there is a checkpoint that was trained with it: the selection may be another one by now.
+        shutil.rmtree(text_encoder, ignore_errors=True)
         build_local_text_encoder(selection_texts(selection), Path(text_encoder), stage.seed)
     try:
         text_dim = text_width(text_encoder)
@@ -67,7 +71,6 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
         raise UsageError(str(error)) from error
     channels = load_codec(stage.codec).channels
     model = PRESETS[stage.model](in_channels=channels, patch_size=stage.patch_size, text_dim=text_dim)
-    found = checkpoint.newest(folder)
     training = Training(
         stage=stage,
         model=model,
@@ -107,13 +110,19 @@ def text_encoder_of(run: Path, name: str) -> str:
     return str(run / "text_encoder") if name == "local" else name
 
 
+# Of a stage, when a run goes on: what decides neither a step's result nor its place in the data.
+_MAY_CHANGE = {"samples", "log_every", "checkpoint_every"}
+
+
 def _check_same_run(found: checkpoint.Checkpoint | None, training: Training) -> None:
-    """A run goes on only with the model, the encoders and the selection that it began with."""
+    """A run goes on only with the model, the stage and the selection that it began with: a step's position in the data
+    follows from the batch size, an optimizer's state from its kind."""
     if found is None:
         return
-    before, now = found.state(), training.record()
+    before, now = found.state(), json.loads(json.dumps(training.record()))
     changed = [f"model.{name}" for name, value in now["model"].items() if before["model"].get(name) != value]
-    changed += [name for name in ("codec", "resolution", "seed") if before["stage"][name] != now["stage"][name]]
+    fixed = now["stage"].keys() - _MAY_CHANGE
+    changed += sorted(f"stage.{name}" for name in fixed if before["stage"].get(name) != now["stage"][name])
     if before["selection"]["hash"] != now["selection"]["hash"]:
         changed.append("selection (curated anew since)")
     if changed:

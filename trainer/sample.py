@@ -2,10 +2,9 @@
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import Parser, UsageError, default_run, progress, run, write_run_record
+from pipeline.jobs import Parser, UsageError, default_run, local_path, progress, run, write_run_record
 
 if TYPE_CHECKING:
     from trainer.pictures import PictureModel
@@ -50,7 +49,12 @@ def parse_args() -> SampleJob:
         "--colour-agreement", type=int, default=0, metavar="N",
         help="with --gallery: draw N pictures of the selection's coloured objects and count right main colours",
     )  # fmt: skip
-    return SampleJob(**vars(parser.parse_args()))
+    job = SampleJob(**vars(parser.parse_args()))
+    if not 0 <= job.seed < 2**62:
+        raise UsageError(f"--seed {job.seed}: from 0 to {2**62 - 1}")
+    if job.colour_agreement < 0:
+        raise UsageError(f"--colour-agreement {job.colour_agreement}: a number of pictures, 0 for none")
+    return job
 
 
 def main() -> None:
@@ -61,8 +65,11 @@ def main() -> None:
     from trainer.gallery import write_gallery
     from trainer.pictures import PictureModel, Settings, save_picture
 
+    out = local_path("--out", job.out)
     try:
-        model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        model = PictureModel.load(
+            local_path("--run", job.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
         settings = Settings(
             width=_whole_tokens(model, "width", job.width),
             height=_whole_tokens(model, "height", job.height),
@@ -75,12 +82,15 @@ def main() -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    out = Path(job.out)
     prompts = job.prompt or model.record["example_prompts"]
     seeds = [job.seed + number for number in range(len(prompts))]
     if job.gallery:
-        page = write_gallery(model, prompts, settings, job.seed, out, job.colour_agreement)
-        print(f"sample: {page}", flush=True)
+        try:
+            gallery = write_gallery(model, prompts, settings, job.seed, out, job.colour_agreement)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        write_run_record(str(out), "sample", started, gallery.pictures, gallery.pictures, {}, settings=asdict(settings))
+        print(f"sample: {gallery.page}", flush=True)
         return
     with progress(iter(()), len(prompts), "sample", "pictures") as bar:
         pictures = model.draw(prompts, seeds, settings, lambda done: bar.update(done - bar.n))

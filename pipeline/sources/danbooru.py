@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, moment, number, tally, words
+from pipeline.sources.fields import IMAGE_COLUMNS, first, identity, image_bytes, is_set, moment, number, tally, words
 
 TELLTALE_COLUMNS = {
     "tag_string",
@@ -46,7 +46,7 @@ def read_row(row: Mapping[str, Any]) -> Post | Rejected:
         raise ValueError(f"id is {row.get('id')!r}")
     key = f"danbooru:{post_id}"
     for flag in ("is_deleted", "is_banned"):
-        if row.get(flag):
+        if is_set(row.get(flag)):
             return Rejected(key, flag.removeprefix("is_"), f"{flag} is set")
     extension = str(row.get("file_ext") or "").lower()
     if extension in _UNUSABLE_FILES:
@@ -62,7 +62,7 @@ def read_row(row: Mapping[str, Any]) -> Post | Rejected:
         created_at=moment(first(row, "created_at", "timestamp")),
         tags=_tags(row),
         parent=None if parent is None else f"danbooru:{parent}",
-        pixiv_id=number(row.get("pixiv_id")),
+        pixiv_id=identity(row.get("pixiv_id")),
     )
 
 

@@ -37,6 +37,17 @@ def number(value: Any) -> int | None:
         return None
 
 
+def identity(value: Any) -> int | None:
+    """A number that another table knows; None where unreadable or beyond 64 bits."""
+    found = number(value)
+    return found if found is not None and 0 <= found < 2**63 else None
+
+
+def is_set(value: Any) -> bool:
+    """A flag from a truth value, a number or a text: "false", "f", "no" and "0" are not set."""
+    return value.lower() in ("true", "t", "yes", "y", "1") if isinstance(value, str) else bool(value)
+
+
 def tally(value: Any) -> int | None:
     """A count of votes, views or the like, held within 32 bits; None where unreadable."""
     counted = number(value)

@@ -76,8 +76,11 @@ def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _tag_list(tags: Any) -> list[Any]:
-    """The app API has a list; the web API nests it as tags.tags."""
-    return list(tags.get("tags") or []) if isinstance(tags, Mapping) else list(tags or [])
+    """The app API has a list; the web API nests it as tags.tags; some dumps have one text. No Pixiv tag has a space."""
+    if isinstance(tags, Mapping):
+        tags = tags.get("tags")
+    listed = tags.split() if isinstance(tags, str) else list(tags or [])
+    return [tag for tag in listed if isinstance(tag, str | Mapping)]
 
 
 def _tag_name(tag: Any) -> str:

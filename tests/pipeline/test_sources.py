@@ -129,3 +129,18 @@ def test_a_layout_is_recognised_by_its_columns() -> None:
 def test_a_row_without_an_id_is_an_error() -> None:
     with pytest.raises(ValueError, match="id is None"):
         danbooru.read_row({"id": None})
+
+
+@pytest.mark.parametrize("flag", ["false", "f", "0", 0, False, None])
+def test_a_flag_that_is_not_set_refuses_nothing_however_it_is_spelt(flag: object) -> None:
+    assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": flag}), Post)
+    assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": "true"}), Rejected)
+
+
+def test_pixiv_tags_as_one_text_and_with_holes() -> None:
+    assert _post(pixiv.read_row(PIXIV | {"tags": "空 original"})).tags["general"] == ["空", "original"]
+    assert _post(pixiv.read_row(PIXIV | {"tags": [None, 7, "空"]})).tags["general"] == ["空"]
+
+
+def test_a_number_beyond_64_bits_is_no_pixiv_id() -> None:
+    assert _post(danbooru.read_row(DANBOORU | {"pixiv_id": 2**70})).pixiv_id is None

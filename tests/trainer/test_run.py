@@ -74,7 +74,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     assert "going on from step 3" in further.stdout
     assert (tmp_path / "run/checkpoints/step-00000004/state.json").exists()
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert (record["rows_in"], record["rows_out"]) == (16, 16)
+    assert (record["rows_in"], record["rows_out"]) == (32, 32)
 
 
 def test_a_run_of_another_selection_is_refused(run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
@@ -86,6 +86,31 @@ def test_a_run_of_another_selection_is_refused(run_job: RunJob, dataset: Path, t
     _refuses(_train(run_job, dataset, tmp_path / "run", "--steps", 4), "selection", "--run")
 
 
+def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
+    run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Its samples and its optimizer's state would be those of other positions and parameters."""
+    shutil.copytree(trained, tmp_path / "run")
+    state = tmp_path / "run/checkpoints/step-00000003/state.json"
+    changed = json.loads(state.read_text())
+    changed["stage"]["batch_size"] = 16
+    changed["stage"]["optimizer"]["kind"] = "adamw"
+    state.write_text(json.dumps(changed))
+    _refuses(_train(run_job, dataset, tmp_path / "run", "--steps", 4), "stage.batch_size, stage.optimizer", "--run")
+
+
+def test_steps_since_the_last_checkpoint_are_logged_once(
+    run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
+    _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 4))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[-1]["loss"] < 9
+
+
 def test_what_cannot_be_trained_is_refused_with_the_mend(run_job: RunJob, dataset: Path, tmp_path: Path) -> None:
     _refuses(_train(run_job, dataset, tmp_path, "--workers", 3), "does not divide", "[2, 4]")
     _refuses(_train(run_job, dataset, tmp_path, "--steps", 0), "--steps")
@@ -94,13 +119,16 @@ def test_what_cannot_be_trained_is_refused_with_the_mend(run_job: RunJob, datase
 
 
 def test_a_picture_is_the_same_again_and_moves_with_the_camera(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
+    names: list[str] = []
+
     def sample(out: str, *arguments: object) -> np.ndarray:
         prompts = ("--prompt", "red star", "blue fish")
         _succeeds(
             run_job("trainer/sample.py", "--run", trained, *prompts, "--steps", 2, "--out", tmp_path / out, *arguments)
         )
         pictures = sorted((tmp_path / out).glob("*.png"))
-        assert [path.name for path in pictures] == ["000000-red-star.png", "000001-blue-fish.png"]
+        assert [path.name[:-11] for path in pictures] == ["000000-red-star", "000001-blue-fish"]
+        names.append(pictures[0].name)
         made_by = json.loads(Image.open(pictures[1]).info["hdm"])
         assert (made_by["prompt"], made_by["seed"]) == ("blue fish", 1)
         return np.stack([np.asarray(Image.open(path)) for path in pictures])
@@ -109,6 +137,7 @@ def test_a_picture_is_the_same_again_and_moves_with_the_camera(run_job: RunJob, 
     assert still.shape == (2, 48, 104, 3), "101 is no whole number of 8-pixel tokens: the nearest is 104"
     np.testing.assert_array_equal(still, sample("again", "--width", 101, "--height", 48))
     assert not np.array_equal(still, sample("moved", "--width", 101, "--height", 48, "--x-shift", 0.25))
+    assert names[0] == names[1] != names[2], "no picture overwrites one of other settings"
 
 
 def test_a_page_shows_all_there_is(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
@@ -130,6 +159,8 @@ def test_what_cannot_be_drawn_is_refused_with_the_mend(run_job: RunJob, trained:
 
     _refuses(run_job("trainer/sample.py", "--run", tmp_path / "nowhere"), "no checkpoint", "trainer/run.py")
     _refuses(sample("--width", 0), "--width")
+    _refuses(sample("--seed", -1), "--seed")
+    _refuses(run_job("trainer/sample.py", "--run", "s3://bucket/run"), "--run", "file system")
     _refuses(sample("--zoom", 0), "zoom")
     _refuses(sample("--guidance", "nan"), "guidance")
     assert not list(tmp_path.glob("*.png"))

@@ -111,8 +111,7 @@ class XUTConfig:
     def tiny(cls, **overrides: Any) -> "XUTConfig":
         """2M parameters, for the demo: trains on two CPU cores in minutes."""
         shape = {"dim": 128, "heads": 2, "mlp_dim": 256, "depth": 2, "dec_blocks": 1, "post_blocks": 1}
-        shape["absolute_position"] = "waves"
-        return cls(**{**shape, **overrides})
+        return cls(**{**shape, "absolute_position": "waves", **overrides})
 
     @classmethod
     def small(cls, **overrides: Any) -> "XUTConfig":
