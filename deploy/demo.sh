@@ -26,6 +26,6 @@ if [ -n "${DATA:-}" ]; then
     python trainer/sample.py --run "$DEMO/run" --gallery --out "$DEMO/pictures"
 else
     python trainer/sample.py --run "$DEMO/run" --gallery --guidance 4 --colour-agreement 128 --out "$DEMO/pictures" --prompt \
-        "red mushroom, white background" "blue butterfly" "green tree, outdoors" "yellow star, night sky" \
+        "red mushroom, white background" "blue butterfly" "green tree, outdoors" "yellow moon, night sky" \
         "purple house" "pink flower, grey background" "orange ball, gradient background" "aqua umbrella"
 fi

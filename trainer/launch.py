@@ -157,6 +157,7 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
             total_steps=training.stop_step,
             ema_decay=stage.ema_decay,
             clip_norm=stage.clip_norm,
+            timestep_shift=stage.timestep_shift,
             optimizer=stage.optimizer,
         ),
         codec.loss_weight_C,

@@ -34,6 +34,7 @@ class LoopConfig:
     total_steps: int  # of the whole schedule, whatever part of it is run now
     ema_decay: float
     clip_norm: float  # of the whole gradient
+    timestep_shift: float  # above 1 trains more often near pure noise
     optimizer: OptimizerConfig
 
 
@@ -67,7 +68,7 @@ class Loop:
     def _loss(self, inputs: Inputs) -> Tensor:
         x_BCHW = inputs.latents_BCHW
         noise_BCHW = draw_noise(inputs.keys_B, x_BCHW.shape[1:])
-        t_B = draw_times(inputs.keys_B)
+        t_B = draw_times(inputs.keys_B, self.config.timestep_shift)
         velocity_BCHW = self._forward(
             interpolate(x_BCHW, noise_BCHW, t_B),
             t_B,
