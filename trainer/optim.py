@@ -79,6 +79,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     members: dict[tuple[Role, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         role = roles[name]
+        if role == "condition" and config.kind == "adamw":
+            role = "hidden"  # one group: only Muon tells them apart
         if role != "frozen":
             scaled = role in ("output", "condition") or (role == "hidden" and config.kind == "adamw")
             members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)

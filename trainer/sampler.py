@@ -61,6 +61,19 @@ def guided(velocity: Velocity, guidance: float) -> Velocity:
     return velocity_with_guidance
 
 
+def guided_apart(conditional: Velocity, unconditional: Velocity, guidance: float) -> Velocity:
+    """The same guidance over two functions, called one after the other: they may differ in more than the prompt.
+
+    With the negative prompt and a higher TREAD selection rate in the second one it is TREAD's self-guidance (arXiv
+    2501.04765): away from what the model says with fewer tokens.
+    """
+
+    def velocity_with_guidance(x: Tensor, t_B: Tensor) -> Tensor:
+        return torch.lerp(unconditional(x, t_B), conditional(x, t_B), guidance)
+
+    return velocity_with_guidance
+
+
 def _precise(x: Tensor) -> Tensor:
     """At least fp32: in bf16 the small steps of a long schedule would round away."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

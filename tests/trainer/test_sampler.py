@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from trainer.flow import shift_time
-from trainer.sampler import Velocity, euler, guided, heun, time_grid
+from trainer.model.xut import XUT, XUTConfig
+from trainer.positions import full_position_map
+from trainer.sampler import Velocity, euler, guided, guided_apart, heun, time_grid
 
 Integrate = Callable[..., Tensor]
 
@@ -83,3 +85,25 @@ def test_guidance_goes_from_unconditional_through_conditional(guidance: float) -
 
     velocity: Velocity = guided(both, guidance)
     torch.testing.assert_close(velocity(x, t_B), -2 * x + guidance * (x - -2 * x))
+
+
+def test_two_branches_of_different_selection_rates_are_guided_as_one_batch_would_be() -> None:
+    """TREAD's self-guidance: with different rates the branches cannot share a pass; with equal ones they can."""
+    config = XUTConfig(dim=32, heads=2, mlp_dim=32, depth=1, in_channels=2, text_dim=4)
+    torch.manual_seed(0)
+    model = XUT(config)
+    torch.nn.init.normal_(model.patch_out.weight)
+    start, text, keys_B = noise()[:, :2, :, :4].float(), torch.randn(2, 3, 4), torch.arange(2)
+    map_2N2 = full_position_map(32, 32, 2, 2).expand(2, -1, -1)
+
+    def branch(text: Tensor, rate: float) -> Velocity:
+        return lambda x, t: model(x, t, text=text, position_map=map_2N2, selection_rate=rate, routing_key=keys_B)
+
+    def both_branches(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t, text=torch.cat([text, 0 * text]), position_map=torch.cat([map_2N2, map_2N2]))
+
+    together = guided(both_branches, 3.0)(start, torch.full((2,), 0.5))
+    apart = guided_apart(branch(text, 0.0), branch(0 * text, 0.0), 3.0)(start, torch.full((2,), 0.5))
+    torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+    routed = guided_apart(branch(text, 0.0), branch(0 * text, 0.5), 3.0)(start, torch.full((2,), 0.5))
+    assert not torch.allclose(routed, together, atol=1e-3)
