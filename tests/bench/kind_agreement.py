@@ -1,0 +1,101 @@
+"""BENCH: how often a run of the demo draws the kind of object that was prompted, judged by a small classifier.
+
+The classifier learns the twelve kinds from drawn pictures (a minute and a half on two cores) and is tested on others.
+
+    python tests/bench/kind_agreement.py --run demo/run --guidance 4
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.illustrations import COLOURS, compose, draw, encode
+from pipeline.images import Refused, square_crop
+from pipeline.shapes import SHAPES
+from trainer.pictures import PictureModel, Settings
+
+KINDS, SIDE = list(SHAPES), 64
+PICTURES, CROPS_OF_EACH, HELD_OUT = 4000, 4, 400  # the last pictures test the classifier
+STEPS, BATCH = 1200, 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--samples", type=int, default=192)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    pixels_NHW3, kind_N = drawn_crops(seed=1)
+    held_out = HELD_OUT * CROPS_OF_EACH
+    judge = trained_classifier(pixels_NHW3[:-held_out], kind_N[:-held_out])
+    right = judged(judge, pixels_NHW3[-held_out:]) == kind_N[-held_out:]
+    print(f"classifier: right on {right.float().mean():.1%} of {held_out} crops of pictures that it has not seen")
+
+    model = PictureModel.load(args.run, torch.device("cpu"))
+    asked = [(list(COLOURS)[(i * 5 + i // 12) % 8], i % 12) for i in range(args.samples)]
+    settings = Settings(width=SIDE, height=SIDE, guidance=args.guidance)
+    prompts = [f"{colour} {KINDS[kind]}" for colour, kind in asked]
+    pictures = model.draw(prompts, range(10_000, 10_000 + args.samples), settings)
+    found_N = judged(judge, torch.from_numpy(np.stack(pictures)))
+    hits_N = found_N == torch.tensor([kind for _, kind in asked])
+    print(f"kind as prompted: {hits_N.sum()} of {args.samples} = {hits_N.float().mean():.0%} (chance {1 / 12:.1%})")
+    for number, kind in enumerate(KINDS):
+        of_kind = hits_N[number::12]
+        print(f"  {kind}: {of_kind.sum()} of {len(of_kind)}")
+
+
+def drawn_crops(seed: int) -> tuple[Tensor, Tensor]:
+    """uint8 (N, 64, 64, 3) and the kind of the main object (N,), picture by picture."""
+    pixels, kinds = [], []
+    for index in range(PICTURES):
+        scene = compose(seed, index)
+        data = encode(draw(scene), scene)
+        for offset in np.random.default_rng(index).random((CROPS_OF_EACH, 2)):
+            crop = square_crop(data, SIDE, *offset)
+            assert not isinstance(crop, Refused)
+            pixels.append(crop.pixels_HWC)
+            kinds.append(KINDS.index(scene.main.kind))
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(kinds)
+
+
+def trained_classifier(pixels_NHW3: Tensor, kind_N: Tensor) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in ((3, 24), (24, 48), (48, 96), (96, 128)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * 16, len(KINDS)))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, STEPS)
+    for step in range(STEPS):
+        index = torch.randint(len(kind_N), (BATCH,))
+        x = scaled(pixels_NHW3[index])
+        x = x + 0.1 * (step % 2) * torch.randn_like(x)  # generated pictures are speckled
+        loss = F.cross_entropy(model(x), kind_N[index])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def judged(classifier: nn.Module, pixels_NHW3: Tensor) -> Tensor:
+    kind_N: Tensor = classifier(scaled(pixels_NHW3)).argmax(1)
+    return kind_N
+
+
+def scaled(pixels_NHW3: Tensor) -> Tensor:
+    """float32 (N, 3, H, W) in [-1, 1]."""
+    return pixels_NHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+if __name__ == "__main__":
+    main()
