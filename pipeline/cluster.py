@@ -49,8 +49,8 @@ def _connect(address: str | None, dashboard: bool) -> Any:
         _check_reachable(address)
         try:
             return ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
-            raise UsageError(f"no Ray cluster for RAY_ADDRESS={address}: {_START_IT}") from error
+        except (ConnectionError, ValueError) as error:
+            raise UsageError(f"no Ray cluster for RAY_ADDRESS={address} (HOST:PORT, or auto); {_START_IT}") from error
     # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
     cpus = max(2, os.cpu_count() or 2)
     # Ray hands this to a shell where a worker has an environment of its own, as in training; a path may have a space.

@@ -20,7 +20,10 @@ class CurateJob:
 def parse_args() -> CurateJob:
     parser = Parser(prog="curate.py", description=__doc__)
     parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
-    parser.add_argument("--stage", default="demo", choices=("demo", "256", "512", "768", "1024"))
+    parser.add_argument(
+        "--stage", default="demo", choices=("demo", "256", "512", "768", "1024"),
+        help="whose rules apply; default: demo, the one that can be trained so far",
+    )  # fmt: skip
     return CurateJob(**vars(parser.parse_args()))
 
 

@@ -35,7 +35,9 @@ class ShardsFailed(JobFailed):
 
     def __init__(self, failures: dict[str, str]) -> None:
         listed = "; ".join(f"{name} ({why})" for name, why in sorted(failures.items()))
-        super().__init__(f"all shards are done but these: {listed}")
+        super().__init__(
+            f"not done: {listed}; all other shards are. Mend or remove these and run the same command again"
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,4 +129,4 @@ def write_run_record(
     Store(folder).write("run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1]))
     print(f"{job}: {rows_in} rows in = {rows_out} out + {sum(rejected.values())} rejected", end="")
-    print(f" ({reasons})" if reasons else "", f"in {seconds:.1f} s", flush=True)
+    print(f" ({reasons})" if reasons else "", f"in {seconds:.1f} s, in {folder}", flush=True)

@@ -31,7 +31,7 @@ class SampleJob:
 
 def parse_args(argv: list[str] | None) -> SampleJob:
     parser = Parser(prog="sample_data.py", description=__doc__)
-    parser.add_argument("--out", default="sample-data/raw", metavar="FOLDER")
+    parser.add_argument("--out", default="sample-data/raw", metavar="FOLDER", help="default: sample-data/raw")
     parser.add_argument("--images", type=int, default=4400, metavar="N", help="rows over both sites")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     job = SampleJob(**vars(parser.parse_args(argv)))

@@ -32,7 +32,7 @@ def parse_args() -> SampleJob:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--run", default=default_run(), metavar="DIR", help="folder that trainer/run.py wrote")
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="default: examples kept with the run")
-    parser.add_argument("--out", default="pictures", metavar="DIR")
+    parser.add_argument("--out", default="pictures", metavar="DIR", help="default: pictures")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what the picture should not be like")
     parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the side of the training crops")
     parser.add_argument("--height", type=int, metavar="PIXELS")
@@ -42,8 +42,8 @@ def parse_args() -> SampleJob:
     parser.add_argument("--y-shift", type=float, default=0.0, metavar="F", help="camera down")
     parser.add_argument("--zoom", type=float, default=1.0, metavar="F", help="above 1 goes closer")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture; the next have N+1 ...")
-    parser.add_argument("--steps", type=int, default=20, metavar="N")
-    parser.add_argument("--guidance", type=float, default=3.0, metavar="F", help="1 is off")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of the sampler; default: 20")
+    parser.add_argument("--guidance", type=float, default=3.0, metavar="F", help="1 is off; default: 3")
     parser.add_argument("--gallery", action="store_true", help="write OUT/index.html")
     parser.add_argument(
         "--colour-agreement", type=int, default=0, metavar="N",
