@@ -104,7 +104,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         _keep_freed_memory()
     device = ray.train.torch.get_device()
     codec = load_codec(training.stage.codec, device)
-    encoder = load_text_encoder(training.text_encoder, device)
+    encoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
     loop = build_loop(training, codec, device)
     batches = _batches(training, context.get_world_rank(), context.get_world_size())
     if leader:

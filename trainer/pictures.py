@@ -79,14 +79,15 @@ class PictureModel:
         if found is None:
             raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
         record = found.state()
-        model = XUT(XUTConfig.from_dict(record["model"])).to(device).eval()
+        config = XUTConfig.from_dict(record["model"])
+        model = XUT(config).to(device).eval()
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))
         model.load_state_dict(found.tensors("model") | average.weights)
         return cls(
             model,
             load_codec(record["stage"]["codec"], device),
-            load_text_encoder(text_encoder_of(run, record["stage"]["text_encoder"]), device),
+            load_text_encoder(text_encoder_of(run, record["stage"]["text_encoder"]), device, layers=config.text_layers),
             record["stage"]["text_tokens"],
             device,
             found.step,

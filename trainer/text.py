@@ -1,4 +1,4 @@
-"""Prompt -> embeddings: the last hidden states of a frozen causal language model.
+"""Prompt -> embeddings: hidden states of a frozen causal language model.
 
 The only file that knows transformers. Qwen3-0.6B and a small embedded default, made from a dataset's own captions, are
 saved in the same layout and loaded by the same code.
@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Texts are short: threads of the tokenizer would gain nothing and warn about every fork of the process. Read at import.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -31,12 +32,20 @@ _CONFIG_FILES = ("config.json",)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-class TextEncoder:
-    """A frozen language model with its tokenizer."""
+TextLayers = Literal["last", "average"]
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+
+class TextEncoder:
+    """A frozen language model with its tokenizer.
+
+    layers: "last" gives its last hidden state, as the model itself normalises it; "average" the mean over all of its
+    layers, each normalised without weights (arXiv 2506.08210, section 4), which needs XUTConfig.text_layers="average".
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, layers: TextLayers = "last") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.layers = layers
         self.dim = int(model.config.get_text_config().hidden_size)
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         # Stands for an empty text, which many tokenizers turn into no token at all, and fills up short ones.
@@ -59,13 +68,24 @@ class TextEncoder:
         ids_BT = torch.tensor([row + [self._empty_token] * (length - len(row)) for row in ids])
         mask_BT = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
         ids_BT, mask_BT = ids_BT.to(self.model.device), mask_BT.to(self.model.device)
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
-        embeddings_BTD: Tensor = output.last_hidden_state.masked_fill(~mask_BT[:, :, None], 0)
-        return embeddings_BTD, mask_BT
+        average = self.layers == "average"
+        output = self.model(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False, output_hidden_states=average
+        )
+        hidden_BTD: Tensor = _average(output.hidden_states[1:]) if average else output.last_hidden_state
+        return hidden_BTD.masked_fill(~mask_BT[:, :, None], 0), mask_BT
+
+
+def _average(layers: Sequence[Tensor]) -> Tensor:
+    """The mean of (B, T, D) hidden states, each normalised first: deep layers are larger and would outvote the rest."""
+    return torch.stack([F.layer_norm(hidden_BTD, hidden_BTD.shape[-1:]) for hidden_BTD in layers]).mean(0)
 
 
 def load_text_encoder(
-    name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layers: TextLayers = "last",
 ) -> TextEncoder:
     """From a folder, without touching the network, or from a name of the Hugging Face hub, downloaded once.
 
@@ -80,7 +100,7 @@ def load_text_encoder(
             )
         except (OSError, ValueError) as error:
             raise ValueError(_not_loaded(name, error)) from error
-    return TextEncoder(model.to(device), tokenizer)
+    return TextEncoder(model.to(device), tokenizer, layers)
 
 
 def text_width(name: str | Path) -> int:

@@ -45,9 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=["none", "blocks", "all"], default="none")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument(
-        "--encoders", action="store_true", help="with a text encoder: a random Qwen3 of the demo's size"
-    )
+    parser.add_argument("--encoders", action="store_true", help="with the text encoder: random, of Qwen3-0.6B's shape")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each rate; the median counts")
     return parser.parse_args()
 
@@ -88,7 +86,7 @@ def main() -> None:
 def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[float], None], XUTConfig, int]:
     """A function that takes one step at a selection rate; the model's config; its image tokens."""
     torch.manual_seed(0)
-    encode, text_dim = text_encoder(device) if args.encoders else (None, None)
+    encode, text_dim = text_encoder(device, DTYPES[args.dtype]) if args.encoders else (None, None)
     config = PRESETS[args.preset](**({"text_dim": text_dim} if text_dim else {}))
     side = args.resolution // PIXELS_PER_LATENT
     grid = side // config.patch_size
@@ -129,13 +127,25 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
     return step, config, grid * grid
 
 
-def text_encoder(device: torch.device) -> tuple[Callable[[int, int], Tensor], int]:
+def text_encoder(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[int, int], Tensor], int]:
     """A function (texts, tokens of each) -> embeddings (B, T, D), and D."""
-    from trainer.text import build_local_text_encoder, load_text_encoder
+    from transformers import Qwen3Config, Qwen3Model
 
+    from trainer.text import TextEncoder, build_local_text_encoder, load_text_encoder
+
+    qwen3_600m = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
     with tempfile.TemporaryDirectory() as folder:
         build_local_text_encoder(["one word after another"], Path(folder) / "encoder", seed=0)
-        encoder = load_text_encoder(Path(folder) / "encoder", device)
+        tokenizer = load_text_encoder(Path(folder) / "encoder").tokenizer
+    encoder = TextEncoder(Qwen3Model(qwen3_600m).to(device, dtype), tokenizer)
     text = "one word after another " * 200
     return lambda texts, tokens: encoder.encode([text] * texts, tokens)[0], encoder.dim
 

@@ -96,6 +96,17 @@ def test_another_multiple_changes_the_padding_alone(encoder: TextEncoder) -> Non
     torch.testing.assert_close(short_BTD, wide_BTD[:, :8], atol=1e-5, rtol=0)
 
 
+def test_averaged_layers_are_the_mean_of_each_layers_normalised_states(folder: Path) -> None:
+    encoder = load_text_encoder(folder, layers="average")
+    embeddings_BTD, mask_BT = encoder.encode(["red ball, blue star", "red"], 64, multiple=8)
+    assert not embeddings_BTD[~mask_BT].any()
+    ids = tokens(encoder, ["red ball, blue star"])
+    states = encoder.model(input_ids=torch.tensor(ids), output_hidden_states=True).hidden_states
+    assert len(states) == 1 + encoder.model.config.num_hidden_layers
+    normalised = [(h[0] - h[0].mean(1, keepdim=True)) / h[0].std(1, keepdim=True, correction=0) for h in states[1:]]
+    torch.testing.assert_close(embeddings_BTD[0][mask_BT[0]], sum(normalised) / len(normalised), atol=1e-4, rtol=1e-4)
+
+
 def test_an_empty_text_has_one_real_token(encoder: TextEncoder) -> None:
     embeddings_BTD, mask_BT = encoder.encode(["", "red"], 64)
     assert mask_BT.sum(1).tolist() == [1, 1]

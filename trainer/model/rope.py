@@ -19,8 +19,9 @@ def axial_frequencies(head_dim: int) -> Tensor:
     So the first half of a head's dims turns with the position, the second half never (HDM report, section 3.4).
     Positions span about 1: the slowest pair turns half a circle over a square picture, the fastest two and a half.
     """
-    turning = torch.linspace(math.log(math.pi), math.log(5 * math.pi), head_dim // 8).exp()
-    frequency_F = torch.cat([turning, torch.zeros(head_dim // 8)])
+    turning = head_dim // 8
+    steps_F = torch.arange(turning) / max(1, turning - 1)
+    frequency_F = torch.cat([math.pi * 5**steps_F, torch.zeros(turning)])
     return frequency_F[None, :, None].expand(-1, -1, 2).contiguous()
 
 
