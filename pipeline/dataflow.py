@@ -22,10 +22,11 @@ _RETRIES = 2  # of a shard whose process died; Ray Data's own number is infinite
 
 
 def map_shards(
-    shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str
+    shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str, memory: int = 0
 ) -> dict[str, str]:
     """Run `work` on each shard (by name) in parallel, with a progress bar over the shards' rows.
 
+    `memory`: bytes that a worker may need; no more of them run at once on a node than its memory has room for.
     All shards are tried; returns those on which the work raised, or whose process died, each with why. JobFailed where
     Ray itself gave up.
     """
@@ -45,7 +46,7 @@ def map_shards(
     with warnings.catch_warnings():
         # Deprecated in 2.60, where nothing else sets the number of retries yet.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = todo.map(run, ray_remote_args_fn=lambda: {"max_retries": _RETRIES})
+        results = todo.map(run, memory=_within_a_node(memory), ray_remote_args_fn=lambda: {"max_retries": _RETRIES})
     failures = dict.fromkeys(shards, "its process died; the log names Ray's own logs")
     with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
         try:
@@ -58,6 +59,12 @@ def map_shards(
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
     return failures
+
+
+def _within_a_node(memory: int) -> float | None:
+    """What Ray may ask for: a task that asks for more than any node has would wait for ever."""
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    return min(memory, most) if memory else None
 
 
 def _first_line(error: Exception) -> str:

@@ -107,7 +107,8 @@ def main() -> None:
                     dataset.remove_partial(folder, todo.keys())
                 if todo:
                     run_one = partial(work, dataset=dataset.root, rules=rules)
-                    failed |= map_shards(todo, run_one, lambda raw: raw.rows, "ingest")
+                    memory = max(raw.memory for raw in todo.values())
+                    failed |= map_shards(todo, run_one, lambda raw: raw.rows, "ingest", memory)
     done = [raw for name, raw in plan.shards.items() if name not in failed]
     kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)
     reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter[str]())

@@ -1,7 +1,7 @@
 """One raw shard -> one shard of checked images, one of refused rows, and one of smaller images where asked for.
 
-Runs in a Ray task; knows nothing of Ray. A worker holds a few tens of megabytes of pictures, whatever the size of the
-raw file and of its row groups.
+Runs in a Ray task; knows nothing of Ray. A worker holds a page of the raw file and some tens of megabytes of pictures,
+whatever the size of the file and of its row groups.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ _READ_BYTES = 16 << 20
 _MOST_ROWS = 256
 # Without a buffer pyarrow fetches a whole column chunk at once, and a raw file's may have gigabytes.
 _BUFFER_BYTES = 1 << 20
+# But a page is always read whole. Most writers look at its size only after this many values.
+_PAGE_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,12 @@ class RawShard:
     largest_group: int  # bytes of the file's largest row group, uncompressed
     layout: str  # the variant of the source's layout, in words
     digest: str  # of the file's footer: tells it from another file that would become the same shard
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its worker may need: a page as it is read, unpacked and in rows, the rows to be written twice, and
+        the process itself. A raw file of 600 MB in one page was seen to take 1.3 GB."""
+        return 3 * min(self.largest_group, _PAGE_ROWS * self.row_bytes) + 4 * _GROUP_BYTES + (300 << 20)
 
 
 def tier_folder(side: int) -> str:
