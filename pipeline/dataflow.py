@@ -58,45 +58,48 @@ class Pool:
 
     def __str__(self) -> str:
         gpu = f"{self.gpus} GPU and " if self.gpus else ""
-        return f"{self.actors} actors, each with {gpu}{self.cpus} CPUs"
+        return f"{self.actors} actors, each with {gpu}{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
 
 
 def plan_pool(actors: int | None, shards: int, use_gpus: bool) -> Pool:
-    """An actor per GPU with its node's share of CPUs; without GPUs one per CPU but one. `actors` asks for fewer, and
-    there are never more than `shards`.
+    """An actor per GPU with its node's share of CPUs; without GPUs one per CPU. `actors` asks for fewer, and there are
+    never more than `shards`.
 
-    UsageError for more than fit: Ray would wait for them for ever, as it does where actors hold every CPU and none is
-    left to read what they are given.
+    UsageError for more than fit: Ray would wait for them for ever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    per_gpu = [int((node["CPU"] - 1) // node["GPU"]) for node in nodes if node.get("GPU") and node.get("CPU")]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if use_gpus and per_gpu else 0
-    each = max(1, min(per_gpu)) if gpus else 1
-    most = min(gpus or cpus, (cpus - 1) // each)
-    if most < 1 or (actors or 1) > most:
+    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    gpus = gpus if use_gpus else 0
+    most, holder = (gpus, "GPU") if gpus else (cpus, "CPU")
+    if (actors or 1) > most:
         raise UsageError(
-            f"{actors or 1} actors do not fit: Ray has {cpus} CPUs and {gpus} GPUs that can be used, room for {most}, "
-            "as one CPU must stay free; give a smaller --actors, or RAY_ADDRESS of a larger cluster"
+            f"{actors or 1} actors do not fit, each of which takes a {holder}: Ray has {most}; give a smaller "
+            "--actors, or RAY_ADDRESS of a larger cluster"
         )
-    return Pool(min(actors or most, shards), each, 1 if gpus else 0)
+    shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if gpus and node.get("GPU")]
+    return Pool(min(actors or most, shards), max(1, min(shares, default=1)), 1 if gpus else 0)
 
 
 class _Actor:
     """What Ray keeps: the work, made when the first shard comes so that its failure is that shard's and has words."""
 
-    def __init__(self, make_work: Callable[[], Callable[[Any], None]], shards: dict[str, Any]) -> None:
-        self.make_work, self.shards = make_work, shards
+    def __init__(self, make_work: Callable[[], Callable[[Any], None]]) -> None:
+        self.make_work = make_work
         self.work: Callable[[Any], None] | None = None
 
-    def __call__(self, item: dict[str, str]) -> dict[str, str]:
+    def run(self, shard: Any) -> str:
+        """Why it failed, "" where it did not."""
         try:
             self.work = self.work or self.make_work()
-            self.work(self.shards[item["name"]])
+            self.work(shard)
         except Exception as error:  # as in map_shards
             traceback.print_exc()
-            return item | {"failure": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
-        return item | {"failure": ""}
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return ""
+
+
+# A shard that kills its process (out of memory) is tried once more and then given up; the process is started anew.
+_RETRIES = 1
 
 
 def map_shards_with(
@@ -106,23 +109,29 @@ def map_shards_with(
     description: str,
     pool: Pool,
 ) -> dict[str, str]:
-    """As map_shards, for work that is dear to make, such as a model: `make_work` is called once in each actor."""
-    items = ray.data.from_items([{"name": name} for name in shards], override_num_blocks=len(shards))
-    scored = items.map(
-        _Actor,
-        fn_constructor_args=(make_work, shards),
-        compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-    )
+    """As map_shards, for work that is dear to make, such as a model: `make_work` is called once in each actor.
+
+    Plain actors, one shard each at a time, and not Ray Data's: these retry a shard that kills its actor for ever, need
+    a CPU besides the actors' or hang, and put an error about themselves on the terminal (ray 2.60).
+    """
+    remote = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
+    idle = [remote.remote(make_work) for _ in range(pool.actors)]
+    waiting = list(reversed(shards))
+    running: dict[Any, tuple[Any, str]] = {}
     failures: dict[str, str] = {}
     with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
-        try:
-            for item in scored.iter_rows():
-                bar.update(rows(shards[item["name"]]))
-                if item["failure"]:
-                    failures[item["name"]] = item["failure"]
-        except RayError as error:
-            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-            raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
+        while waiting or running:
+            while idle and waiting:
+                actor, name = idle.pop(), waiting.pop()
+                running[actor.run.remote(shards[name])] = actor, name
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            actor, name = running.pop(done)
+            try:
+                failure = ray.get(done)
+            except RayError as error:
+                failure = f"{type(error).__name__}: its process ended {_RETRIES + 1} times, perhaps out of memory"
+            if failure:
+                failures[name] = failure
+            idle.append(actor)
+            bar.update(rows(shards[name]))
     return failures

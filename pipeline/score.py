@@ -31,7 +31,7 @@ def parse_args() -> ScoreJob:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default 32")
     parser.add_argument(
         "--actors", type=int, metavar="N",
-        help="copies of the model; default: one per GPU, without GPUs one per CPU but one",
+        help="copies of the model; default: one per GPU, without GPUs one per CPU",
     )  # fmt: skip
     args = parser.parse_args()
     folder = local_path("--model", args.model).absolute()
