@@ -6,12 +6,17 @@
       images-<side>/<shard>.parquet        TIER: the same rows, the short side at most <side> pixels
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
+      scores/<name>/<shard>.parquet        scores_schema(labels): one per row of images/<shard>, in its order;
+                                           null where the picture could not be decoded again
+      scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
       selections/<name>/selection.json     rule set, counts in and out by reason, hash
 
 New columns are new files beside the images: terabytes of pixels are written once.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -106,6 +111,24 @@ SELECTION = pa.schema(
     ],
     metadata={"hdm.format": "selection", "hdm.version": str(SCHEMA_VERSION)},
 )
+
+
+def scores_schema(labels: Sequence[str]) -> pa.Schema:
+    """id and one float32 column per label of a classifier: a probability in [0, 1], or a regression's raw value.
+
+    The footer's metadata tells what the file was made from: `model` (hash of the classifier's files), `preprocessing`,
+    `scorer_version`, `images` (hash of the footer of images/<shard>). ValueError where labels cannot name columns.
+    """
+    repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
+    if not labels or "id" in labels or "" in labels or repeated:
+        raise ValueError(
+            f"{len(labels)} labels ({', '.join(map(repr, repeated[:3] or labels[:3]))} ...) cannot be columns: there "
+            "must be at least one, each once, none empty and none called 'id'"
+        )
+    return pa.schema(
+        [pa.field("id", pa.string(), nullable=False), *(pa.field(label, pa.float32()) for label in labels)],
+        metadata={"hdm.format": "scores", "hdm.version": str(SCHEMA_VERSION)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 # Each heavy package is imported in the files that wire it in, and nowhere else.
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
-    "transformers": {"trainer/text.py"},
+    "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "fsspec": {"pipeline/shards.py"},
     "jinja2": {"trainer/gallery.py"},

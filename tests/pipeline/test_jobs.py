@@ -153,7 +153,7 @@ def without_ray(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(tmp_path)}
 
 
-@pytest.mark.parametrize("job", ["sample_data", "ingest", "caption", "curate"])
+@pytest.mark.parametrize("job", ["sample_data", "ingest", "score", "caption", "curate"])
 def test_help_comes_from_any_folder_without_ray(
     run_job: RunJob, job: str, without_ray: dict[str, str], tmp_path: Path
 ) -> None:
