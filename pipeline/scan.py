@@ -1,0 +1,47 @@
+"""Reading shards for counting: a few columns in batches, by a few threads, with results in a fixed order."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.jobs import JobFailed
+from pipeline.shards import Store
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Arrow and numpy let go of the interpreter lock; on S3 most of the time is waiting.
+_THREADS = 4
+_BATCH_ROWS = 16_384
+
+
+def read_batches(
+    store: Store, name: str, columns: Sequence[str], rows: int = _BATCH_ROWS, row_groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The columns of a parquet file, a bounded number of rows at a time. JobFailed where the file cannot be read."""
+    try:
+        with store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield from file.iter_batches(rows, row_groups, list(columns))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobFailed(f"cannot read {store.path(name)}: {why}; remove it and run the job that wrote it") from None
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` by a few threads: results in the order of the items, of which only a few are ahead of the reader."""
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        try:
+            for item in items:
+                ahead.append(threads.submit(work, item))
+                if len(ahead) > 2 * _THREADS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
