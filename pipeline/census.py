@@ -24,7 +24,7 @@ from pipeline.measures import (
     image_values,
 )
 from pipeline.records import TAG_CATEGORIES
-from pipeline.scan import in_order, read_batches
+from pipeline.scan import in_order, read_batches, row_count
 from pipeline.shards import Store
 from pipeline.tallies import TagTally, add_words, tally
 
@@ -105,7 +105,7 @@ def take_census(store: Store, selections: Sequence[str], wanted: Iterable[str]) 
 
 def _count_shard(store: Store, shard: str, folders: list[str], selections: Sequence[str], wanted: pa.Array) -> Census:
     census = Census(1 + len(selections))
-    rows = store.rows(f"images/{shard}.parquet")
+    rows = row_count(store, f"images/{shard}.parquet")
     masks = np.zeros((census.views, rows), np.bool_)
     masks[0] = True
     for view, name in enumerate(selections, start=1):
@@ -153,9 +153,9 @@ def _count_captions(
     census: Census, store: Store, shard: str, source: NDArray[np.intp], masks: NDArray[np.bool_]
 ) -> None:
     file, start, rows = f"captions/{shard}.parquet", 0, len(source)
-    if store.rows(file) != rows:
+    if (captions := row_count(store, file)) != rows:
         raise UsageError(
-            f"{file} has {store.rows(file)} rows, but images/{shard}.parquet has {rows}: made from another ingest; "
+            f"{file} has {captions} rows, but images/{shard}.parquet has {rows}: made from another ingest; "
             f"remove it and run: python pipeline/caption.py --dataset {store.root}"
         )
     for batch in read_batches(store, file, ["caption", "reason", "engine", "model"]):

@@ -51,7 +51,8 @@ class Measure:
         low, high = self.edges[number - 1], self.edges[number]
         if self.whole and high == low + 1:
             return self.label(low)
-        return f"{self.label(low)} to {self.label(high - 1 if self.whole else high)}"
+        written_out = self.whole and high <= 10_000
+        return f"{self.label(low)} to {self.label(high - 1 if written_out else high)}"
 
 
 IMAGE_MEASURES = (

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import pyarrow as pa
@@ -19,13 +20,31 @@ _THREADS = 4
 _BATCH_ROWS = 16_384
 
 
-def read_batches(
-    store: Store, name: str, columns: Sequence[str], rows: int = _BATCH_ROWS, row_groups: Sequence[int] | None = None
-) -> Iterator[pa.RecordBatch]:
-    """The columns of a parquet file, a bounded number of rows at a time. JobFailed where the file cannot be read."""
+def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Small columns of a parquet file, a bounded number of rows at a time. JobFailed where the file cannot be read."""
+    # Pre-buffering joins the requests for neighbouring columns, and keeps what it read: hence some groups at a time.
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+        groups: list[int] = []
+        rows = 0
+        for group in range(file.metadata.num_row_groups):
+            groups.append(group)
+            rows += file.metadata.row_group(group).num_rows
+            if rows >= _BATCH_ROWS or group == file.metadata.num_row_groups - 1:
+                yield from file.iter_batches(_BATCH_ROWS, groups, list(columns))
+                groups, rows = [], 0
+
+
+def row_count(store: Store, name: str) -> int:
+    """The number of rows of a parquet file. JobFailed where the file cannot be read."""
+    with readable(store, name):
+        return store.rows(name)
+
+
+@contextmanager
+def readable(store: Store, name: str) -> Iterator[None]:
+    """JobFailed, in one line, where reading this file fails."""
     try:
-        with store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
-            yield from file.iter_batches(rows, row_groups, list(columns))
+        yield
     except (pa.ArrowException, OSError, KeyError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobFailed(f"cannot read {store.path(name)}: {why}; remove it and run the job that wrote it") from None

@@ -74,7 +74,9 @@ class Store:
 
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
-        opened: BinaryIO = self._files.open(self.path(name), "rb")
+        # s3fs reads 50 MB ahead by default: whoever asked for the ids of a shard would be sent its pictures.
+        ahead = {"cache_type": "none"} if self.is_remote else {}
+        opened: BinaryIO = self._files.open(self.path(name), "rb", **ahead)
         return opened
 
     def read(self, name: str) -> bytes:

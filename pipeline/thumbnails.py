@@ -3,19 +3,20 @@
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow.parquet as pq
 
 from pipeline.census import Place
 from pipeline.images import Limits, Refused, decode
-from pipeline.scan import in_order, read_batches
+from pipeline.scan import in_order, readable
 from pipeline.shards import Store
 
 _SIDE = 176  # pixels of the longer side: shown at about half of it, for dense screens
 _QUALITY = 60
 # Rows that are read at once from a row group, whose pictures may be large.
 _PICTURES_AT_ONCE = 8
+_READ_AHEAD = 4_000_000  # bytes
 
 
 def thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
@@ -31,27 +32,27 @@ def thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
 
 def _of_shard(store: Store, shard: str, wanted: Mapping[int, str]) -> dict[str, str]:
     """Data URIs by id; `wanted` gives the id of each row. Only row groups with such rows are read, up to the last."""
-    file, start = f"images/{shard}.parquet", 0
     drawn: dict[str, str] = {}
-    for group, rows in enumerate(_group_sizes(store, file)):
-        last = max((row for row in wanted if start <= row < start + rows), default=-1)
-        row = start
-        for batch in read_batches(store, file, ["image"], _PICTURES_AT_ONCE, [group]) if last >= 0 else ():
-            for number in range(batch.num_rows):
-                if row + number in wanted:
-                    uri = data_uri(batch["image"][number].as_py())
-                    drawn |= {wanted[row + number]: uri} if uri else {}
-            row += batch.num_rows
-            if row > last:
-                break
-        start += rows
+    for row, picture in _pictures(store, f"images/{shard}.parquet", sorted(wanted)):
+        uri = data_uri(picture)
+        drawn |= {wanted[row]: uri} if uri else {}
     return drawn
 
 
-def _group_sizes(store: Store, file: str) -> Sequence[int]:
-    with store.open(file) as opened:
-        footer = pq.read_metadata(opened)
-    return [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+def _pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The bytes of some rows. A row group is streamed: as a whole it may have hundreds of megabytes."""
+    streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
+        end = 0
+        for group in range(file.metadata.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            rows = [number for number in wanted if row <= number < end]
+            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
+                yield from ((number, batch["image"][number - row].as_py()) for number in rows
+                            if row <= number < row + batch.num_rows)  # fmt: skip
+                row += batch.num_rows
+                if row > rows[-1]:
+                    break
 
 
 def data_uri(picture: bytes) -> str | None:
