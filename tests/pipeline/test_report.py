@@ -1,4 +1,4 @@
-"""The report counts what is there, shows the same examples on every run, and lets nothing of the dataset run or fetch."""
+"""The report counts what is there, shows the same examples on every run, and lets no text of the dataset run."""
 
 import base64
 import hashlib
@@ -249,7 +249,8 @@ def hostile_findings(store: Store) -> Findings:
 
 def test_no_text_of_the_dataset_becomes_markup_or_script(store: Store) -> None:
     page = Page(render(hostile_findings(store)))
-    assert page.all("b") and all(not attributes for attributes in page.all("b"))
+    assert page.all("b")
+    assert all(not attributes for attributes in page.all("b"))
     assert all(attributes["src"].startswith("data:image/webp;base64,") for attributes in page.all("img"))  # type: ignore[union-attr]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     data, ours = page.scripts
@@ -314,7 +315,8 @@ def test_the_next_command_is_shown_until_all_is_there(
     findings = survey(part)
     commands = [step.command for step in funnel(findings) if step.command]
     assert [f"{command}" in found and f"'{part.root}'" in found for found in commands] == ([True] if command else [])
-    assert ("a part" in render(findings)) and len(findings.pictures) >= 5
+    assert "a part" in render(findings)
+    assert len(findings.pictures) >= 5
 
 
 def test_a_dataset_that_ingest_refused_as_a_whole_has_a_report(store: Store) -> None:
@@ -409,7 +411,7 @@ def test_files_that_do_not_fit_together_are_refused_with_the_command_that_mends_
 
 def test_a_dataset_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["report.py", "--dataset", str(tmp_path / "nowhere")])
-    with pytest.raises(UsageError, match="has no images; run: python pipeline/ingest.py --raw PATH --dataset"):
+    with pytest.raises(UsageError, match=r"has no images; run: python pipeline/ingest.py --raw PATH --dataset"):
         report.main()
     assert not (tmp_path / "nowhere").exists()
 
