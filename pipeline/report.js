@@ -22,10 +22,17 @@ function cell(kind, text, number) {
   return element;
 }
 
+function names() {
+  return category.value ? [category.value] : Object.keys(data.categories);
+}
+
+function format(count) {
+  return count.toLocaleString("en");
+}
+
 function matches() {
   const wanted = search.value.trim().toLowerCase().replaceAll(" ", "_");
-  const names = category.value ? [category.value] : Object.keys(data.categories);
-  const found = names.flatMap((name) => data.categories[name].tags
+  const found = names().flatMap((name) => data.categories[name].tags
     .filter((tag) => tag[0].toLowerCase().replaceAll(" ", "_").includes(wanted)).map((tag) => [name, tag]));
   return found.sort((a, b) => b[1][1] - a[1][1]);
 }
@@ -35,15 +42,17 @@ function showTags() {
   rows.replaceChildren(...found.slice(0, shown).map(([name, tag]) => {
     const row = document.createElement("tr"), title = cell("td", tag[0]), kind = cell("small", name);
     title.append(" ", kind);
-    row.append(title, ...tag.slice(1).map((count) => cell("td", count.toLocaleString("en"), true)));
+    row.append(title, ...tag.slice(1).map((count) => cell("td", format(count), true)));
     return row;
   }));
   more.hidden = found.length <= shown;
-  const names = category.value ? [category.value] : Object.keys(data.categories);
-  const listed = names.reduce((sum, name) => sum + data.categories[name].tags.length, 0);
-  const known = category.value ? `of ${data.categories[category.value].known} in this category` : "in all";
-  note.textContent = `${found.length.toLocaleString("en")} found among the ${listed.toLocaleString("en")} ` +
-    `most frequent tags ${known}.`;
+  const tables = names().map((name) => data.categories[name]);
+  const listed = tables.reduce((sum, table) => sum + table.tags.length, 0);
+  const known = tables.reduce((sum, table) => sum + table.known, 0);
+  const atLeast = tables.some((table) => table.forgotten) ? "at least " : "";
+  const scope = listed < known ? `the ${format(listed)} most frequent of ${atLeast}${format(known)} tags` :
+    `${format(known)} tags`;
+  note.textContent = `${format(found.length)} among ${scope}, by the number of their pictures.`;
 }
 
 for (const control of [search, category]) {

@@ -130,7 +130,7 @@ def render(findings: Findings) -> str:
         date=time.strftime("%Y-%m-%d %H:%M"),
         funnel=funnel(findings),
         not_done=findings.not_done,
-        sources=SOURCES,
+        sources=[name for name, count in zip(SOURCES, census.histograms["tags"][0].sum(axis=1), strict=True) if count],
         views=views(findings),
         engines=shares(census.engines),
         kept=kept,
@@ -246,7 +246,8 @@ def tag_tables(findings: Findings) -> dict[str, Any]:
         tally = findings.census.tags[category]
         tags, known = tally.top(_TAGS_LISTED)
         tables[category] = {
-            "known": f"{known:,}{' or more' if tally.forgotten else ''}",
+            "known": known,
+            "forgotten": tally.forgotten,
             "tags": [[clip(tag), *counts] for tag, *counts in tags],
         }
     return {"views": ["dataset", *(clip(s.name) for s in findings.selections)], "categories": tables}

@@ -48,9 +48,11 @@ class TagTally:
         tags = lists.flatten().dictionary_encode()
         if not len(tags):
             return
-        rows = pc.list_parent_indices(lists).to_numpy()
-        codes = pc.fill_null(tags.indices, len(tags.dictionary)).to_numpy()
-        counts = [np.bincount(codes[mask[rows]], minlength=len(tags.dictionary) + 1)[:-1] for mask in masks]
+        size = len(tags.dictionary) + 1  # the last code is that of nulls
+        codes = pc.fill_null(tags.indices, size - 1).to_numpy()
+        # A post that names a tag twice is one picture all the same.
+        rows, codes = np.divmod(np.unique(pc.list_parent_indices(lists).to_numpy() * size + codes), size)
+        counts = [np.bincount(codes[mask[rows]], minlength=size)[:-1] for mask in masks]
         self._parts.append(pa.table([tags.dictionary.cast(pa.string()), *counts], names=self._names))
         self._settle(_TAGS_BUFFERED)
 

@@ -379,7 +379,7 @@ def test_the_rarest_tags_are_forgotten_and_the_frequent_ones_are_exact(monkeypat
     monkeypatch.setattr(tallies, "_TAGS_BUFFERED", 200)
     tally = tallies.TagTally(views=2)
     for part in range(100):
-        rows = [["1girl", f"rare {part} {row}"] for row in range(20)]
+        rows = [["1girl", f"rare {part} {row}", None, "1girl"] for row in range(20)]
         masks = np.ones((2, 20), np.bool_)
         masks[1, ::2] = False
         tally.add(pa.array(rows), masks)
