@@ -23,7 +23,7 @@ from pipeline.census import SOURCES, take_census
 from pipeline.findings import Findings, duplicate_pairs, survey
 from pipeline.jobs import JobFailed, UsageError
 from pipeline.measures import CAPTION_WORDS, IMAGE_MEASURES, Measure
-from pipeline.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES
+from pipeline.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
 from pipeline.report_page import funnel, render
 from pipeline.shards import Store
 
@@ -212,13 +212,17 @@ def test_examples_are_the_same_on_every_run_and_of_the_reasons_they_stand_for(st
     assert {"danbooru:0", "danbooru:119", *demo.kept} <= set(first.pictures)
 
 
-def test_a_thumbnail_is_of_its_own_row(store: Store) -> None:
+@pytest.mark.parametrize("tier", [False, True])
+def test_a_thumbnail_is_of_its_own_row(store: Store, tier: bool) -> None:
     colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"] * 6
     posts = []
     for number, colour in enumerate(colours):
         buffer = io.BytesIO()
         Image.new("RGB", (64, 40), colour).save(buffer, "PNG")
         posts.append(post(number, image=buffer.getvalue()))
+    if tier:
+        write(store, "images-64/one", [{name: row[name] for name in TIER.names} for row in posts], TIER, group=9)
+        posts = [row | {"image": b"not to be read"} for row in posts]
     write(store, "images/one", posts, IMAGES, group=5)
     found = survey(store).pictures
     assert len(found) == 24
