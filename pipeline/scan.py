@@ -50,14 +50,14 @@ def readable(store: Store, name: str) -> Iterator[None]:
         raise JobFailed(f"cannot read {store.path(name)}: {why}; remove it and run the job that wrote it") from None
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int = _THREADS) -> Iterator[Result]:
     """`map` by a few threads: results in the order of the items, of which only a few are ahead of the reader."""
     ahead: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                ahead.append(threads.submit(work, item))
-                if len(ahead) > 2 * _THREADS:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

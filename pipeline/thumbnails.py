@@ -17,6 +17,8 @@ _QUALITY = 60
 # Rows that are read at once from a row group, whose pictures may be large.
 _PICTURES_AT_ONCE = 8
 _READ_AHEAD = 4_000_000  # bytes
+# Each holds one page of a picture column, and Arrow makes one page of a row group with fewer than 1024 rows.
+_THREADS = 2
 
 
 def thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
@@ -26,7 +28,7 @@ def thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
     for wanted, place in places.items():
         by_shard[place.shard][place.row] = wanted
     drawn: dict[str, str] = {}
-    for part in in_order(lambda shard: _of_shard(store, tier, shard, by_shard[shard]), sorted(by_shard)):
+    for part in in_order(lambda shard: _of_shard(store, tier, shard, by_shard[shard]), sorted(by_shard), _THREADS):
         drawn |= part
     return drawn
 
@@ -48,7 +50,7 @@ def _of_shard(store: Store, tier: str, shard: str, wanted: Mapping[int, str]) ->
 
 
 def _pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """The bytes of some rows. A row group is streamed: as a whole it may have hundreds of megabytes."""
+    """The bytes of some rows, a page of the column at a time."""
     streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
     with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
         end = 0
