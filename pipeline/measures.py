@@ -61,7 +61,7 @@ IMAGE_MEASURES = (
     Measure("aspect", "Aspect, width / height",
             (0.25, 0.33, 0.4, 0.5, 0.57, 0.65, 0.7, 0.75, 0.8, 0.95, 1.05, 1.25, 1.33, 1.43, 1.54, 1.75, 2, 2.5, 3, 4),
             whole=False),
-    Measure("score", "Score (Danbooru votes, Pixiv views)", _DOUBLING),
+    Measure("score", "Score: votes, Pixiv views", _DOUBLING),
     Measure("favourites", "Favourites and bookmarks", _DOUBLING),
     Measure("year", "Year", tuple(range(1995, 2051)), abbreviated=False),
     Measure("tags", "Tags per picture", tuple(range(0, 101, 5))),
