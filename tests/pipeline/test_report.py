@@ -413,6 +413,15 @@ def test_files_that_do_not_fit_together_are_refused_with_the_command_that_mends_
         survey(store)
 
 
+@pytest.mark.parametrize("name", ["images/part-1", "captions/part-1", "selections/demo/part-1", "rejected/part-1"])
+def test_a_truncated_file_is_named_in_one_line(store: Store, name: str) -> None:
+    write_dataset(store, shards=2, rows=10)
+    path = Path(store.path(f"{name}.parquet"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(JobFailed, match=rf"cannot read .*{name}\.parquet: .*run the job that wrote it$"):
+        survey(store)
+
+
 def test_a_dataset_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["report.py", "--dataset", str(tmp_path / "nowhere")])
     with pytest.raises(UsageError, match=r"has no images; run: python pipeline/ingest.py --raw PATH --dataset"):
