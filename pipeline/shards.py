@@ -64,9 +64,19 @@ class Store:
         names = (PurePosixPath(entry).name for entry in self._files.ls(self.path(folder), detail=False))
         return sorted(name.removesuffix(".parquet") for name in names if _is_shard(name))
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in a folder, sorted; none if there is no such folder."""
+        self._files.invalidate_cache()
+        if not self._files.isdir(self.path(folder)):
+            return []
+        entries = self._files.ls(self.path(folder), detail=True)
+        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
+
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
-        opened: BinaryIO = self._files.open(self.path(name), "rb")
+        # s3fs reads 50 MB ahead by default: whoever asked for the ids of a shard would be sent its pictures.
+        ahead = {"cache_type": "none"} if self.is_remote else {}
+        opened: BinaryIO = self._files.open(self.path(name), "rb", **ahead)
         return opened
 
     def read(self, name: str) -> bytes:

@@ -14,7 +14,7 @@ ONLY_IN = {
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "fsspec": {"pipeline/shards.py"},
-    "jinja2": {"trainer/gallery.py"},
+    "jinja2": {"pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.
 SHARED_WITH_TRAINER = {"pipeline.cluster", "pipeline.images", "pipeline.jobs", "pipeline.records", "pipeline.shards"}
