@@ -36,7 +36,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is refused before decoding. 100 megapixels take 0.4 GB (JPEG) to 1.5 GB (WebP) while they are decoded."""
+    """What is refused before decoding. 100 megapixels take 0.4 GB (JPEG) to 1.8 GB (WebP) while they are decoded."""
 
     max_bytes: int = 64_000_000
     max_pixels: int = 100_000_000
@@ -83,10 +83,19 @@ class Encoded:
 DEFAULT_LIMITS: Final = Limits()
 
 
+class _Webp(WebPImageFile):
+    """Pillow's WebP, but an animation always has alpha: its first frame may leave parts of the canvas empty."""
+
+    def _open(self) -> None:
+        super()._open()
+        if self.is_animated:
+            self._mode = self.rawmode = "RGBA"
+
+
 _PLUGINS: dict[str, type[ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
+    "WEBP": _Webp,
     "GIF": GifImageFile,
 }
 if features.check("avif"):
