@@ -1,4 +1,5 @@
-"""Picture files taken apart: the few bytes and facts that the first picture of a JPEG, PNG or GIF file needs.
+"""Picture files taken apart: the few bytes and facts that the first picture of a JPEG, PNG or GIF file needs. WebP and
+AVIF files, whose libraries are bounded, stay whole.
 
 A decoder is handed these instead of the file. Pillow's own parsers read all that a file carries (comments, texts,
 thumbnails, checksums of what nobody looks at, later frames), and some of it warns, fails the picture, or takes a time
@@ -59,6 +60,15 @@ _MAX_CHUNKS = 100_000
 _MAX_BLOCKS = 500_000
 _MAX_TABLES = 256 << 10  # bytes before the first scan of a JPEG, less metadata: real ones have about 600
 
+_APP1, _APP2, _APP14, _SOS, _EOI = 0xE1, 0xE2, 0xEE, 0xDA, 0xD9
+_METADATA = {*range(0xE0, 0xF0), 0xFE}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+# But for fill bytes, bytes of compressed pixels and the markers that stand alone.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+
+_CHECKED = (b"IHDR", b"PLTE", b"tRNS")  # PNG chunks that decide pixels
+
 
 def first_of_jpeg(data: bytes) -> FirstPicture:
     """Tables, frame header and scans (ITU T.81, annex B). What the markers of JFIF and Adobe say of colour is kept;
@@ -84,14 +94,6 @@ def first_of_jpeg(data: bytes) -> FirstPicture:
         raise Unusable(Reason.TOO_FRAGMENTED, f"{tables} bytes of tables, limit {_MAX_TABLES}")
     joined, notes = _join_profile(profile)
     return FirstPicture(data=b"".join([*kept, memoryview(data)[start:]]), exif=exif, profile=joined, notes=notes)
-
-
-_APP1, _APP2, _APP14, _SOS, _EOI = 0xE1, 0xE2, 0xEE, 0xDA, 0xD9
-_METADATA = {*range(0xE0, 0xF0), 0xFE}
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-# But for fill bytes, bytes of compressed pixels and the markers that stand alone.
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -164,9 +166,6 @@ def first_of_png(data: bytes) -> FirstPicture:
         profile=profile,
         notes=notes if kind == b"IEND" else (*notes, "ends without IEND"),
     )
-
-
-_CHECKED = (b"IHDR", b"PLTE", b"tRNS")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -260,8 +259,22 @@ def _palette_bytes(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
+def whole_webp(data: bytes) -> FirstPicture:
+    """The file, with the byte behind a chunk of odd length (RFC 9649, section 2.3) that old versions of GD left out and
+    others do not count; libwebp refuses both. Extended files are left as they are, and so is all metadata."""
+    if data[12:16] in (b"VP8 ", b"VP8L") and len(data) >= 20:
+        (length,), (picture,) = struct.unpack_from("<I", data, 4), struct.unpack_from("<I", data, 16)
+        end = 20 + picture
+        if picture % 2 and end <= len(data) and (length == end - 8 or len(data) == end):
+            padded = data[:4] + struct.pack("<I", end - 7) + data[8:end] + b"\0"
+            return FirstPicture(data=padded, notes=("ends without padding",))
+    return FirstPicture(data=data)
+
+
 FIRST_PICTURE: Final[dict[str, Callable[[bytes], FirstPicture]]] = {
     "JPEG": first_of_jpeg,
     "PNG": first_of_png,
     "GIF": first_of_gif,
+    "WEBP": whole_webp,
+    "AVIF": lambda data: FirstPicture(data=data),
 }

@@ -257,15 +257,16 @@ def _open(data: bytes, limits: Limits) -> _Opened | Refused:
         reason = Reason.UNSUPPORTED_FORMAT if format else Reason.NOT_AN_IMAGE
         return Refused(reason, format or f"begins with {data[:8].hex(' ')}")
     try:
-        if format == "WEBP" and (refused := _check_webp(data, limits)):
+        first = FIRST_PICTURE[format](data)
+        if format == "WEBP" and (refused := _check_webp(first.data, limits)):
             return refused
-        first = FIRST_PICTURE[format](data) if format in FIRST_PICTURE else None
-        file = _PLUGINS[format](io.BytesIO(first.data if first else data))
-        first = first or _as_opened(file)
+        file = _PLUGINS[format](io.BytesIO(first.data))
     except Unusable as unusable:
         return Refused(unusable.reason, str(unusable))
     except Exception as error:  # as in decode
         return _failure(error)
+    if format in ("WEBP", "AVIF"):
+        first = _with_metadata(first, file)
     notes = first.notes
     try:
         orientation = getattr(file, "orientation", 0) or _orientation(first.exif)
@@ -276,10 +277,10 @@ def _open(data: bytes, limits: Limits) -> _Opened | Refused:
     return _check_size(width, height, limits) or _Opened(file, header, orientation, first.profile)
 
 
-def _as_opened(file: ImageFile) -> FirstPicture:
-    """What Pillow found in a file that is not taken apart before."""
+def _with_metadata(first: FirstPicture, file: ImageFile) -> FirstPicture:
+    """With what Pillow found in a file that was left whole."""
     exif, profile = file.info.get("exif", b""), file.info.get("icc_profile")
-    return FirstPicture(data=b"", frames=getattr(file, "n_frames", 1), exif=exif, profile=profile)
+    return replace(first, frames=getattr(file, "n_frames", 1), exif=exif, profile=profile)
 
 
 def _format_of(data: bytes) -> str:
