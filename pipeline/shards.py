@@ -1,35 +1,37 @@
 """List, read and write the files of a dataset on local disk or S3.
 
 A file appears whole or not at all: locally it is written under a temporary name, flushed and renamed; on S3 it is one
-finished PUT. So "finished" means "exists", and every job skips what is finished.
+finished PUT or one completed upload of parts. So "finished" means "exists", and every job skips what is finished.
 """
 
+import fcntl
+import glob
 import os
+import socket
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePosixPath
-from tempfile import NamedTemporaryFile
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-
-@lru_cache(maxsize=8)
-def _filesystem(protocol: str) -> Any:
-    return fsspec.filesystem(protocol)
+from pipeline import s3
 
 
 @dataclass(frozen=True)
 class Store:
     """A folder of files: `root` is a local path or s3://bucket/prefix. Small enough to be sent to any worker.
 
-    S3 settings come from the environment, as for every AWS tool: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID ...
+    S3 settings come from the environment of each process, as for every AWS tool: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION,
+    AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_MAX_ATTEMPTS. HDM_S3_ANONYMOUS is 1, or the names of
+    public buckets with commas between them: these are read without keys. A file on its way to S3 lies in TMPDIR, one
+    for each file that is being written. Errors of S3 are s3.S3Refused and s3.S3Unavailable, of one line each.
     """
 
     root: str
@@ -42,29 +44,27 @@ class Store:
     def is_remote(self) -> bool:
         return self.root.startswith("s3://")
 
-    @property
-    def _files(self) -> Any:
-        return _filesystem("s3" if self.is_remote else "file")
-
     def path(self, name: str = "") -> str:
         """The full path of `name` (slash-separated, relative to the root)."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def exists(self, name: str = "") -> bool:
-        return bool(self._files.exists(self.path(name)))
+        path = self.path(name)
+        return s3.exists(path) if self.is_remote else os.path.exists(path)
 
     def shards(self, folder: str = "") -> list[str]:
         """Names without `.parquet` of the finished shards of a folder, sorted; none if there is no such folder."""
-        self._files.invalidate_cache()
-        if not self._files.isdir(self.path(folder)):
+        list_folder = s3.list_folder if self.is_remote else os.listdir
+        try:
+            names = [PurePosixPath(entry).name for entry in list_folder(self.path(folder))]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = (PurePosixPath(entry).name for entry in self._files.ls(self.path(folder), detail=False))
         return sorted(name.removesuffix(".parquet") for name in names if _is_shard(name))
 
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
-        opened: BinaryIO = self._files.open(self.path(name), "rb")
-        return opened
+        path = self.path(name)
+        return s3.open_file(path) if self.is_remote else open(path, "rb")
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
@@ -91,8 +91,10 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
-        if self.exists(name):
-            self._files.rm(self.path(name))
+        if self.is_remote:
+            s3.remove(self.path(name))
+        else:
+            Path(self.path(name)).unlink(missing_ok=True)
 
     def tally(self, name: str, column: str) -> Counter[str]:
         """How often each text of a column occurs in a parquet file; nulls are not counted."""
@@ -116,23 +118,51 @@ class Store:
     @contextmanager
     def _committed(self, name: str) -> Iterator[str]:
         """A local path to write to; the file is committed under `name` when the block ends without an exception."""
-        if self.is_remote:
-            with NamedTemporaryFile(suffix=".parquet") as file:
-                yield file.name
-                self._files.put_file(file.name, self.path(name))
-            return
         target = self.path(name)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"
-        try:
-            yield temporary
-            with open(temporary, "rb") as file:
+        if self.is_remote:
+            with _temporary(tempfile.gettempdir(), "hdm-upload") as path:
+                yield path
+                s3.put(path, target)
+            return
+        folder = os.path.dirname(target)
+        os.makedirs(folder, exist_ok=True)
+        with _temporary(folder, os.path.basename(target)) as path:
+            yield path
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+            os.replace(path, target)
+
+
+@contextmanager
+def _temporary(folder: str, name: str) -> Iterator[str]:
+    """A new file of a hidden name, removed at the end unless it was moved. While it is used it is locked."""
+    _remove_orphans(folder)
+    while True:
+        path = f"{folder}/.{name}.{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            break
+        os.close(lock)  # taken for an orphan between the two lines above
+    try:
+        yield path
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(lock)
+
+
+@lru_cache(maxsize=256)
+def _remove_orphans(folder: str) -> None:
+    """Remove, once per process, the temporary files that killed processes of this machine left in a folder.
+
+    Not those of other machines: where the folder is shared, locks need not be.
+    """
+    for path in glob.glob(f"{glob.escape(folder)}/.*.{socket.gethostname()}-????????"):
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
 
 
 def _is_shard(name: str) -> bool:
@@ -144,6 +174,9 @@ def find_parquet(path: str) -> list[str]:
     store = Store(path)
     if path.endswith(".parquet"):
         return [store.root] if store.exists() else []
-    found = store._files.find(store.root) if store.exists() else []
-    scheme = "s3://" if store.is_remote else ""
-    return sorted(f"{scheme}{entry}" for entry in found if _is_shard(PurePosixPath(entry).name))
+    found = s3.find(store.root) if store.is_remote else _files_below(store.root)
+    return sorted(entry for entry in found if _is_shard(PurePosixPath(entry).name))
+
+
+def _files_below(folder: str) -> list[str]:
+    return [f"{where}/{name}" for where, _, names in os.walk(folder, followlinks=True) for name in names]

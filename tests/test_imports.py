@@ -12,7 +12,7 @@ ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
     "transformers": {"trainer/text.py"},
     "tokenizers": {"trainer/text.py"},
-    "fsspec": {"pipeline/shards.py"},
+    "s3fs": {"pipeline/s3.py"},
     "jinja2": {"trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.
