@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 _ATTEMPTS = 7
 _CONNECT_SECONDS = 5.0
 _SILENT_SECONDS = 15.0  # without one byte of an answer
+_CONNECTIONS = 32  # of a process: as many of its threads can wait for an answer at once
 # Small columns side by side come in one answer, and a large one, which is read whole, costs this much more. s3fs's own
 # 50 MB would fetch a row group of pictures for each column of tags.
 _READ_AHEAD = 256 << 10
@@ -41,6 +42,12 @@ class S3Unavailable(OSError):
     """S3 did not answer properly in any of the attempts; later it may."""
 
 
+def check(path: str) -> None:
+    """S3Refused for a path that names no bucket."""
+    if not path.removeprefix("s3://").strip("/"):
+        raise S3Refused(f"{path} names no bucket; give s3://bucket/prefix")
+
+
 def connect(path: str) -> Any:
     """The s3fs file system for a path s3://bucket/...; made once per process and used by all of its threads."""
     public = os.environ.get("HDM_S3_ANONYMOUS", "")
@@ -52,13 +59,15 @@ def connect(path: str) -> Any:
 def _connect(anonymous: bool, process: int) -> Any:
     import s3fs
 
-    retries = {
-        "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
-        "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
-    }
+    retries = {"mode": os.environ.get("AWS_RETRY_MODE", "standard"), "total_max_attempts": _attempts()}
     files = s3fs.S3FileSystem(
         anon=anonymous,
-        config_kwargs={"retries": retries, "connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENT_SECONDS},
+        config_kwargs={
+            "retries": retries,
+            "connect_timeout": _CONNECT_SECONDS,
+            "read_timeout": _SILENT_SECONDS,
+            "max_pool_connections": _CONNECTIONS,
+        },
         default_block_size=_READ_AHEAD,
         default_cache_type="readahead",
         use_listings_cache=False,  # other processes write too
@@ -68,6 +77,13 @@ def _connect(anonymous: bool, process: int) -> Any:
     with named_errors(files.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "s3://")):
         files.connect()
     return files
+
+
+def _attempts() -> int:
+    wanted = os.environ.get("AWS_MAX_ATTEMPTS") or str(_ATTEMPTS)
+    if not (wanted.isdigit() and int(wanted)):
+        raise S3Refused(f"AWS_MAX_ATTEMPTS is {wanted}; give a number from 1")
+    return int(wanted)
 
 
 def exists(path: str) -> bool:

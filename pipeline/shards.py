@@ -37,7 +37,9 @@ class Store:
     root: str
 
     def __post_init__(self) -> None:
-        if not self.is_remote:
+        if self.is_remote:
+            s3.check(self.root)
+        else:
             object.__setattr__(self, "root", os.path.abspath(os.path.expanduser(self.root)))
 
     @property

@@ -287,9 +287,11 @@ os._exit(0 if store.read("shared") == b"same for all" else 1)
     [
         ("datasets/a", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "3"}, 1, "127.0.0.1:1"),
         ("datasets/a", {"AWS_ENDPOINT_URL": "nonsense"}, 2, "nonsense"),
+        ("datasets/a", {"AWS_MAX_ATTEMPTS": "many"}, 2, "AWS_MAX_ATTEMPTS is many"),
         ("no-such-bucket/a", {}, 2, "create it"),
+        ("", {}, 2, "names no bucket"),
     ],
-    ids=["dead endpoint", "no endpoint", "no bucket"],
+    ids=["dead endpoint", "no endpoint", "no number", "no bucket", "no name"],
 )
 def test_a_job_leaves_with_one_line(
     run_job: RunJob, bucket: str, where: str, environment: dict[str, str], code: int, named: str
