@@ -3,6 +3,7 @@
     DATASET/
       dataset.json                         schema version, created by
       images/<shard>.parquet               IMAGES: written once, never rewritten
+      images-<side>/<shard>.parquet        TIER: the same rows, the short side at most <side> pixels
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
@@ -41,6 +42,7 @@ IMAGES = pa.schema(
         pa.field("format", pa.string(), nullable=False),  # JPEG | PNG | WEBP ... as Pillow names it
         pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF turning
         pa.field("height", pa.int32(), nullable=False),
+        pa.field("notes", pa.string()),  # faults that the decoder survived, such as an unreadable colour profile
         pa.field("sha256", pa.string(), nullable=False),  # of the bytes: exact duplicates
         pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: near duplicates
         pa.field("rating", pa.string()),  # a Rating, or null where the source has none
@@ -53,6 +55,17 @@ IMAGES = pa.schema(
         pa.field("pixiv_id", pa.int64()),  # the Pixiv work that a Danbooru post was taken from
     ],
     metadata={"hdm.format": "images", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+TIER = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # as delivered where it is small enough
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),  # pixels, of this smaller picture
+        pa.field("height", pa.int32(), nullable=False),
+    ],
+    metadata={"hdm.format": "tier", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 REJECTED = pa.schema(

@@ -34,11 +34,12 @@ _ACCESS = (
 )
 
 
-class S3Refused(OSError):
+# No OSErrors: whoever goes on without a file that is spoilt must not go on so when it was S3 that failed.
+class S3Refused(Exception):
     """S3 will not do this however often it is asked; the message says why and how to mend it."""
 
 
-class S3Unavailable(OSError):
+class S3Unavailable(Exception):
     """S3 did not answer properly in any of the attempts; later it may."""
 
 

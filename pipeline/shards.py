@@ -7,11 +7,11 @@ finished PUT or one completed upload of parts. So "finished" means "exists", and
 import fcntl
 import glob
 import os
-import socket
+import re
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import s3
+
+_PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
+_UPLOAD = "hdm-upload-"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,15 @@ class Store:
         else:
             Path(self.path(name)).unlink(missing_ok=True)
 
+    def remove_partial(self, folder: str, shards: Collection[str]) -> None:
+        """Remove what a killed process left of these shards, half written. On S3 nothing is left."""
+        if self.is_remote or not self.exists(folder):
+            return
+        for entry in os.scandir(self.path(folder)):
+            unfinished = _PARTIAL.fullmatch(entry.name)
+            if unfinished and unfinished[1] in shards:
+                os.unlink(entry.path)
+
     def tally(self, name: str, column: str) -> Counter[str]:
         """How often each text of a column occurs in a parquet file; nulls are not counted."""
         values = self.read_table(name, [column])[column].drop_null().value_counts().to_pylist()
@@ -120,49 +132,48 @@ class Store:
     @contextmanager
     def _committed(self, name: str) -> Iterator[str]:
         """A local path to write to; the file is committed under `name` when the block ends without an exception."""
-        target = self.path(name)
         if self.is_remote:
-            with _temporary(tempfile.gettempdir(), "hdm-upload") as path:
+            with _upload_file() as path:
                 yield path
-                s3.put(path, target)
+                s3.put(path, self.path(name))
             return
-        folder = os.path.dirname(target)
-        os.makedirs(folder, exist_ok=True)
-        with _temporary(folder, os.path.basename(target)) as path:
-            yield path
-            with open(path, "rb") as file:
+        target = self.path(name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"  # as _PARTIAL
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(path, target)
+            os.replace(temporary, target)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
 
 
 @contextmanager
-def _temporary(folder: str, name: str) -> Iterator[str]:
-    """A new file of a hidden name, removed at the end unless it was moved. While it is used it is locked."""
+def _upload_file() -> Iterator[str]:
+    """A new file for what goes to S3, removed at the end. Its lock says that it is in use."""
+    folder = tempfile.gettempdir()
     _remove_orphans(folder)
     while True:
-        path = f"{folder}/.{name}.{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
+        file = tempfile.NamedTemporaryFile(prefix=_UPLOAD, dir=folder, delete=False)  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
             break
-        os.close(lock)  # taken for an orphan between the two lines above
-    try:
-        yield path
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        os.close(lock)
+        file.close()  # another process took it for an orphan before it was locked
+    with file:
+        try:
+            yield file.name
+        finally:
+            os.unlink(file.name)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1)
 def _remove_orphans(folder: str) -> None:
-    """Remove, once per process, the temporary files that killed processes of this machine left in a folder.
-
-    Not those of other machines: where the folder is shared, locks need not be.
-    """
-    for path in glob.glob(f"{glob.escape(folder)}/.*.{socket.gethostname()}-????????"):
-        with suppress(OSError), open(path, "rb") as file:
+    """Once per process: remove the files of uploads whose processes were killed; at up to a shard each they add up."""
+    for path in glob.glob(f"{glob.escape(folder)}/{_UPLOAD}*"):
+        with suppress(OSError), open(path, "rb") as file:  # in use, or another user's
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
 

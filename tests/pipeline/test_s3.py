@@ -188,17 +188,25 @@ def test_what_another_process_wrote_is_seen_at_once(store: Store) -> None:
     assert find_parquet(store.root) == [store.path("images/two.parquet")]
 
 
-def test_the_files_of_a_killed_process_are_removed_by_the_next_and_those_in_use_are_not(tmp_path: Path) -> None:
-    killed = "import os, sys; from pipeline.shards import Store\nwith Store(sys.argv[1])._committed('a'): os.kill(0, 9)"
-    died = subprocess.run([sys.executable, "-c", killed, tmp_path], start_new_session=True, check=False)
-    assert died.returncode == -signal.SIGKILL
+def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_use_are_not(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, then: str) -> int:
+        script = (
+            f"import os, sys\nfrom pipeline.shards import Store\nwith Store(sys.argv[1])._committed({name!r}): {then}"
+        )
+        return subprocess.run([sys.executable, "-c", script, store.root], env=here, check=False, timeout=60).returncode
+
+    here = os.environ | {"TMPDIR": str(tmp_path)}
+    assert write("killed", "os.kill(os.getpid(), 9)") == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
-    store = Store(str(tmp_path))
-    with store._committed("b") as in_use:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with store._committed("in-use") as in_use:
         assert [str(path) for path in tmp_path.iterdir()] == [in_use]
-        again = "import sys; from pipeline.shards import Store; Store(sys.argv[1]).write('c', b'')"
-        subprocess.run([sys.executable, "-c", again, tmp_path], check=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+        assert write("another", "pass") == 0
+        assert [str(path) for path in tmp_path.iterdir()] == [in_use]
+    assert list(tmp_path.iterdir()) == []
+    assert [store.exists(name) for name in ("killed", "in-use", "another")] == [False, True, True]
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
