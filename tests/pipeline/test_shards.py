@@ -24,6 +24,8 @@ def test_a_table_comes_back_as_it_was_written(root: str) -> None:
     assert store.rows("images/one.parquet") == 2
     assert store.metadata("images/one.parquet") == {"raw": "where from"}
     assert store.shards("images") == ["one"]
+    assert store.folders("") == ["images"]
+    assert store.folders("images") == store.folders("nowhere") == []
     assert store.tally("images/one.parquet", "id") == {"a": 1, "b": 1}
     assert find_parquet(root) == [store.path("images/one.parquet")]
 
