@@ -27,8 +27,8 @@ CODE_VERSION = 1
 _GROUP_BYTES = 48 << 20
 _READ_BYTES = 16 << 20
 _MOST_ROWS = 256
-# Without a buffer pyarrow fetches a whole column chunk at once, and a raw file's may have gigabytes.
-_BUFFER_BYTES = 1 << 20
+# Of each column, and of each GET on S3. Without it pyarrow fetches whole column chunks, which may have gigabytes.
+_BUFFER_BYTES = 4 << 20
 # But a page is always read whole. Most writers look at its size only after this many values.
 _PAGE_ROWS = 1024
 
@@ -168,7 +168,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows `first` to `last` of a parquet file, a few at a time; of a raw file with columns as the rules have them."""
     with Store(path).open() as file:
-        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         columns = list(rules.columns(parquet.schema_arrow.names)) if rules else columns
         last = parquet.metadata.num_rows if last is None else last
         end = 0
