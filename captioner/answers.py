@@ -130,10 +130,9 @@ def is_foreign(text: str) -> bool:
         letters = [c for c in text if c.isalpha()]
         if sum(not _is_latin(c) for c in letters) > _MOST_FOREIGN_LETTERS * len(letters):
             return True
-    words = [word.lower() for word in WORD.findall(text)]
-    english = sum(word in _ENGLISH for word in words)
-    other = sum(word in _OTHER_LANGUAGES for word in words)
-    return other >= 3 and other > english
+    words = {word.lower() for word in WORD.findall(text)}
+    other = len(words & _OTHER_LANGUAGES)
+    return other >= 3 and other > len(words & _ENGLISH)
 
 
 def _is_latin(character: str) -> bool:
