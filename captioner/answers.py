@@ -9,8 +9,6 @@ The order, each step seeing what the one before it left:
     too short, too long
     invented name, people, hair colour, eye colour              against the tags
 The same caption for many images shows only over a shard: RepeatedCaptions.
-
-Against the tags a detector speaks up only where it is sure: a retry costs seconds of a GPU, and tags lack things too.
 """
 
 import re
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from captioner.grounding import contradiction
-from captioner.prompts import SPECIAL_TOKEN
 from captioner.requests import Answer, Note, Reason, Request
 from captioner.words import QUOTED, WORD, word_set
 
@@ -63,8 +60,11 @@ def check(text: str, finish_reason: str | None, request: Request, limits: Limits
 
 # --- Nothing of the text is of use -------------------------------------------------------------------------------
 
-# Also the opening half of a token, which detokenizers leave of one that was cut.
-_LEAKED = re.compile(rf"{SPECIAL_TOKEN.pattern}|<\||\|>|\[/?(?:INST|IMG)\b")
+# Tokens of Pixtral's tokenizer and of other templates, also those cut in half; not all that has brackets: "[OPEN]".
+_LEAKED = re.compile(
+    r"\[/?(?:INST|IMG|TOOL_|AVAILABLE_TOOLS|SYSTEM_PROMPT|PREFIX\]|MIDDLE\]|SUFFIX\]|control_\d)|<SPECIAL_\d"
+    r"|<\||\|>|<</?SYS>>|</?(?:s|unk|pad|image|mask)>"
+)
 _REFUSAL_WITHIN = 120  # characters
 # At the start of a sentence: a girl may well hold a sign that says "I'm sorry".
 _REFUSAL = re.compile(
@@ -141,24 +141,27 @@ def _is_latin(character: str) -> bool:
 
 # --- Mended ------------------------------------------------------------------------------------------------------
 
-_IMAGE_NOUN = r"(?:image|picture|illustration|artwork|drawing|painting|photo(?:graph)?|artistic\s+rendering)"
+_WHOLE = r"(?:image|picture|illustration|artwork)"  # what only the whole is called
+_IMAGE_NOUN = rf"(?:{_WHOLE}|drawing|painting|photo(?:graph)?|sketch)"
+_KINDS = r"(?:(?!(?:in|of|on|with|from|at)\b)[\w-]+,?\s+){0,3}?"  # "vibrant, anime-style"; not "girl in the"
 _PREAMBLE = re.compile(
-    r"""(?:(?:sure|certainly|of\s+course|absolutely|okay|ok|great)\b[,.!]*(?:\s+|$))?
-        (?:here(?:['\u2019]s|\s+is|\s+are)\b[^.:\n]{0,100}:\s*)?
+    r"""(?:(?:sure|certainly|of\s+course|absolutely|okay|ok)(?:[,.!]+(?:\s+|$)|\s+(?=here\b)))?
+        (?:here(?:['\u2019]s|\s+is|\s+are)\b[^.:]{0,60}\b(?:captions?|descriptions?|summary|sentences)\b[^.:]{0,60}:\s*)?
         (?:\W{0,3}(?:image\s+)?(?:caption|description)\W{0,3}:\W{0,3}\s*)?""",
     re.IGNORECASE | re.VERBOSE,
 )
 _OPENER = re.compile(
     rf"""(?:
-        in\s+(?:this|the)\s+(?:[\w-]+\s+){{0,3}}?{_IMAGE_NOUN},?\s+(?:we\s+(?:can\s+)?see\s+|there\s+is\s+(?=an?\b))?
-        |(?:this|the)\s+(?:[\w-]+,?\s+){{0,3}}?{_IMAGE_NOUN}\s+(?:here\s+)?
+        in\s+(?:this|the)\s+{_KINDS}{_IMAGE_NOUN}(?:,\s+|\s+(?=we\b|there\b|an?\b))
+            (?:we\s+(?:can\s+)?see\s+|there\s+is\s+(?=an?\b))?
+        |(?:this\s+{_KINDS}{_IMAGE_NOUN}|the\s+{_KINDS}{_WHOLE})\s+(?:here\s+)?
             (?:(?:shows|depicts|features|portrays|displays|presents|showcases|captures|contains|illustrates)\s+
                |is\s+(?:of\s+)?(?=an?\b))
         |(?:we\s+(?:can\s+)?see)\s+(?=an?\b)
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-_IMAGE = re.compile(rf"\b(?:the|this)\s+(?:overall\s+)?{_IMAGE_NOUN}\b", re.IGNORECASE)
+_IMAGE = re.compile(rf"\b(?:this\s+{_IMAGE_NOUN}|the\s+(?:overall\s+)?{_WHOLE})\b", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\|\|\||%%|\$\$")
 _MARKUP = re.compile(r"\*\*|__|^#+\s*|^>\s+|`", re.MULTILINE)
 _WRAPPING_QUOTES: Final = {'"': '"', "\u201c": "\u201d"}
@@ -251,7 +254,7 @@ def _count_words(text: str) -> int:
 
 class RepeatedCaptions:
     """Finds captions that a model gives to many images: its favourite nonsense. One for each shard; answers in any
-    order, an answer that was given before (a row done again) counted once."""
+    order, of an image that comes again only the last one counts."""
 
     def __init__(self, most: int = 3) -> None:
         if most < 1:
@@ -262,11 +265,11 @@ class RepeatedCaptions:
 
     def check(self, answer: Answer) -> Answer:
         """The answer, or its refusal where more than `most` images of the shard have had its caption."""
+        if answer.id in self._caption_of:
+            self._ids[self._caption_of.pop(answer.id)].discard(answer.id)
         if answer.caption is None:
             return answer
-        words = " ".join(WORD.findall(answer.caption.lower()))
-        self._ids.get(self._caption_of.get(answer.id, ""), set()).discard(answer.id)
-        self._caption_of[answer.id] = words
+        words = self._caption_of[answer.id] = " ".join(WORD.findall(answer.caption.lower()))
         ids = self._ids.setdefault(words, set())
         ids.add(answer.id)
         return Answer(answer.id, None, Reason.REPEATED, answer.notes) if len(ids) > self._most else answer

@@ -49,6 +49,7 @@ _ORDINARY: Final = word_set(
     "ferris rubik rubik's polaroid jack o'lantern lantern dalmatian shiba inu siamese labrador doberman corgi mary "
     "jane janes peter pan prince albert windsor oxford doc martens pomeranian god goddess heaven "
     # writing and the rest
+    "happy merry internet bluetooth braille union jack jolly roger "
     "hiragana katakana kanji hangul cyrillic i i'm tv dj diy led vr usb cd dvd miss mr mrs lady lord sir dr st"
 )
 _CAPITALISED = re.compile(r"(?<![\w'\u2019])(?=[^\Wa-z\d_])[^\W\d_]{2,}(?:['\u2019][^\W\d_]+)*")
@@ -153,8 +154,8 @@ _PERSONS: Final = {
 _NUMBERS: Final = {
     number: value
     for value, numbers in {
-        1: "a an one", 2: "two both pair couple group several multiple", 3: "three trio", 4: "four", 5: "five",
-        6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten",
+        1: "a an one", 2: "two both pair couple few group several multiple", 3: "three trio", 4: "four", 5: "five",
+        6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten", 12: "dozen",
     }.items()
     for number in numbers.split()
 }  # fmt: skip
@@ -172,7 +173,7 @@ _DRAWN: Final = word_set(
     "dolls figurine reflection shadow mural print emblem shape outline"
 )
 _LIKENESS: Final = word_set("like as resembling depicting for")
-_PERSON_TOKEN = re.compile(r"[a-z]+(?:[-'\u2019][a-z]+)*|\d+|[^a-z\s]")
+_PERSON_TOKEN = re.compile(r"[a-z\d]+(?:[-'\u2019][a-z\d]+)*|[^a-z\d\s]")  # "16-year-old", "3d" are one
 # There are more than were counted so far.
 _MORE = re.compile(
     r"\b(?:another|others?|third|fourth|fifth|sixth|second|rest|remaining|more|companions?|friends?|crowd|each|"
@@ -284,8 +285,10 @@ _MANY_COLOURED = re.compile(
 # Words that may stand between a colour and what has it: "blue, softly flowing hair".
 _BETWEEN: Final = word_set(
     ", - long short very medium shoulder waist length wavy flowing straight curly messy spiky fluffy silky shiny thick "
-    "braided tied loose large big wide bright round glowing narrow sharp expressive gentle sparkling half closed and"
+    "braided tied loose large big wide bright round glowing narrow sharp expressive gentle sparkling half closed"
 )
+_JOINING: Final = word_set(", - / and or to")
+_SHADES: Final = word_set("a an also very deep dark light pale bright soft vivid rich dyed mostly")
 _NOUNS: Final = {"hair": frozenset({"hair", "haired"}), "eyes": frozenset({"eyes", "eyed"})}
 # Behind the noun: the colour is theirs.
 _ORNAMENTS: Final = word_set(
@@ -311,19 +314,27 @@ def claimed_colours(text: str, part: str) -> set[str]:
     claimed = set()
     for place, token in enumerate(tokens):
         if token in _NOUNS[part] and not _ORNAMENTS.intersection(tokens[place + 1 : place + 2]):
-            claimed |= {_COLOURS[word] for word in (_before(tokens, place), _behind(tokens, place)) if word in _COLOURS}
+            claimed |= {*_before(tokens[:place]), *_behind(tokens[place + 1 :])}
     return claimed
 
 
-def _before(tokens: list[str], place: int) -> str:
-    """The nearest word before this place that is none of those in between."""
-    return next((token for token in reversed(tokens[:place]) if token not in _BETWEEN), "")
+def _before(tokens: list[str]) -> set[str]:
+    """The colours that the end of these tokens gives: both of "black-and-white", "blue or green"."""
+    colours: set[str] = set()
+    for token in reversed(tokens):
+        if token in _COLOURS:
+            colours.add(_COLOURS[token])
+        elif token not in (_JOINING if colours else _BETWEEN):
+            break
+    return colours
 
 
-def _behind(tokens: list[str], place: int) -> str:
-    """The colour in "is blue", "are a deep blue"; "" where there is none."""
-    said = tokens[place + 1 : place + 5]
-    return next((token for token in said if token in _COLOURS), "") if said[:1] in (["is"], ["are"]) else ""
+def _behind(tokens: list[str]) -> set[str]:
+    """The colour that the start of these tokens gives: "is blue", "are a deep blue"; not "is tied with blue"."""
+    if tokens[:1] not in (["is"], ["are"]):
+        return set()
+    first = next((token for token in tokens[1:] if token not in _SHADES), "")
+    return {_COLOURS[first]} if first in _COLOURS else set()
 
 
 def _is_colour_of(tag: str, part: str) -> bool:

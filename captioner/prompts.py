@@ -72,7 +72,9 @@ _LOOKS = re.compile(r"\b(hair|eyes)$")
 _QUALIFIER = re.compile(r"\s*\([^()]*\)$")  # "nahida (genshin impact)": the series has a line of its own
 
 # Spellings that chat templates and tokenizers give a meaning to: [INST], [/INST], [IMG_BREAK], <s>, <|user|>, <<SYS>>.
-SPECIAL_TOKEN: Final = re.compile(r"\[/?[A-Z][A-Z_]*\]|<\|[^<>|]*\|>|<</?\w+>>|</?(?:s|unk|pad|image|mask)>")
+_SPECIAL_TOKEN = re.compile(
+    r"\[/?[A-Z][A-Z_]*\]|\[control_\d+\]|<SPECIAL_\d+>|<\|[^<>|]*\|>|<</?\w+>>|</?(?:s|unk|pad|image|mask)>"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def clean_hint(tag: str) -> str:
     are dropped until none is left, because dropping one can join the halves of another.
     """
     text = " ".join("".join(c for c in tag if c.isspace() or unicodedata.category(c)[0] != "C").split())
-    while (stripped := SPECIAL_TOKEN.sub("", text)) != text:
+    while (stripped := _SPECIAL_TOKEN.sub("", text)) != text:
         text = stripped
     return " ".join(text.encode()[:_LONGEST_HINT].decode(errors="ignore").split())
 

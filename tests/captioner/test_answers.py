@@ -50,7 +50,7 @@ def test_a_token_of_the_template_refuses_the_answer(token: str) -> None:
     assert verdict(f"{PLAIN} {token}").reason == Reason.TOKENS
 
 
-@pytest.mark.parametrize("harmless", ["[3]", "<3", "|", "[img]ination", "A > B"])
+@pytest.mark.parametrize("harmless", ["[3]", "<3", "|", "[img]ination", "A > B", "[OPEN]"])
 def test_brackets_alone_leak_nothing(harmless: str) -> None:
     assert verdict(f"{PLAIN} Her phone shows {harmless} in white.").reason is None
 
@@ -135,6 +135,7 @@ def test_english_may_quote_and_borrow(text: str) -> None:
         ("The illustration features ", "two lanterns hanging from a wooden beam."),
         ("In this image, ", "a girl with blue hair holds an umbrella."),
         ("In this vibrant anime-style illustration, we see ", "a girl with blue hair and an umbrella."),
+        ("In this image ", "a girl with blue hair holds an umbrella."),
         ("The image is ", "a close view of a girl with blue hair."),
         ("This digital artwork portrays ", "a girl with blue hair in the rain."),
     ],
@@ -168,6 +169,11 @@ def test_preamble_and_opener_go_together() -> None:
     "text",
     [
         "The image on the wall shows a ship in a storm above a small brass plate.",
+        "A girl smiles beside the picture, and the girl in the picture shows a peace sign.",
+        "The girl in the picture shows a peace sign and the boy beside her laughs.",
+        "In the picture frame above the bed hangs a dried flower under glass.",
+        "Great waves crash against the rocks below a white lighthouse.",
+        "Here are two roads: one leads to the sea, one to the hills.",
         "The picture frame leans against a chair in an empty room with bare walls.",
         "This is a wooden shelf with a row of small glass bottles on it.",
         "Here a cat sleeps on a stack of old books beside an open window.",
@@ -291,6 +297,8 @@ def test_a_name_that_is_in_no_tag_is_invented(text: str, tags: dict[str, list[st
         ("A girl wears a T-shirt, Mary Janes and a Gothic Lolita dress with an A-line skirt.", {}),
         ("A neon sign reads OPEN above a TV that shows the Moon.", {}),
         ('A poster says "Welcome Home, Captain Tanaka" above the door.', {}),
+        ("A poster says 'Don't Forget Your Umbrella' above the door.", {}),
+        ("A banner with ‘Grand Opening’ hangs over the street.", {}),
         ("A girl thinks: Maybe tomorrow. Her window shows Tokyo Tower and Mount Fuji.", {}),
         ("— Evening falls over the harbour, and small boats return to the pier.", {}),
         ("Above it all, Élise waves from a balcony with both hands.", {"character": ["elise (fire emblem)"]}),
@@ -311,6 +319,7 @@ def test_names_of_the_tags_and_ordinary_capitals_are_not_invented(text: str, tag
         ("A young woman with a sword looks over her shoulder at the sea.", special("1boy", "solo")),
         ("A man with a sword looks over his shoulder at the sea.", special("1girl", "solo")),
         ("A girl in a white dress stands on the shore of a frozen lake.", special("no humans")),
+        ("A dozen girls run along the beach toward the pier.", special("5girls")),
         ("A trio of boys runs along the beach toward the pier.", special("2boys", "multiple boys")),
         ("5 boys run along the beach toward the old pier.", special("3boys")),
     ],
@@ -338,6 +347,8 @@ def test_other_people_than_the_tags_count_are_a_contradiction(text: str, tags: d
         ),
         ("A girl in a frilled dress turns around and smiles shyly.", {**special("1boy"), "general": ["otoko no ko"]}),
         ("Two girls stand under an umbrella in the rain tonight.", {"general": ["umbrella"]}),  # nobody counted
+        ("A 16-year-old girl in a 3D game rides a bicycle downhill.", special("1girl")),
+        ("A 3D girl walks past a shelf of toys toward the light.", special("1girl")),
         ("A woman with rabbit ears pours tea for the guests.", special("1other")),
         ("A woman in a schoolgirl uniform rides a bicycle downhill.", special("1girl", "solo")),
     ],
@@ -370,6 +381,9 @@ def test_another_hair_colour_is_a_contradiction(text: str, tag: str) -> None:
         ("A girl with red hair and green tips stands in the rain.", ["blue hair", "gradient hair"]),
         ("A girl with red hair stands under an umbrella.", ["long hair"]),
         ("A girl with a red umbrella and long hair stands in the rain.", ["blue hair"]),
+        ("A girl stands in the rain, and her hair is tied with red string.", ["blue hair"]),
+        ("A girl with black-and-red hair stands in the rain.", ["black hair"]),
+        ("A girl in a hat that is red, and long hair, stands there.", ["blue hair"]),
         ("A girl in a yellow dress lets her hair hang over one eye.", ["blue hair"]),
     ],
 )
@@ -398,6 +412,7 @@ def test_another_eye_colour_is_a_contradiction(text: str, tag: str) -> None:
     ("text", "general"),
     [
         ("A girl with amber eyes holds an umbrella on a wet street.", ["yellow eyes"]),
+        ("A girl with blue-green eyes holds an umbrella in the rain.", ["blue eyes"]),
         ("A girl with hazel eyes holds an umbrella on a wet street.", ["brown eyes"]),
         ("A girl with one red and one blue eye holds an umbrella.", ["heterochromia", "red eyes", "blue eyes"]),
         ("A girl with blue eye shadow and closed eyes holds an umbrella.", ["green eyes"]),

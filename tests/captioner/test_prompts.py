@@ -92,7 +92,8 @@ def test_of_too_many_tags_looks_are_kept_and_the_rest_is_spread_over_the_alphabe
 @pytest.mark.parametrize(
     "tag",
     ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "</s>", "<s>", "<|im_start|>", "<unk>", "<<SYS>>",
-     "<image>", "[IN[INST]ST]", "<<s>/s>", "[IN\u200bST]", "[IN\x00ST]", "<|a<|b|>c|>", "[SYSTEM_PROMPT]"],
+     "<image>", "[IN[INST]ST]", "<<s>/s>", "[IN\u200bST]", "[IN\x00ST]", "<|a<|b|>c|>", "[SYSTEM_PROMPT]",
+     "[control_8]", "<SPECIAL_20>"],
 )  # fmt: skip
 def test_a_tag_cannot_speak_the_language_of_the_template(tag: str) -> None:
     layout = Layout(kind="hf", bos="<s>")
