@@ -68,7 +68,6 @@ def parse_args() -> CurateJob:
 
 def main() -> None:
     job = parse_args()
-    started = time.time()
     dataset, name = Store(job.dataset), job.name or job.stage
     if "/" in name or name.startswith("."):
         raise UsageError(f"--name {name} must be the name of a folder, without /")
@@ -89,7 +88,8 @@ def main() -> None:
         print_plan(curation, inputs)
     else:
         dataset.write(f"{curation.folder}/quality.json", borders.encode())
-        curate(curation, inputs, started, job.stage)
+        with ExitStack() as stack:
+            curate(curation, inputs, on_ray(stack), job.stage)
 
 
 def print_plan(curation: Curation, inputs: Inputs) -> None:
@@ -109,30 +109,29 @@ def print_plan(curation: Curation, inputs: Inputs) -> None:
         print(f"curate: would remove {file}: its images are gone")
 
 
-def curate(curation: Curation, inputs: Inputs, started: float, stage: str) -> None:
+def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) -> None:
     """Judge, look for copies, write; each only where something changed since the last time."""
+    started = time.time()
     dataset, folder = Store(curation.dataset), curation.folder
     # Gone until all is done: a selection with this file is whole.
     dataset.remove(f"{folder}/selection.json")
     for file in stale_files(dataset, folder, inputs.images):
         dataset.remove(file)
+
     judging = judge_work(curation, inputs)
-    with ExitStack() as stack:
-        on_shards = _on_ray(stack)
-        why = to_do(dataset, f"{folder}/judged", judging)
-        print(f"curate: {described('judging', why, len(judging))}", flush=True)
-        failed = on_shards(partial(judge_shard, curation=curation), {shard: judging[shard] for shard in why}, "judging")
-        judged = [shard for shard in judging if shard not in failed]
-        writing = write_work(judging, inputs, find_copies(dataset.root, curation.name, judged))
-        why = to_do(dataset, folder, writing)
-        print(f"curate: {described('writing', why, len(writing))}", flush=True)
-        failed |= on_shards(
-            partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing"
-        )
+    why = to_do(dataset, f"{folder}/judged", judging)
+    print(f"curate: {described('judging', why, len(judging))}", flush=True)
+    failed = on_shards(partial(judge_shard, curation=curation), {shard: judging[shard] for shard in why}, "judging")
+
+    copies = find_copies(dataset.root, curation.name, [shard for shard in judging if shard not in failed])
+    writing = write_work(judging, inputs, copies)
+    why = to_do(dataset, folder, writing)
+    print(f"curate: {described('writing', why, len(writing))}", flush=True)
+    failed |= on_shards(partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing")
     finish(curation, [part for shard, part in writing.items() if shard not in failed], failed, started, stage)
 
 
-def _on_ray(stack: ExitStack) -> OnShards:
+def on_ray(stack: ExitStack) -> OnShards:
     """Ray starts, until the stack ends, with the first work that there is."""
 
     @cache

@@ -3,7 +3,7 @@
 Axes: N posts, T tags of all posts one after the other, D distinct tags, W distinct words.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -66,19 +66,18 @@ def _read(column: TagColumn, category: str, reader: TagReader) -> tuple[Numbers,
     """Post and word of each tag in the text, in order, no word twice in a post; and the words by number."""
     number: dict[str, int] = {}
 
-    def numbers(words: Iterator[str]) -> list[int]:
-        return [number.setdefault(word, len(number)) for word in words]
+    def numbers(meanings: list[tuple[str, ...]]) -> list[list[int]]:
+        return [[number.setdefault(words, len(number)) for words in meaning] for meaning in meanings]
 
-    meanings, implied = [], []
-    for tag in column.distinct:
-        words = reader.words(category, tag)
-        meanings.append(numbers(iter((words,) if words else ())))
-        implied.append(numbers(iter(reader.implied(words) if words else ())))
+    own: list[tuple[str, ...]] = [(words,) if (words := reader.words(category, tag)) else () for tag in column.distinct]
+    implied = [reader.implied(*words) if words else () for words in own]
     if reader.drops_implied:
-        post_T, word_T = _spread(column, meanings)
-        post_T, word_T = _without(post_T, word_T, *_spread(column, implied), len(number))
+        post_T, word_T = _spread(column, numbers(own))
+        dropped = _spread(column, numbers(implied))
+        post_T, word_T = _without(post_T, word_T, *dropped, len(number))
     else:
-        post_T, word_T = _spread(column, [own + others for own, others in zip(meanings, implied, strict=True)])
+        both = [words + others for words, others in zip(own, implied, strict=True)]
+        post_T, word_T = _spread(column, numbers(both))
     # Equal pairs next to each other, the first of them first.
     key_T = post_T * max(1, len(number)) + word_T
     first = np.sort(np.unique(key_T, return_index=True)[1])

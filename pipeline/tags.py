@@ -33,7 +33,7 @@ IMPLIED: Final[tuple[str, ...]] = get_args(Implied)
 
 _COUNT = re.compile(r"(\d+\+?|multiple )(girl|boy|other)s?")
 # How popular a Pixiv work is, and so its quality word: as written there, and as the site translates it.
-_POPULARITY = re.compile(r"\d+users入り|\d\+? ?bookmarks", re.IGNORECASE)
+_POPULARITY = re.compile(r"\d+users入り|\d\+?[ _]?bookmarks", re.IGNORECASE)
 # Underscores are part of a face such as ^_^ and >_<.
 _LONGEST_FACE = 3
 
@@ -57,6 +57,7 @@ class TagReader:
     def __init__(self, rules: TagRules | None = None) -> None:
         self._rules = rules or TagRules()
         self._aliases = {as_words(old): as_words(new) for old, new in self._rules.aliases.items()}
+        self._aliases = {old: self._last_name(old) for old in self._aliases}
         self._implications = {
             self._name(tag): tuple(map(self._name, implied)) for tag, implied in self._rules.implications.items()
         }
@@ -112,9 +113,8 @@ class TagReader:
             found = [each for words in found for each in (words, *self.implied(words))]
         return list(dict.fromkeys(found))
 
-    def _name(self, tag: str) -> str:
-        """The tag as words, by the name that it goes by now."""
-        words = as_words(tag)
+    def _last_name(self, words: str) -> str:
+        """The name at the end of a chain of aliases."""
         seen = [words]
         while words in self._aliases:
             words = self._aliases[words]
@@ -123,11 +123,15 @@ class TagReader:
             seen.append(words)
         return words
 
+    def _name(self, tag: str) -> str:
+        """The tag as words, by the name that it goes by now."""
+        words = as_words(tag)
+        return self._aliases.get(words, words)
+
     def _kept_words(self, tag: str, dropped: tuple[str, ...] = ()) -> str:
         words = self._name(tag)
-        leaks = is_popularity(as_words(tag)) or is_popularity(words)
-        unwanted = words in self._blacklist or any(word in words for word in dropped)
-        return "" if leaks or unwanted else words
+        unwanted = is_popularity(tag) or words in self._blacklist or any(word in words for word in dropped)
+        return "" if unwanted else words
 
     def _all_implied(self, tag: str) -> Iterator[str]:
         """Everything that a tag implies in the text, nearest first."""
