@@ -123,12 +123,13 @@ def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) 
     print(f"curate: {described('judging', why, len(judging))}", flush=True)
     failed = on_shards(partial(judge_shard, curation=curation), {shard: judging[shard] for shard in why}, "judging")
 
-    copies = find_copies(dataset.root, curation.name, [shard for shard in judging if shard not in failed])
-    writing = write_work(judging, inputs, copies)
+    judged = [shard for shard in dataset.shards(f"{folder}/judged") if shard not in failed]
+    writing = write_work(judging, inputs, find_copies(dataset.root, curation.name, judged))
     why = to_do(dataset, folder, writing)
     print(f"curate: {described('writing', why, len(writing))}", flush=True)
     failed |= on_shards(partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing")
-    finish(curation, [part for shard, part in writing.items() if shard not in failed], failed, started, stage)
+    done = [writing[shard] for shard in dataset.shards(folder) if shard not in failed]
+    finish(curation, done, failed, started, stage)
 
 
 def on_ray(stack: ExitStack) -> OnShards:
