@@ -5,10 +5,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, versions, write_run_record
 from pipeline.records import SCHEMA_VERSION
 from pipeline.shards import Store, find_parquet
+from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +18,61 @@ class IngestJob:
     raw: tuple[str, ...]  # files, folders or s3:// prefixes
     source: str  # danbooru | pixiv | auto
     dataset: str
+    rules: dict[str, Any]  # of validation.IngestRules, which takes a second to import
+    max_megapixels: float
+    rows_per_shard: int | None
+    plan: bool  # say what would be done, and do nothing
 
 
 def parse_args() -> IngestJob:
     parser = Parser(prog="ingest.py", description=__doc__)
     parser.add_argument("--raw", nargs="+", required=True, metavar="PATH", help="parquet files or folders of them")
-    parser.add_argument("--source", choices=("danbooru", "pixiv", "auto"), default="auto")
+    parser.add_argument("--source", choices=(*SOURCES, "auto"), default="auto", help="default: found out per file")
     parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--map", nargs="+", default=[], metavar="COLUMN=FIELD", help="a raw column and the field of its site that it is"
+    )
+    parser.add_argument(
+        "--admit", nargs="+", default=[], choices=ADMISSIBLE, metavar="REASON",
+        help=f"take rows that are refused otherwise: {', '.join(map(repr, ADMISSIBLE))}",
+    )  # fmt: skip
+    parser.add_argument("--max-megapixels", type=float, default=100, help="larger pictures are refused; default: 100")
+    parser.add_argument(
+        "--rows-per-shard", type=int, metavar="N", help="cut raw files of more rows into several shards"
+    )
+    parser.add_argument(
+        "--downsize", type=int, metavar="SIDE", help="also write images-SIDE/, the short side at most SIDE pixels"
+    )
+    parser.add_argument("--downsize-format", choices=("JPEG", "WEBP"), default="JPEG", help="quality 92; default: JPEG")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     args = parser.parse_args()
-    return IngestJob(raw=tuple(args.raw), source=args.source, dataset=args.dataset)
+    for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1: got {value}")
+    if args.max_megapixels <= 0:
+        raise UsageError(f"--max-megapixels must be above 0: got {args.max_megapixels:g}")
+    return IngestJob(
+        raw=tuple(args.raw),
+        source=args.source,
+        dataset=args.dataset,
+        rules={
+            "admit": tuple(sorted(set(args.admit))),
+            "renamed": tuple(sorted(map(renamed, args.map))),
+            "downsize": args.downsize,
+            "downsize_format": args.downsize_format,
+        },
+        max_megapixels=args.max_megapixels,
+        rows_per_shard=args.rows_per_shard,
+        plan=args.plan,
+    )
+
+
+def renamed(pair: str) -> tuple[str, str]:
+    """COLUMN=FIELD in its two parts; UsageError for a field that no source has."""
+    column, equals, name = pair.partition("=")
+    if not (column and equals) or name not in FIELDS:
+        raise UsageError(f"--map {pair} must be COLUMN=FIELD, the field one of {', '.join(sorted(FIELDS))}")
+    return column, name
 
 
 def main() -> None:
@@ -32,32 +80,43 @@ def main() -> None:
     started = time.time()
     raw_files = find_raw(job.raw)
     # Here and not above: these take seconds to import, which --help and a mistyped path should not cost.
-    from pipeline.cluster import cluster
-    from pipeline.dataflow import map_shards
     from pipeline.images import Limits
-    from pipeline.validation import finished_shards, plan_shards, validate_shard
+    from pipeline.preflight import plan_shards
+    from pipeline.validation import IngestRules, downsize_shard, validate_shard
 
-    plan = plan_shards(raw_files, job.source)
     dataset = Store(job.dataset)
-    if not dataset.exists("dataset.json"):
-        dataset.write("dataset.json", json.dumps({"schema_version": SCHEMA_VERSION, "created_by": versions()}).encode())
-    finished = finished_shards(plan, dataset)
-    todo = [raw for raw in plan.shards if raw.shard not in finished]
-    print(f"ingest: {len(plan.shards)} raw shards, {len(plan.shards) - len(todo)} of them finished before", flush=True)
+    rules = IngestRules(limits=Limits(max_pixels=int(job.max_megapixels * 1e6)), **job.rules)
+    plan = plan_shards(raw_files, job.source, job.rows_per_shard, dataset, rules)
+    for line in plan.lines(dataset):
+        print(f"ingest: {line}", flush=True)
+    if job.plan:
+        return
 
-    failed = plan.unreadable
-    if todo:
-        work = partial(validate_shard, dataset=dataset.root, limits=Limits())
+    failed: dict[str, str] = {}  # by shard
+    if plan.todo or plan.tiers:
+        from pipeline.cluster import cluster
+        from pipeline.dataflow import map_shards
+
+        if not dataset.exists("dataset.json"):
+            about = {"schema_version": SCHEMA_VERSION, "created_by": versions()}
+            dataset.write("dataset.json", json.dumps(about).encode())
         with cluster("ingest"):
-            failed = failed | map_shards({raw.path: raw for raw in todo}, work, lambda raw: raw.rows, "ingest")
-    finished = finished_shards(plan, dataset)
-    done = [raw for raw in plan.shards if raw.shard in finished]
+            for work, names in ((validate_shard, plan.todo), (downsize_shard, plan.tiers)):
+                todo = {name: plan.shards[name] for name in sorted(names)}
+                for folder in ("images", "rejected", f"images-{rules.downsize}"):
+                    dataset.remove_partial(folder, todo.keys())
+                if todo:
+                    run_one = partial(work, dataset=dataset.root, rules=rules)
+                    memory = max(raw.memory for raw in todo.values())
+                    failed |= map_shards(todo, run_one, lambda raw: raw.rows, "ingest", memory)
+    done = [raw for name, raw in plan.shards.items() if name not in failed]
     kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)
     reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter[str]())
     rows = sum(raw.rows for raw in done)
-    write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=failed)
-    if failed:
-        raise ShardsFailed(failed)
+    not_done = plan.unreadable | {plan.shards[name].path: why for name, why in failed.items()}
+    write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=not_done)
+    if not_done:
+        raise ShardsFailed(not_done)
 
 
 def find_raw(paths: tuple[str, ...]) -> list[str]:

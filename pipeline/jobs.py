@@ -98,7 +98,17 @@ def progress(items: Iterable[T], total: int | None, description: str, unit: str)
 
 def versions() -> dict[str, str]:
     """The versions that decide what a job writes."""
-    names = ("homemade-diffusion", "ray", "pyarrow", "numpy", "pillow", "pillow-simd", "torch", "transformers")
+    names = (
+        "homemade-diffusion",
+        "ray",
+        "pyarrow",
+        "numpy",
+        "pillow",
+        "pillow-simd",
+        "torch",
+        "transformers",
+        "onnxruntime",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

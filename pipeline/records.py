@@ -3,8 +3,12 @@
     DATASET/
       dataset.json                         schema version, created by
       images/<shard>.parquet               IMAGES: written once, never rewritten
+      images-<side>/<shard>.parquet        TIER: the same rows, the short side at most <side> pixels
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
+      scores/<name>/<shard>.parquet        scores_schema(labels): one per row of images/<shard>, in its order;
+                                           null where the picture could not be decoded again
+      scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
       selections/<name>/rejected/<shard>.parquet   REJECTED: the other rows, each with its reason
       selections/<name>/judged/<shard>.parquet     JUDGED: what the rules say of every row, before copies are looked for
@@ -14,6 +18,8 @@
 New columns are new files beside the images: terabytes of pixels are written once.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -44,6 +50,7 @@ IMAGES = pa.schema(
         pa.field("format", pa.string(), nullable=False),  # JPEG | PNG | WEBP ... as Pillow names it
         pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF turning
         pa.field("height", pa.int32(), nullable=False),
+        pa.field("notes", pa.string()),  # faults that the decoder survived, such as an unreadable colour profile
         pa.field("sha256", pa.string(), nullable=False),  # of the bytes: exact duplicates
         pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: near duplicates
         pa.field("rating", pa.string()),  # a Rating, or null where the source has none
@@ -56,6 +63,17 @@ IMAGES = pa.schema(
         pa.field("pixiv_id", pa.int64()),  # the Pixiv work that a Danbooru post was taken from
     ],
     metadata={"hdm.format": "images", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+TIER = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # as delivered where it is small enough
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),  # pixels, of this smaller picture
+        pa.field("height", pa.int32(), nullable=False),
+    ],
+    metadata={"hdm.format": "tier", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 REJECTED = pa.schema(
@@ -106,6 +124,24 @@ JUDGED = pa.schema(
     ],
     metadata={"hdm.format": "judged", "hdm.version": str(SCHEMA_VERSION)},
 )
+
+
+def scores_schema(labels: Sequence[str]) -> pa.Schema:
+    """id and one float32 column per label of a classifier: a probability in [0, 1], or a regression's raw value.
+
+    The footer's metadata tells what the file was made from: `model` (hash of the classifier's files), `preprocessing`,
+    `scorer_version`, `images` (hash of the footer of images/<shard>). ValueError where labels cannot name columns.
+    """
+    repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
+    if not labels or "id" in labels or "" in labels or repeated:
+        raise ValueError(
+            f"{len(labels)} labels ({', '.join(map(repr, repeated[:3] or labels[:3]))} ...) cannot be columns: there "
+            "must be at least one, each once, none empty and none called 'id'"
+        )
+    return pa.schema(
+        [pa.field("id", pa.string(), nullable=False), *(pa.field(label, pa.float32()) for label in labels)],
+        metadata={"hdm.format": "scores", "hdm.version": str(SCHEMA_VERSION)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ finished PUT. So "finished" means "exists", and every job skips what is finished
 """
 
 import os
+import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+_PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
 
 
 @lru_cache(maxsize=8)
@@ -61,9 +64,19 @@ class Store:
         names = (PurePosixPath(entry).name for entry in self._files.ls(self.path(folder), detail=False))
         return sorted(name.removesuffix(".parquet") for name in names if _is_shard(name))
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in a folder, sorted; none if there is no such folder."""
+        self._files.invalidate_cache()
+        if not self._files.isdir(self.path(folder)):
+            return []
+        entries = self._files.ls(self.path(folder), detail=True)
+        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
+
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
-        opened: BinaryIO = self._files.open(self.path(name), "rb")
+        # s3fs reads 50 MB ahead by default: whoever asked for the ids of a shard would be sent its pictures.
+        ahead = {"cache_type": "none"} if self.is_remote else {}
+        opened: BinaryIO = self._files.open(self.path(name), "rb", **ahead)
         return opened
 
     def read(self, name: str) -> bytes:
@@ -94,6 +107,15 @@ class Store:
         if self.exists(name):
             self._files.rm(self.path(name))
 
+    def remove_partial(self, folder: str, shards: Collection[str]) -> None:
+        """Remove what a killed process left of these shards, half written. On S3 nothing is left."""
+        if self.is_remote or not self.exists(folder):
+            return
+        for entry in os.scandir(self.path(folder)):
+            unfinished = _PARTIAL.fullmatch(entry.name)
+            if unfinished and unfinished[1] in shards:
+                os.unlink(entry.path)
+
     def tally(self, name: str, column: str) -> Counter[str]:
         """How often each text of a column occurs in a parquet file; nulls are not counted."""
         values = self.read_table(name, [column])[column].drop_null().value_counts().to_pylist()
@@ -123,7 +145,7 @@ class Store:
             return
         target = self.path(name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"
+        temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"  # as _PARTIAL
         try:
             yield temporary
             with open(temporary, "rb") as file:

@@ -1,132 +1,195 @@
-"""One raw shard -> one shard of checked images and one of refused rows. Runs in a Ray task; knows nothing of Ray."""
+"""One raw shard -> one shard of checked images, one of refused rows, and one of smaller images where asked for.
+
+Runs in a Ray task; knows nothing of Ray. A worker holds a page of the raw file and some tens of megabytes of pictures,
+whatever the size of the file and of its row groups.
+"""
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
-from typing import Any
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.images import Limits, Picture, Refused, decode, perceptual_hash
-from pipeline.jobs import UsageError, progress
-from pipeline.records import IMAGES, REJECTED, TAG_CATEGORIES, Post, Rejected
+from pipeline.images import Limits, Picture, Refused, decode, downsize, perceptual_hash
+from pipeline.records import IMAGES, REJECTED, TAG_CATEGORIES, TIER, Post, Rejected
 from pipeline.shards import Store
-from pipeline.sources import READERS, recognise
+from pipeline.sources import FIELDS, read_row
 from pipeline.sources.fields import image_bytes
 
-# Rows are read and written in groups of about this many bytes of pictures: a worker holds one group, whatever the size
-# of the raw file's row groups, and a reader of the dataset fetches no more than it needs.
-_GROUP_BYTES = 32 << 20
-_READ_ROWS = 64
+# Raised where the same raw file and settings give other rows than before: then all shards are made anew.
+CODE_VERSION = 1
+
+# Row groups have at most so many bytes of pictures: what a reader of the dataset must fetch for one row.
+_GROUP_BYTES = 48 << 20
+_READ_BYTES = 16 << 20
+_MOST_ROWS = 256
+# Without a buffer pyarrow fetches a whole column chunk at once, and a raw file's may have gigabytes.
+_BUFFER_BYTES = 1 << 20
+# But a page is always read whole. Most writers look at its size only after this many values.
+_PAGE_ROWS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class IngestRules:
+    """What decides which rows a raw shard becomes, besides its own bytes."""
+
+    admit: tuple[str, ...] = ()  # of sources.ADMISSIBLE: reasons that refuse nothing
+    renamed: tuple[tuple[str, str], ...] = ()  # a raw column and the field of its source that it holds
+    limits: Limits = field(default_factory=Limits)
+    downsize: int | None = None  # pixels along the short side of the smaller tier; None for no such tier
+    downsize_format: Literal["JPEG", "WEBP"] = "JPEG"
+
+    def columns(self, found: Collection[str]) -> dict[str, str]:
+        """The raw columns to read, each with the field that it is; a column that another one stands for is left out."""
+        named = {column: name for column, name in self.renamed if column in found}
+        taken = set(named.values())
+        return {column: named.get(column, column) for column in found if column in named or column in FIELDS - taken}
+
+    def named(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch with its columns called as the fields that they are."""
+        names = dict(self.renamed)
+        return batch.rename_columns([names.get(column, column) for column in batch.schema.names])
+
+    def fingerprint(self, raw: "RawShard") -> str:
+        """Of all that decides what images/<shard> holds."""
+        decisive = asdict(self)
+        del decisive["downsize"], decisive["downsize_format"]
+        return _digest([CODE_VERSION, raw.source, raw.digest, raw.first_row, raw.rows, decisive])
+
+    def tier_fingerprint(self, raw: "RawShard") -> str:
+        return _digest([self.fingerprint(raw), self.downsize, self.downsize_format])
+
+
+@dataclass(frozen=True, kw_only=True)
 class RawShard:
-    """A raw file, the source whose layout it has, and the name of the shard that it becomes."""
+    """Rows of a raw file, the source whose layout it has, and the name of the shard that they become."""
 
     path: str
     source: str
     shard: str
+    first_row: int
     rows: int
-    digest: str  # of its footer: tells it from another file that would become the same shard
+    row_bytes: int  # of a row, on average, uncompressed
+    largest_group: int  # bytes of the file's largest row group, uncompressed
+    layout: str  # the variant of the source's layout, in words
+    digest: str  # of the file's footer: tells it from another file that would become the same shard
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its worker may need: a page as it is read, unpacked and in rows, the rows to be written twice, and
+        the process itself. A raw file of 600 MB in one page was seen to take 1.3 GB."""
+        return 3 * min(self.largest_group, _PAGE_ROWS * self.row_bytes) + 4 * _GROUP_BYTES + (300 << 20)
+
+
+def tier_folder(side: int) -> str:
+    """Where the smaller tier of a dataset lies."""
+    return f"images-{side}"
 
 
 @dataclass(frozen=True)
-class Plan:
-    shards: list[RawShard]
-    unreadable: dict[str, str]  # files that are not whole parquet, each with what is wrong
+class Checked:
+    row: dict[str, Any]  # of IMAGES
+    picture: Picture
 
 
-def plan_shards(paths: list[str], source: str) -> Plan:
-    """Read every footer before any work is done.
-
-    UsageError for a file of an unknown layout, and for two files that would become the same shard.
-    """
-    shards: dict[str, RawShard] = {}
-    unreadable: dict[str, str] = {}
-    for path in progress(paths, len(paths), "reading footers", "files"):
-        try:
-            raw = _inspect(path, source)
-        except (OSError, pa.ArrowInvalid) as error:
-            unreadable[path] = str(error).splitlines()[0].strip()
-            continue
-        except ValueError as error:
-            raise UsageError(f"{path} is {error}") from error
-        if raw.shard in shards:
-            raise UsageError(f"{path} and {shards[raw.shard].path} would both become shard {raw.shard}; rename one")
-        shards[raw.shard] = raw
-    return Plan(list(shards.values()), unreadable)
-
-
-def _inspect(path: str, source: str) -> RawShard:
-    with Store(path).open() as file:
-        footer = pq.ParquetFile(file)
-        source = recognise(footer.schema_arrow.names, source)
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        digest = hashlib.sha256(file.read(length)).hexdigest()
-        return RawShard(path, source, shard_name(path, source), footer.metadata.num_rows, digest)
-
-
-def finished_shards(plan: Plan, dataset: Store) -> set[str]:
-    """Which of the plan's shards the dataset has. UsageError where one of them was made from another file."""
-    finished = {raw.shard for raw in plan.shards} & set(dataset.shards("images"))
-    for raw in plan.shards:
-        made_from = dataset.metadata(f"images/{raw.shard}.parquet") if raw.shard in finished else {}
-        if made_from and made_from["footer"] != raw.digest:
-            raise UsageError(
-                f"{raw.path} would become shard {raw.shard}, which is there already, made from {made_from['raw']}; "
-                "rename the new file, or its folder"
-            )
-    return finished
-
-
-def shard_name(path: str, source: str) -> str:
-    """<source>-<folder>-<file>, from the path alone so that a rerun finds the same name; a folder that is named like
-    the source is not named twice."""
-    parts = PurePosixPath(path)
-    folder = "" if parts.parent.name in (source, "") else f"{parts.parent.name}-"
-    return f"{source}-{folder}{parts.stem}".replace(" ", "_")
-
-
-def validate_shard(raw: RawShard, dataset: str, limits: Limits) -> None:
-    """Write images/<shard> and rejected/<shard>: every row of the raw shard is in one of them. The images are committed
-    last, so that a finished shard has both files."""
-    rejected: list[dict[str, Any]] = []
-    seen: set[str] = set()
-
-    def checked() -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(_raw_rows(raw.path)):
-            outcome = _check(row, raw, index, seen, limits)
+def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
+    """Write images/<shard> and rejected/<shard>: every row of the raw shard is in one of them; and the smaller tier
+    where the rules ask for it. The images are committed last, so that a finished shard has all of its files."""
+    store, rejected = Store(dataset), list[dict[str, Any]]()
+    made = {"raw": raw.path, "footer": raw.digest, "fingerprint": rules.fingerprint(raw)}
+    with ExitStack() as files:
+        append = files.enter_context(_row_groups(store, f"images/{raw.shard}.parquet", IMAGES, made))
+        append_smaller = _tier(files, store, raw, rules) if rules.downsize else None
+        for row, outcome in _check_all(raw, rules):
             if isinstance(outcome, Rejected):
-                rejected.append(asdict(outcome) | {"sha256": _digest(image_bytes(row))})
-            else:
-                yield outcome
-
-    store = Store(dataset)
-    with store.writing_table(f"images/{raw.shard}.parquet", IMAGES, raw=raw.path, footer=raw.digest) as write:
-        for group in _groups(checked()):
-            write(pa.RecordBatch.from_pylist(group, IMAGES))
+                rejected.append(asdict(outcome) | {"sha256": _sha256(image_bytes(row))})
+                continue
+            append(outcome.row)
+            if append_smaller:
+                append_smaller(_smaller(outcome.row, outcome.picture, rules))
         refusals = pa.RecordBatch.from_pylist(rejected, REJECTED)
         store.write_table(f"rejected/{raw.shard}.parquet", refusals, REJECTED, raw=raw.path)
 
 
-def _raw_rows(path: str) -> Iterator[Mapping[str, Any]]:
+def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
+    """Write the smaller tier of a shard whose images are finished, from those."""
+    store = Store(dataset)
+    with ExitStack() as files:
+        append = _tier(files, store, raw, rules)
+        for row in _rows(store.path(f"images/{raw.shard}.parquet"), columns=["id", "image", "format"]):
+            picture = decode(row["image"], rules.limits)
+            assert isinstance(picture, Picture), (row["id"], picture)  # it was decoded before, within the same limits
+            append(_smaller(row, picture, rules))
+
+
+def _tier(files: ExitStack, store: Store, raw: RawShard, rules: IngestRules) -> Callable[[dict[str, Any]], None]:
+    assert rules.downsize is not None
+    name, made = f"{tier_folder(rules.downsize)}/{raw.shard}.parquet", {"fingerprint": rules.tier_fingerprint(raw)}
+    return files.enter_context(_row_groups(store, name, TIER, made))
+
+
+def _smaller(row: Mapping[str, Any], picture: Picture, rules: IngestRules) -> dict[str, Any]:
+    """The row of TIER; a picture that is small already is kept as delivered."""
+    assert rules.downsize is not None
+    width, height = picture.image.size
+    if min(width, height) <= rules.downsize:
+        return {"id": row["id"], "image": row["image"], "format": row["format"], "width": width, "height": height}
+    small = downsize(picture, rules.downsize, rules.downsize_format)
+    return {
+        "id": row["id"],
+        "image": small.data,
+        "format": small.format,
+        "width": small.width,
+        "height": small.height,
+    }
+
+
+def _check_all(raw: RawShard, rules: IngestRules) -> Iterator[tuple[Mapping[str, Any], Checked | Rejected]]:
+    """Every raw row and what became of it."""
+    seen: set[str] = set()
+    last_row = raw.first_row + raw.rows
+    for index, row in enumerate(_rows(raw.path, raw.first_row, last_row, rules), raw.first_row):
+        outcome = _check(row, raw, index, seen, rules)
+        if isinstance(outcome, Checked):
+            seen.add(outcome.row["id"])  # not before: a sound copy may follow a broken one
+        yield row, outcome
+
+
+def _rows(
+    path: str,
+    first: int = 0,
+    last: int | None = None,
+    rules: IngestRules | None = None,
+    columns: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows `first` to `last` of a parquet file, a few at a time; of a raw file with columns as the rules have them."""
     with Store(path).open() as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_READ_ROWS):
-            yield from batch.to_pylist()
+        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+        columns = list(rules.columns(parquet.schema_arrow.names)) if rules else columns
+        last = parquet.metadata.num_rows if last is None else last
+        end = 0
+        for group in range(parquet.metadata.num_row_groups):
+            found = parquet.metadata.row_group(group)
+            start, end = end, end + found.num_rows
+            if end <= first or start >= last:
+                continue
+            at_once = min(_MOST_ROWS, max(1, _READ_BYTES * found.num_rows // max(1, found.total_byte_size)))
+            for batch in parquet.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
+                wanted = batch.slice(min(batch.num_rows, max(0, first - start)), max(0, last - max(first, start)))
+                start += batch.num_rows
+                yield from (rules.named(wanted) if rules else wanted).to_pylist()
 
 
 def _check(
-    row: Mapping[str, Any], raw: RawShard, index: int, seen: set[str], limits: Limits
-) -> dict[str, Any] | Rejected:
-    """The row of IMAGES, or why there is none."""
+    row: Mapping[str, Any], raw: RawShard, index: int, seen: Collection[str], rules: IngestRules
+) -> Checked | Rejected:
+    """The row of IMAGES with its picture, or why there is none."""
     try:
-        post = READERS[raw.source](row)
+        post = read_row(row, raw.source, rules.admit)
     except ValueError as error:
         return Rejected(f"{raw.path}#{index}", "no id", str(error))
     except Exception as error:  # of a field that is not what its site delivers: one row must not cost its shard
@@ -135,11 +198,10 @@ def _check(
         return post
     if post.id in seen:
         return Rejected(post.id, "duplicate id", f"row {index} of {raw.path}")
-    picture = decode(post.image, limits)
+    picture = decode(post.image, rules.limits)
     if isinstance(picture, Refused):
         return Rejected(post.id, picture.reason.value, picture.detail)
-    seen.add(post.id)  # not before: a sound copy may follow a broken one
-    return _image_row(post, picture)
+    return Checked(_image_row(post, picture), picture)
 
 
 def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
@@ -149,24 +211,43 @@ def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
         "format": picture.header.format,
         "width": picture.header.width,
         "height": picture.header.height,
-        "sha256": _digest(post.image),
+        "notes": "; ".join(picture.header.notes) or None,
+        "sha256": _sha256(post.image),
         "phash": perceptual_hash(picture.image),
         **{f"tags_{category}": tags[category] for category in TAG_CATEGORIES},
     }
 
 
-def _digest(image: bytes) -> str | None:
+@contextmanager
+def _row_groups(
+    store: Store, name: str, schema: pa.Schema, metadata: Mapping[str, str]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that appends one row of a parquet file, whose row groups hold at most _GROUP_BYTES of pictures (one
+    picture where that has more)."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    with store.writing_table(name, schema, **metadata) as write:
+
+        def flush() -> None:
+            if group:
+                write(pa.RecordBatch.from_pylist(group, schema))
+                group.clear()
+
+        def append(row: dict[str, Any]) -> None:
+            nonlocal size
+            if size + len(row["image"]) > _GROUP_BYTES:
+                flush()
+                size = 0
+            group.append(row)
+            size += len(row["image"])
+
+        yield append
+        flush()
+
+
+def _sha256(image: bytes) -> str | None:
     return hashlib.sha256(image).hexdigest() if image else None
 
 
-def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        group.append(row)
-        size += len(row["image"])
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _digest(decisive: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
+StartJob = Callable[..., "subprocess.Popen[str]"]
 
 
 def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
@@ -60,22 +62,40 @@ def ray_address(bucket: str) -> Iterator[str]:
     ray.shutdown()
 
 
+def _job(ray_address: str, script: str, arguments: tuple[object, ...], environment: dict[str, str] | None) -> Any:
+    """What `subprocess` needs to run a job file."""
+    return {
+        "args": [sys.executable, str(ROOT / script), *map(str, arguments)],
+        "env": os.environ | {"RAY_ADDRESS": ray_address} | _quoted_python(environment) | (environment or {}),
+        "text": True,
+    }
+
+
 @pytest.fixture(scope="session")
 def run_job(ray_address: str) -> RunJob:
     """run_job("pipeline/ingest.py", "--raw", ...) -> the finished process, its output as text."""
 
     def run(script: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> object:
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=cwd,
-            env=os.environ | {"RAY_ADDRESS": ray_address} | _quoted_python(environment) | (environment or {}),
-            check=False,
-        )
+        job = _job(ray_address, script, arguments, environment)
+        return subprocess.run(**job, capture_output=True, timeout=240, cwd=cwd, check=False)
 
     return run  # type: ignore[return-value]
+
+
+@pytest.fixture
+def start_job(ray_address: str) -> Iterator[StartJob]:
+    """start_job("pipeline/ingest.py", "--raw", ...) -> the running process; it is ended with the test."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(script: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        job = _job(ray_address, script, arguments, environment)
+        jobs.append(subprocess.Popen(**job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+        job.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 # Each heavy package is imported in the files that wire it in, and nowhere else.
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
-    "transformers": {"trainer/text.py"},
+    "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "fsspec": {"pipeline/shards.py"},
-    "jinja2": {"trainer/gallery.py"},
+    "jinja2": {"pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.
 SHARED_WITH_TRAINER = {"pipeline.cluster", "pipeline.images", "pipeline.jobs", "pipeline.records", "pipeline.shards"}

@@ -1,10 +1,23 @@
 """Danbooru posts, as its API and the public dumps spell them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import IMAGE_COLUMNS, first, identity, image_bytes, is_set, moment, number, tally, words
+from pipeline.sources.fields import (
+    IMAGE_COLUMNS,
+    first,
+    identity,
+    image_bytes,
+    is_set,
+    moment,
+    number,
+    tally,
+    value_layout,
+    words,
+)
 
 TELLTALE_COLUMNS = {
     "tag_string",
@@ -15,7 +28,15 @@ TELLTALE_COLUMNS = {
     "file_ext",
     "is_deleted",
 }
-_TAG_COLUMNS = ("tag_string_general", "tags_general", "tag_string", "tags")
+_CATEGORISED = tuple((f"tag_string_{category}", f"tags_{category}") for category in TAG_CATEGORIES)
+_UNCATEGORISED = ("tag_string", "tags")
+_TAG_COLUMNS = ("tag_string_general", "tags_general", *_UNCATEGORISED)
+ID_COLUMNS = ("id",)
+FIELDS = frozenset(
+    {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext"}
+    | {"is_deleted", "is_banned", *_UNCATEGORISED}
+    | {name for names in _CATEGORISED for name in names}
+)
 
 # Letter, number and word spellings; "safe" is the letter s of dumps from before Danbooru had four ratings.
 _RATINGS = {
@@ -39,15 +60,28 @@ def missing_columns(found: set[str]) -> list[str]:
     return missing
 
 
-def read_row(row: Mapping[str, Any]) -> Post | Rejected:
-    """One post, or the reason why it has no usable picture. ValueError where the row has no id."""
-    post_id = number(row.get("id"))
-    if post_id is None:
+def variant(schema: pa.Schema) -> list[str]:
+    """How this shard spells what dumps spell differently, in words."""
+    columns = set(schema.names)
+    categories = sum(bool(columns & set(names)) for names in _CATEGORISED)
+    tags = f"{categories} tag categories" if categories else "uncategorised tags"
+    return [tags, f"{value_layout(schema, 'rating')} ratings"] if "rating" in columns else [tags, "no ratings"]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    post = number(row.get("id"))
+    if post is None:
         raise ValueError(f"id is {row.get('id')!r}")
-    key = f"danbooru:{post_id}"
+    return f"danbooru:{post}"
+
+
+def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
+    """One post, or the reason why it has no usable picture. ValueError where the row has no id."""
+    key = row_id(row)
     for flag in ("is_deleted", "is_banned"):
-        if is_set(row.get(flag)):
-            return Rejected(key, flag.removeprefix("is_"), f"{flag} is set")
+        reason = flag.removeprefix("is_")
+        if is_set(row.get(flag)) and reason not in admit:
+            return Rejected(key, reason, f"{flag} is set")
     extension = str(row.get("file_ext") or "").lower()
     if extension in _UNUSABLE_FILES:
         return Rejected(key, "not a still picture", f"file_ext {extension}")
@@ -68,7 +102,7 @@ def read_row(row: Mapping[str, Any]) -> Post | Rejected:
 
 def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
     """Tags by category; a dump with one uncategorised list has all of them under "general"."""
-    tags = {c: words(first(row, f"tag_string_{c}", f"tags_{c}")) for c in TAG_CATEGORIES}
+    tags = {category: words(first(row, *names)) for category, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
     if not any(tags.values()):
-        tags["general"] = words(first(row, "tag_string", "tags"))
+        tags["general"] = words(first(row, *_UNCATEGORISED))
     return tags

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+
 IMAGE_COLUMNS = ("image", "bytes", "jpg", "webp", "png")
 
 
@@ -18,10 +20,31 @@ def image_bytes(row: Mapping[str, Any]) -> bytes:
     return b""
 
 
+def image_layout(schema: pa.Schema) -> str:
+    """Where a shard has its pictures, in words. ValueError where that column holds something else."""
+    kinds = {name: schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names}
+    for column, kind in kinds.items():
+        if _is_binary(kind):
+            return f"flat {column} column"
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type):
+            return f"HF {column} struct"
+    held = ", ".join(f"{column} holds {kind}" for column, kind in kinds.items())
+    raise ValueError(f"a layout without pictures: {held}; needed are bytes or struct<bytes, path>")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def value_layout(schema: pa.Schema, column: str) -> str:
+    """ "number" or "text"."""
+    return "number" if pa.types.is_integer(schema.field(column).type) else "text"
+
+
 def image_path(row: Mapping[str, Any]) -> str:
     """The file name that the Hugging Face struct carries, or ""."""
-    value = row.get("image")
-    return str(value.get("path") or "") if isinstance(value, Mapping) else ""
+    structs = (row[column] for column in IMAGE_COLUMNS if isinstance(row.get(column), Mapping))
+    return next((str(struct["path"]) for struct in structs if struct.get("path")), "")
 
 
 def first(row: Mapping[str, Any], *names: str) -> Any:

@@ -1,8 +1,10 @@
 """Pixiv illustrations: one row is one page of a work. The app API's names first, the web API's after them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, tally
@@ -12,9 +14,17 @@ TELLTALE_COLUMNS = {
     "create_date", "createDate",
 }  # fmt: skip
 
+_APP_API = {"x_restrict", "illust_ai_type", "total_bookmarks", "total_view", "create_date", "sanity_level"}
+_WEB_API = {"xRestrict", "aiType", "bookmarkCount", "viewCount", "createDate", "sl", "illustType", "userName"}
+ID_COLUMNS = ("id", "page", "image.path")
+FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", *_APP_API, *_WEB_API})
+
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. sanity_level above 2 marks all-ages works that are suggestive.
 _RATINGS = {0: Rating.GENERAL, 1: Rating.EXPLICIT, 2: Rating.EXPLICIT}
 _MADE_BY_AI = 2
+
+# 12345678_p3.png: the page, where no column has it.
+_PAGE_IN_NAME = re.compile(r"_p(\d+)\b")
 
 # "1000users入り": a tag that says how popular the work is would leak the quality label into the caption.
 _POPULARITY = re.compile(r"\d+users入り")
@@ -28,20 +38,41 @@ def missing_columns(found: set[str]) -> list[str]:
     return missing
 
 
-def read_row(row: Mapping[str, Any]) -> Post | Rejected:
-    """One page of a work, or the reason why it has no usable picture. ValueError where the row has no id."""
+def variant(schema: pa.Schema) -> list[str]:
+    """How this shard spells what dumps spell differently, in words."""
+    columns = set(schema.names)
+    api = "web" if len(columns & _WEB_API) > len(columns & _APP_API) else "app"
+    kind = schema.field("tags").type
+    nested = "nested " if pa.types.is_struct(kind) else ""
+    tags = "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else f"{nested}list"
+    return [f"{api} API", f"tags as {tags}"]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
     work = number(row.get("id"))
     if work is None:
         raise ValueError(f"id is {row.get('id')!r}")
-    page = number(row.get("page")) or 0
-    key = f"pixiv:{work}_p{page}"
+    return f"pixiv:{work}_p{_page(row)}"
+
+
+def _page(row: Mapping[str, Any]) -> int:
+    page = number(row.get("page"))
+    if page is None:
+        named = _PAGE_IN_NAME.search(image_path(row))
+        page = int(named[1]) if named else 0
+    return page
+
+
+def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
+    """One page of a work, or the reason why it has no usable picture. ValueError where the row has no id."""
+    key, page = row_id(row), _page(row)
     kind = first(row, "type", "illustType")
     if kind in ("ugoira", 2):
         return Rejected(key, "not a still picture", "type ugoira")
-    if number(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI:
+    if number(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI and "made by AI" not in admit:
         return Rejected(key, "made by AI", "illust_ai_type 2")
     path = image_path(row)
-    if path.rsplit("/", 1)[-1].startswith("limit_"):
+    if path.rsplit("/", 1)[-1].startswith("limit_") and "placeholder picture" not in admit:
         return Rejected(key, "placeholder picture", path)
     return Post(
         id=key,
@@ -53,7 +84,7 @@ def read_row(row: Mapping[str, Any]) -> Post | Rejected:
         created_at=moment(first(row, "create_date", "createDate")),
         tags=_tags(row),
         page=page,
-        parent=f"pixiv:{work}_p0" if page else None,
+        parent=f"{key.rpartition('_p')[0]}_p0" if page else None,
     )
 
 

@@ -1,7 +1,8 @@
 """BENCH: one training step of XUT - images/s, TFLOP/s, share of the machine's measured matmul peak, peak memory.
 
 Needs torch and this checkout, and transformers for --encoders; neither Ray nor an installed package. Several values of
---tread are measured in turns within one run, so that their ratio holds on a noisy machine.
+--tread are measured in turns within one run, so that their ratio holds on a noisy machine. TFLOP/s are the model's: an
+encoder's time counts, its arithmetic does not. Peak memory on a CPU is the process's so far, of all rates before.
 
     python tests/bench/train_step.py --preset base --resolution 512 --batch 1 --tread 0 0.5
     python tests/bench/train_step.py --preset base --resolution 256 --batch 128 --device cuda --dtype bf16 --compile
@@ -24,11 +25,17 @@ from torch import Tensor, nn
 
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
 from trainer.model.arithmetic import products
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig, build_optimizer
 from trainer.positions import crop_position_map
 
-PRESETS = {"tiny": XUTConfig.tiny, "small": XUTConfig.small, "base": XUTConfig.base, "large": XUTConfig.large}
+PRESETS = {
+    "tiny": XUTConfig.tiny,
+    "small": XUTConfig.small,
+    "base": XUTConfig.base,
+    "large": XUTConfig.large,
+    "released": XUTConfig.released,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIXELS_PER_LATENT = 8
 
@@ -92,7 +99,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
     grid = side // config.patch_size
     model = XUT(config, checkpointing=args.checkpointing).to(device)
     optimizer = build_optimizer(model, OptimizerConfig(kind=args.optimizer))
-    forward: nn.Module = torch.compile(model, fullgraph=True) if args.compile else model  # type: ignore[assignment]
+    forward = compiled(model) if args.compile else model
 
     batch = args.batch
     keys_B = torch.tensor([sample_key(0, 0, position) for position in range(batch)], device=device)

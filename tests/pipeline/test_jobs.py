@@ -6,12 +6,14 @@ One drawn dataset goes through all jobs, on a local disk and on S3; each test st
 import json
 import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, Popen
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +25,7 @@ from pipeline.shards import Store
 
 Finished = CompletedProcess[str]
 RunJob = Callable[..., Finished]
+StartJob = Callable[..., "Popen[str]"]
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 300
@@ -75,6 +78,13 @@ def local(run_job: RunJob, raw: Path, tmp_path_factory: pytest.TempPathFactory) 
         run_job("pipeline/caption.py", environment=named, cwd=elsewhere),
         run_job("pipeline/curate.py", "--stage", "demo", environment=named, cwd=elsewhere),
     )
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not true within {seconds} s"
+        time.sleep(0.02)
 
 
 def succeeded(job: Finished) -> None:
@@ -145,7 +155,7 @@ def without_ray(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
 
 
-@pytest.mark.parametrize("job", ["sample_data", "ingest", "caption", "curate"])
+@pytest.mark.parametrize("job", ["sample_data", "ingest", "score", "caption", "curate"])
 def test_help_comes_from_any_folder_without_ray(
     run_job: RunJob, job: str, without_ray: dict[str, str], tmp_path: Path
 ) -> None:
@@ -217,7 +227,7 @@ def test_a_second_ingest_writes_no_shard_and_reports_the_same(run_job: RunJob, l
     before = files(local.root), record(local.root / "images")
     again = run_job("pipeline/ingest.py", "--raw", raw, "--dataset", local.root)
     succeeded(again)
-    assert "2 raw shards, 2 of them finished before" in again.stdout
+    assert "2 of them finished before, 0 to do" in again.stdout
     assert (files(local.root), record(local.root / "images")) == before
 
 
@@ -258,6 +268,28 @@ def test_files_that_are_no_whole_parquet_are_listed_and_all_others_are_done(
         assert f"{name} ({why})" in line
     assert counted["rows_in"] == 20
     assert Store(str(root)).shards("images") == ["danbooru-c-whole", "danbooru-d-whole"]
+
+
+def test_ingest_killed_twice_ends_with_the_files_of_an_undisturbed_one(
+    start_job: StartJob, run_job: RunJob, raw: Path, tmp_path: Path
+) -> None:
+    def command(root: Path) -> list[str | Path]:
+        return ["pipeline/ingest.py", "--raw", raw, "--dataset", root, "--rows-per-shard", "10", "--downsize", "64"]
+
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    for shards in (3, 12):
+        job = start_job(*command(killed))
+        wait_until(lambda shards=shards: len(list((killed / "images").glob("*.parquet"))) >= shards)
+        job.kill()
+        assert job.wait(timeout=60) == -signal.SIGKILL
+    assert len(list((killed / "images").glob("*.parquet"))) < 31
+    succeeded(run_job(*command(killed)))
+    succeeded(run_job(*command(undisturbed)))
+    written = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob("*.parquet"))
+    assert len(written) == 3 * 31  # images, rejected and the smaller tier
+    assert sorted(path.relative_to(killed) for path in killed.rglob("*.parquet*")) == written
+    assert all((killed / name).read_bytes() == (undisturbed / name).read_bytes() for name in written)
+    assert record(killed / "images") == record(undisturbed / "images")
 
 
 def test_of_two_deliveries_of_a_post_the_sound_one_is_kept_and_an_odd_row_costs_only_itself(

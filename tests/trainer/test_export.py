@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.model.released import to_released, write_released
+from trainer.model.saved import save_model
 from trainer.model.xut import XUT, XUTConfig
 
 RunJob = Callable[..., CompletedProcess[str]]
@@ -44,6 +45,29 @@ def test_there_and_back_gives_the_same_bytes(run_job: RunJob, release: Path, tmp
     assert json.loads(back.with_suffix(".json").read_text()) == json.loads(config.read_text())
 
 
+def test_no_file_is_written_over(run_job: RunJob, release: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "ours", XUTConfig.released(**SHAPE), XUT(XUTConfig.released(**SHAPE)).state_dict())
+    (tmp_path / "back.json").write_text("mine")
+    for out, said in (("back.safetensors", "back.json is there already"), ("back.json", "is there already")):
+        job = run_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / out)
+        assert job.returncode == 2
+        assert said in job.stderr
+    job = run_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / "new.bin")
+    assert "must end in .safetensors" in job.stderr
+    assert (tmp_path / "back.json").read_text() == "mine"
+
+
+def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, run_job: RunJob) -> None:
+    tensors = load_file(release)
+    name = next(name for name in tensors if name.endswith("bias"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, tmp_path / "weights.safetensors")
+    config = release.with_suffix(".json")
+    source = ["--from-released", tmp_path / "weights.safetensors", "--config", config]
+    job = run_job("trainer/export.py", *source, "--out", tmp_path / "ours")
+    assert job.returncode == 0, job.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -53,10 +77,20 @@ def test_there_and_back_gives_the_same_bytes(run_job: RunJob, release: Path, tmp
         (["--to-released", "{folder}", "--out", "new"], "is no model folder: it has no config.json and no model.saf"),
         (["--to-released", "{folder}", "--config", "c", "--out", "new"], "--config belongs to --from-released"),
         (["--out", "new"], "one of the arguments --from-released --to-released is required"),
+        (["--from-released", "{folder}", "--out", "new"], "is not a file; give a .safetensors file"),
+        (["--from-released", "{release}", "--config", "{release}", "--out", "new"], "is not a JSON file"),
+        (["--from-released", "{text}", "--out", "new"], "is not a safetensors file (Error while deserializing"),
+        (["--from-released", "{pickle}", "--out", "new"], "if you trust where it comes from, convert it once"),
+        (["--from-released", "{release}", "--config", "{list}", "--out", "new"], "must hold a JSON object, not list"),
     ],
 )
 def test_refusals_are_one_line(run_job: RunJob, release: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
-    filled = [argument.format(release=release, folder=release.parent) for argument in arguments]
+    files = {"text": b"not a model", "list": b"[]"}
+    paths = {name: tmp_path / name for name in (*files, "pickle")}
+    for name, data in files.items():
+        paths[name].write_bytes(data)
+    torch.save({"weight": torch.zeros(1)}, paths["pickle"])
+    filled = [argument.format(release=release, folder=release.parent, **paths) for argument in arguments]
     job = run_job("trainer/export.py", *filled, cwd=tmp_path)
     assert job.returncode == 2
     assert said in job.stderr

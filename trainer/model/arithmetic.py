@@ -10,7 +10,7 @@ Letters as in xut.py: N image tokens, T text tokens, S = N + T, D width, V value
 from typing import NamedTuple
 
 from trainer.model.routing import kept_image_tokens
-from trainer.model.xut import XUTConfig
+from trainer.model.xut import POSITION_WAVES, XUTConfig
 
 
 class Products(NamedTuple):
@@ -44,6 +44,8 @@ def products(config: XUTConfig, image_tokens: int, text_tokens: int, selection_r
     patch_values = config.in_channels * config.patch_size**2
     inputs = 2 * image_tokens * patch_values * dim + 2 * text_tokens * config.text_dim * dim
     inputs += 2 * dim * dim + 2 * dim  # time, aspect
+    if config.absolute_position == "waves":
+        inputs += 2 * image_tokens * POSITION_WAVES * dim
     return Products(blocks + _condition(config) + 2 * image_tokens * dim * patch_values, inputs)
 
 

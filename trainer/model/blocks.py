@@ -153,7 +153,10 @@ class Branch(nn.Module):
             gain, shift, gate = context.shared[self.kind]
         normed_BSD = self.norm(h_BSD, gain, shift)
         stream_BSD = normed_BSD if self.replace_stream else h_BSD
-        return torch.addcmul(stream_BSD, gate.to(h_BSD.dtype), self.function(normed_BSD, *function_inputs))
+        # In float32, rounded once: bfloat16 around 1 has steps of 2^-7, and a gate that moved less would not count.
+        return torch.addcmul(stream_BSD.float(), gate, self.function(normed_BSD, *function_inputs).float()).to(
+            h_BSD.dtype
+        )
 
 
 class Block(nn.Module):

@@ -18,6 +18,8 @@ from torch import Tensor
 from trainer.model.xut import XUT, XUTConfig
 
 PREFIX = "unet.model."
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save: a zip, or before 1.6 a bare one
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PASSED_ON = "vae."
 
 # Our name -> the release's, applied in this order to the start, the middle and the end of a key.
@@ -90,25 +92,46 @@ def load(weights_path: str | Path, config_path: str | Path | None = None) -> XUT
 
 def read_config(path: str | Path) -> XUTConfig:
     """The architecture of a config in the release's field names. Raises ValueError naming fields that do not fit."""
-    fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    tread: dict[str, Any] = fields.get("tread_config", {})
+    fields = read_json(path)
+    tread = fields.get("tread_config")
+    if not isinstance(tread, dict):
+        raise ValueError(f"{path}: tread_config must be an object with {', '.join(TREAD_FIELDS)}: got {tread!r}")
     missing = sorted(CONFIG_FIELDS.keys() - fields.keys()) + sorted(TREAD_FIELDS.keys() - tread.keys())
     known = CONFIG_FIELDS.keys() | FIXED_FIELDS.keys() | NOT_ARCHITECTURE | {"dim_head", "tread_config"}
     unknown = sorted(fields.keys() - known) + sorted(tread.keys() - TREAD_FIELDS.keys() - {"dropout_ratio"})
     other = [f"{name}={fields[name]}" for name, value in FIXED_FIELDS.items() if fields.get(name, value) != value]
-    if not missing and fields.get("dim_head", fields["dim"] // fields["heads"]) * fields["heads"] != fields["dim"]:
-        other.append(f"dim_head={fields['dim_head']} (with {fields['heads']} heads of dim {fields['dim']})")
     if missing or unknown or other:
         raise ValueError(
             f"{path} is not a config of the released architecture: missing [{', '.join(missing)}], "
             f"unknown [{', '.join(unknown)}], not as released [{', '.join(other)}]"
         )
     ours = {our: fields[their] for their, our in CONFIG_FIELDS.items()}
-    return XUTConfig.released(**ours, **{our: tread[their] for their, our in TREAD_FIELDS.items()})
+    config = XUTConfig.released(**ours, **{our: tread[their] for their, our in TREAD_FIELDS.items()})
+    if fields.get("dim_head", config.dim // config.heads) != config.dim // config.heads:
+        raise ValueError(f"{path}: dim_head={fields['dim_head']} with {config.heads} heads of dim {config.dim}")
+    return config
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """ValueError, naming the file, for one that does not hold a JSON object."""
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(fields).__name__}")
+    return fields
 
 
 def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Released tensors (`to_released`) as one file, and beside it the config that `read_config` reads, as .json."""
+    """Released tensors (`to_released`) as one .safetensors file, and beside it as .json the config for `read_config`.
+
+    ValueError where either is there already, or the path ends otherwise.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors: its config is written beside it")
+    if there := [name for name in (path, path.with_suffix(".json")) if name.exists()]:
+        raise ValueError(f"{there[0]} is there already; give a new path, or remove it first")
     fields = {their: getattr(config, our) for their, our in CONFIG_FIELDS.items()} | FIXED_FIELDS
     tread = {their: getattr(config, our) for their, our in TREAD_FIELDS.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,15 +143,21 @@ def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor])
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Raises ValueError for any other file: reading a pickle can run code."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; give a .safetensors file")
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start not in _PICKLES:
+            raise ValueError(f"{path} is not a safetensors file ({error})") from None
         raise ValueError(
             f"{path} is not a safetensors file ({error}). A pickle (.ckpt, .pt, .bin) can run code when it is read and "
             "is refused; if you trust where it comes from, convert it once: "
             'python -c "import sys, torch, safetensors.torch as s; w = torch.load(sys.argv[1], weights_only=True); '
             "s.save_file({k: v.contiguous() for k, v in w.get('state_dict', w).items()}, sys.argv[2])\" "
-            f"{shlex.quote(str(path))} {shlex.quote(str(Path(path).with_suffix('.safetensors')))}"
+            f"{shlex.quote(str(path))} {shlex.quote(f'{path}.safetensors')}"
         ) from None
     return tensors
 
@@ -185,6 +214,11 @@ def _renamed(tensors: Mapping[str, Tensor], entries: Mapping[Entry, Entry]) -> d
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
         for name, shape in sorted(wanted.items())
         if name in tensors and tensors[name].shape != shape
+    ]
+    misshapen += [
+        f"{name} {tensors[name].dtype} instead of float16, bfloat16 or float32"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].dtype not in _DTYPES
     ]
     if unknown or missing or misshapen:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.model.released import PASSED_ON, read_tensors
+from trainer.model.released import PASSED_ON, read_json, read_tensors
 from trainer.model.xut import XUTConfig
 
 CONFIG, MODEL, VAE = "config.json", "model.safetensors", "vae.safetensors"
@@ -30,6 +30,6 @@ def load_model(folder: Path) -> tuple[XUTConfig, dict[str, Tensor]]:
     missing = [name for name in (CONFIG, MODEL) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no model folder: it has no {' and no '.join(missing)}")
-    config = XUTConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    config = XUTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
     return config, tensors | (read_tensors(folder / VAE) if (folder / VAE).is_file() else {})

@@ -14,6 +14,7 @@ D width, V = C * patch side^2 values of a patch, 2 = position (y, x).
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,8 @@ from trainer.model.rope import axial_frequencies, rotary_table
 from trainer.model.routing import gather_tokens, scatter_tokens, select_tokens
 
 Checkpointing = Literal["none", "blocks", "all"]
+_WAVES = (0.5, 1.0, 2.0)  # per unit of the position map, whose unit is about the picture's side
+POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine, of y and of x
 BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
 
 
@@ -194,7 +197,7 @@ class XUT(nn.Module):
         averaged = config.text_layers == "average"
 
         self.patch_in = nn.Linear(patch_values, dim)
-        self.position_in = nn.Linear(4 * len(_WAVES), dim, bias=False) if config.absolute_position == "waves" else None
+        self.position_in = nn.Linear(POSITION_WAVES, dim, bias=False) if config.absolute_position == "waves" else None
         self.text_norm = nn.LayerNorm(config.text_dim, elementwise_affine=False) if averaged else nn.Identity()
         self.text_in = nn.Linear(config.text_dim, dim)
         self.time_in = TimeEmbedding(dim)
@@ -270,7 +273,7 @@ class XUT(nn.Module):
         0 is the dense model, 0.5 the papers' training. routing_key: (B,) int64, which decides what tokens those are,
         sample by sample; needed where the rate is above 0.
 
-        Raises ValueError for latents, a position map or a rate that do not fit.
+        Raises ValueError for latents, a position map, a rate or a routing key that do not fit.
         """
         patches_BNV = self._patches(x_BCHW)
         image_tokens, text_tokens = patches_BNV.shape[1], text.shape[1]
@@ -285,8 +288,11 @@ class XUT(nn.Module):
         if selection_rate == 0:
             h_BSD = self._u(h_BSD, context)
         else:
-            if routing_key is None:
-                raise ValueError(f"selection_rate={selection_rate} needs a routing_key: one int64 per sample")
+            if routing_key is None or routing_key.shape != t_B.shape or routing_key.dtype != torch.int64:
+                given = None if routing_key is None else (tuple(routing_key.shape), routing_key.dtype)
+                raise ValueError(
+                    f"selection_rate={selection_rate} needs a routing_key, one int64 a sample: got {given}"
+                )
             index_BK = select_tokens(routing_key, image_tokens, text_tokens, selection_rate)
             kept_BKD = self._u(gather_tokens(h_BSD, index_BK), _of_kept_tokens(context, index_BK))
             h_BSD = scatter_tokens(h_BSD, index_BK, kept_BKD)
@@ -376,12 +382,23 @@ class XUT(nn.Module):
         return x_BRGPPC.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
 
 
-_WAVES = (0.5, 1.0, 2.0)  # per unit of the position map, whose unit is about the picture's side
+def compiled(model: XUT, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
+    """The forward pass as one graph for each (resolution, text length, selection rate), and nothing left to Python.
+
+    Shapes are fixed, which makes the fastest kernels: a run has few, texts being padded to a multiple.
+    """
+    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    forward: Callable[..., Tensor] = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    return forward
+
+
+_MOST_GRAPHS = 64  # 512 text tokens in steps of 32 are 16, in training and in evaluation; torch stops at 8
 
 
 def _waves(position_BN2: Tensor) -> Tensor:
     """(B, N, 2) -> (B, N, 12): cosines and sines of y and x."""
-    angle_BN2W = 2 * torch.pi * position_BN2[..., None] * torch.tensor(_WAVES, device=position_BN2.device)
+    # Plain numbers: a tensor made of them here would be a copy to the device, and a wait, in every pass.
+    angle_BN2W = torch.stack([2 * torch.pi * wave * position_BN2 for wave in _WAVES], dim=-1)
     return torch.cat([angle_BN2W.cos(), angle_BN2W.sin()], dim=-1).flatten(2)
 
 

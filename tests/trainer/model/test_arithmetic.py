@@ -32,8 +32,15 @@ def counted(config: XUTConfig, side: int, text_tokens: int, rate: float) -> tupl
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"skip": "concat"}, {"skip": "none"}, {"adaln": "per_layer"}, {"patch_size": 1, "in_channels": 16}],
-    ids=["paper", "concat", "none", "per_layer", "dct"],
+    [
+        {},
+        {"skip": "concat"},
+        {"skip": "none"},
+        {"adaln": "per_layer"},
+        {"patch_size": 1, "in_channels": 16},
+        {"absolute_position": "waves"},
+    ],
+    ids=["paper", "concat", "none", "per_layer", "dct", "waves"],
 )
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_the_closed_form_is_what_torch_counts(overrides: dict[str, Any], rate: float) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.model.blocks import AdaLN, RMSNorm, SwiGLU
+from trainer.model.blocks import AdaLN, Branch, Context, Modulation, RMSNorm, SwiGLU
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -26,6 +26,31 @@ def test_norm_scales_and_shifts_by_sample() -> None:
     x, gain, shift = torch.randn(2, 5, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight * gain + shift
     torch.testing.assert_close(norm(x, gain, shift), wanted)
+
+
+def test_modulation_is_applied_in_float32_and_rounded_once() -> None:
+    norm = RMSNorm(512)
+    x = torch.randn(4, 3, 512, generator=seeded(0)).bfloat16()
+    gain, shift = (torch.randn(4, 1, 512, generator=seeded(i)) for i in (1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm(x, gain, shift)
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain + shift
+    assert found.dtype == torch.bfloat16
+    # Half a step of bfloat16 relative to the result, and a little for float32's own rounding.
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() * 1.01 + 1e-6).all()
+
+
+def test_a_gate_near_one_counts_in_bfloat16() -> None:
+    """1.0019 is 1 in bfloat16."""
+    branch = Branch("mlp", 64, torch.nn.Identity(), adaln=None, replace_stream=False)
+    h = torch.randn(2, 5, 64, generator=seeded(0)).bfloat16()
+    outputs = []
+    for gate in (1.0, 1.0019):
+        modulation = Modulation(*(torch.full((2, 1, 64), value) for value in (1.0, 0.0, gate)))
+        context = Context(torch.zeros(2, 5, 2), None, None, torch.zeros(2, 64), {"mlp": modulation})
+        outputs.append(branch(h, context))
+    assert outputs[0].dtype == torch.bfloat16
+    assert (outputs[0] != outputs[1]).any()
 
 
 @pytest.mark.parametrize(("zero_gate", "gate"), [(False, 1.0), (True, 0.0)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from trainer.model.blocks import Branch
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.xut import XUT, TimeEmbedding, XUTConfig, compiled
 from trainer.positions import full_position_map
 
 TEXT_DIM = 16
@@ -424,6 +424,33 @@ def test_checkpointing_recomputes_blocks_and_changes_no_gradient() -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[checkpointing], strict=True))
 
 
+def test_text_lies_at_the_origin_whatever_the_picture_shows() -> None:
+    model = small_model()
+    contexts = []
+    model.prev[0].register_forward_pre_hook(lambda block, args: contexts.append(args[1]))
+    model(**inputs())
+    [context] = contexts
+    image_tokens = inputs()["position_map"].shape[1]
+    assert context.position.shape[1] > image_tokens
+    assert context.position[:, :image_tokens].any()
+    assert not context.position[:, image_tokens:].any()
+
+
+def test_time_turns_the_fastest_wave_by_one_radian_in_a_thousandth() -> None:
+    embedding = TimeEmbedding(8)
+    torch.nn.init.eye_(embedding.proj.weight)
+    torch.nn.init.zeros_(embedding.proj.bias)
+    waves = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    wanted = torch.cat([waves.cos(), waves.sin()])
+    torch.testing.assert_close(embedding(torch.tensor([0.001]))[0], torch.nn.functional.mish(wanted))
+
+
+@pytest.mark.parametrize("key", [None, torch.tensor([5]), torch.tensor([5, 6], dtype=torch.int32)])
+def test_routing_without_one_whole_number_a_sample_is_refused(key: Tensor | None) -> None:
+    with pytest.raises(ValueError, match="needs a routing_key, one int64 a sample"):
+        small_model()(**inputs(), selection_rate=0.5, routing_key=key)
+
+
 def test_unknown_checkpointing_is_refused() -> None:
     with pytest.raises(ValueError, match="none, blocks, all"):
         XUT(XUTConfig.tiny(), checkpointing="some")  # type: ignore[arg-type]
@@ -443,27 +470,28 @@ def test_training_forward_is_one_graph_per_resolution_and_text_length() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
     model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    for side, text_tokens in [(8, 6), (4, 6), (8, 12)]:
-        for seed in range(3):
+    forward = compiled(model, backend=counter)
+    shapes = [(8, 2), (4, 2), *((8, text_tokens) for text_tokens in range(4, 22, 2))]
+    for side, text_tokens in shapes:
+        for seed in range(2):
             batch = inputs(side=side, text_tokens=text_tokens, seed=seed)
             mask = torch.arange(text_tokens) < torch.tensor([[seed + 1], [text_tokens]])
             key = torch.tensor([seed, 7 * seed])
-            compiled(**batch, text_mask=mask, selection_rate=0.5, routing_key=key).square().mean().backward()
-    assert counter.frame_count == 3
+            forward(**batch, text_mask=mask, selection_rate=0.5, routing_key=key).square().mean().backward()
+    assert counter.frame_count == len(shapes) == 11, "more than the eight graphs that torch allows by itself"
 
 
 def assert_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
     model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
     results = []
-    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+    for run in (model, compiled(model, backend)):
         model.zero_grad()
         velocity = run(**inputs(), **ROUTED)
         velocity.square().mean().backward()
         results.append([velocity.detach(), *(parameter.grad for parameter in model.parameters())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, atol=1e-5, rtol=1e-5)
 
 
 def test_the_traced_graph_equals_eager_in_velocity_and_gradients() -> None:

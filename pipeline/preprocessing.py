@@ -1,0 +1,151 @@
+"""Picture -> a classifier's input, as its preprocessor_config.json says (transformers' layout).
+
+Done here and not by transformers' AutoImageProcessor, which in 5.14 needs torchvision, and so that a score does not
+depend on which of transformers' two backends is installed: these are the steps of its Pillow backend, and ONNX folders,
+which come with the same file, take the same path.
+
+Legend: N pictures, H rows, W columns, C the three channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, crop the centre, scale, normalise: (value * scale - mean) / std, in this order."""
+
+    resize: tuple[int, int] | int  # height and width, whatever the aspect; or the short side, keeping the aspect
+    crop: tuple[int, int] | None  # height and width
+    resample: int  # Pillow's number
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    square: bool = False  # first padded with white to a square, the picture in its middle
+    bgr: bool = False  # blue first
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of every result."""
+        size = self.crop or self.resize
+        assert isinstance(size, tuple), self
+        return size
+
+    def resized(self, image: Image.Image) -> NDArray[np.uint8]:
+        """RGB picture of any size -> RGB pixels (H, W, C)."""
+        if self.square:
+            image = _on_white_square(image)
+        height, width = self.resize if isinstance(self.resize, tuple) else _short_side(image, self.resize)
+        resized_HWC = np.asarray(image.resize((width, height), Image.Resampling(self.resample)))
+        rows, columns = self.crop or (height, width)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return resized_HWC[top : top + rows, left : left + columns]
+
+    def normalised(self, pixels_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        mean_C, std_C = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        values_NHWC = (pixels_NHWC.astype(np.float32) * np.float32(self.scale) - mean_C) / std_C
+        return values_NHWC[..., ::-1] if self.bgr else values_NHWC
+
+
+def wd_tagger(height: int, width: int) -> Preprocessing:
+    """What the WD taggers take (SmilingWolf's, folders with selected_tags.csv): the whole picture on a white square,
+    BGR, 0 to 255."""
+    bicubic, zeros, ones = int(Image.Resampling.BICUBIC), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    size = height, width
+    return Preprocessing(
+        resize=size, crop=None, resample=bicubic, scale=1.0, mean=zeros, std=ones, square=True, bgr=True
+    )
+
+
+class _Family(NamedTuple):
+    int_is_square: bool  # what `size: 224` means in older files: 224x224, or the short side
+    crops: bool  # whether it crops where the file does not say
+
+
+# The processors that do nothing but the steps above. Others (tiles, pooling sizes, offsets) are refused.
+_FAMILIES = {
+    "Beit": _Family(int_is_square=True, crops=False),
+    "Bit": _Family(int_is_square=False, crops=True),
+    "CLIP": _Family(int_is_square=False, crops=True),
+    "ConvNext": _Family(int_is_square=False, crops=False),
+    "DeiT": _Family(int_is_square=True, crops=True),
+    "MobileNetV2": _Family(int_is_square=False, crops=True),
+    "Siglip": _Family(int_is_square=True, crops=False),
+    "ViT": _Family(int_is_square=True, crops=False),
+}
+_WARPED_FROM = 384  # pixels: from this size on ConvNext's pictures are not cropped, whatever their aspect
+
+
+def read_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """ValueError, naming the key, for what is not one of these steps or is not said."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "missing")
+    name = kind.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    if name not in _FAMILIES:
+        raise ValueError(f"image_processor_type {kind} is none of {', '.join(sorted(_FAMILIES))} (+ ImageProcessor)")
+    family = _FAMILIES[name]
+    if not config.get("do_resize", True) or config.get("do_pad"):
+        raise ValueError("do_resize must be true and do_pad false: pictures of a dataset differ in size")
+    resize = _resize(config.get("size"), family)
+    crop = _height_width("crop_size", config.get("crop_size")) if config.get("do_center_crop", family.crops) else None
+    if name == "ConvNext" and isinstance(resize, int):
+        side = resize
+        fraction = float(config.get("crop_pct") or 224 / 256)
+        resize, crop = (int(side / fraction), (side, side)) if side < _WARPED_FROM else ((side, side), None)
+    if crop is None and isinstance(resize, int):
+        raise ValueError("size gives the short side and nothing is cropped: pictures would differ in size")
+    least = min(resize) if isinstance(resize, tuple) else resize
+    if crop and max(crop) > least:
+        raise ValueError(f"crop_size {crop} is larger than size {resize}")
+    resample = config.get("resample")
+    if resample not in [int(filter) for filter in Image.Resampling]:
+        raise ValueError(f"resample is {resample}, not one of Pillow's numbers 0 to 5")
+    rescale, normalise = config.get("do_rescale", True), config.get("do_normalize", True)
+    return Preprocessing(
+        resize=resize,
+        crop=crop,
+        resample=int(resample),
+        scale=float(config.get("rescale_factor") or 1 / 255) if rescale else 1.0,
+        mean=_three("image_mean", config.get("image_mean")) if normalise else (0.0, 0.0, 0.0),
+        std=_three("image_std", config.get("image_std")) if normalise else (1.0, 1.0, 1.0),
+    )
+
+
+def _resize(size: Any, family: _Family) -> tuple[int, int] | int:
+    if isinstance(size, int):
+        return (size, size) if family.int_is_square else size
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return int(size["shortest_edge"])
+    return _height_width("size", size)
+
+
+def _height_width(key: str, size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and set(size) == {"height", "width"}:
+        return int(size["height"]), int(size["width"])
+    raise ValueError(f"{key} is {size}, neither a number nor height and width")
+
+
+def _three(key: str, values: Any) -> tuple[float, float, float]:
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"{key} is {values}, not three numbers")
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
+    """Height and width with this short side; the long one is cut to whole pixels, as transformers does."""
+    width, height = image.size
+    return (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+
+
+def _on_white_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -1,0 +1,46 @@
+"""JOB: a dataset -> one HTML page: counts, histograms, thumbnails, rejects, tags."""
+
+import shlex
+import time
+from dataclasses import dataclass
+
+from pipeline.jobs import Parser, UsageError, default_dataset, run
+from pipeline.shards import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportJob:
+    dataset: str
+    out: str
+
+
+def parse_args() -> ReportJob:
+    parser = Parser(prog="report.py", description=__doc__)
+    parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
+    parser.add_argument("--out", metavar="FILE", help="path or s3:// of the page; default: ROOT/report.html")
+    args = parser.parse_args()
+    return ReportJob(dataset=args.dataset, out=args.out or Store(args.dataset).path("report.html"))
+
+
+def main() -> None:
+    job = parse_args()
+    started = time.time()
+    dataset = Store(job.dataset)
+    if not dataset.shards("images") and not dataset.shards("rejected"):
+        mend = f"run: python pipeline/ingest.py --raw PATH --dataset {shlex.quote(job.dataset)}"
+        raise UsageError(f"{job.dataset} has no images; {mend}")
+    folder, _, file = Store(job.out).root.rpartition("/")
+    # Here and not above: these take a second to import, which --help should not cost.
+    from pipeline.findings import survey
+    from pipeline.report_page import funnel, render
+
+    findings = survey(dataset)
+    page = render(findings).encode()
+    Store(folder).write(file, page)
+    for step in funnel(findings):
+        print(f"  {step.title}: {step.rows:,}" + (f"; next: {step.command}" if step.command else ""))
+    print(f"report: {len(page) / 1e6:.1f} MB in {time.time() - started:.1f} s, in {job.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

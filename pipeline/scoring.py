@@ -1,0 +1,147 @@
+"""One shard of images -> one shard of scores. Runs in a Ray actor; knows nothing of Ray."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.classifiers import Classifier, digest, load_classifier
+from pipeline.images import Refused, decode
+from pipeline.records import REJECTED, Rejected, scores_schema
+from pipeline.shards import Store
+
+SCORER_VERSION = "1"  # of this code: whatever changes a score must raise it
+
+Prepared = NDArray[np.uint8] | Refused  # pixels (H, W, C) of the model's size, or why there are none
+
+
+@dataclass(frozen=True)
+class ScoreShard:
+    shard: str
+    rows: int
+    made_from: dict[str, str]  # the footer's metadata, as scores_schema lists it
+
+
+def plan_scores(dataset: Store, model: str, preprocessing: str) -> list[ScoreShard]:
+    """Every shard of images, with what its scores are made from: `model` is a folder's `digest`."""
+    planned = []
+    for shard in dataset.shards("images"):
+        rows, footer = _footer(dataset, f"images/{shard}.parquet")
+        made_from = {"model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION, "images": footer}
+        planned.append(ScoreShard(shard, rows, made_from))
+    return planned
+
+
+def remove_outdated(plan: list[ScoreShard], dataset: Store, folder: str) -> int:
+    """Remove the shards of scores that were made from something else, so that a folder never holds scores of two
+    models; how many there were."""
+    finished = set(dataset.shards(folder))
+    outdated = 0
+    for planned in plan:
+        name = f"{folder}/{planned.shard}.parquet"
+        if planned.shard in finished and not planned.made_from.items() <= dataset.metadata(name).items():
+            dataset.remove(name)
+            outdated += 1
+    return outdated
+
+
+class Scorer:
+    """All that an actor holds: the classifier, loaded once, and threads that decode."""
+
+    def __init__(self, *, model: str, model_digest: str, dataset: str, folder: str, batch_size: int, device: str,
+                 threads: int) -> None:  # fmt: skip
+        if digest(Path(model)) != model_digest:
+            raise ValueError(f"{model} holds other files on this machine than on the one that started the job")
+        self.classifier = load_classifier(Path(model), device, threads)
+        self.store, self.folder, self.batch_size = Store(dataset), folder, batch_size
+        self.pool = ThreadPoolExecutor(threads)
+
+    def __call__(self, planned: ScoreShard) -> None:
+        score_shard(planned, self.store, self.folder, self.classifier, self.batch_size, self.pool)
+
+
+def score_shard(
+    planned: ScoreShard, store: Store, folder: str, classifier: Classifier, batch_size: int, pool: ThreadPoolExecutor
+) -> None:
+    """Write <folder>/<shard>, its rows those of images/<shard>, and <folder>/rejected/<shard>: those that could not be
+    decoded. The scores are committed last, so that a finished shard has both files.
+
+    Holds one row group of images (64 MB at most), one batch and its successor, and for each thread of `pool` a picture
+    at its full size.
+    """
+    schema = scores_schema(classifier.labels)
+    rejected: list[dict[str, Any]] = []
+    with (
+        store.writing_table(f"{folder}/{planned.shard}.parquet", schema, **planned.made_from) as write,
+        store.open(f"images/{planned.shard}.parquet") as file,
+    ):
+        images = pq.ParquetFile(file)
+        for group in range(images.num_row_groups):
+            rows = images.read_row_group(group, columns=["id", "image", "sha256"]).to_pylist()
+            scores_NL, refused = _score(rows, classifier, batch_size, pool)
+            rejected += refused
+            columns = [_column(scores_N) for scores_N in scores_NL.T]
+            write(pa.Table.from_arrays([pa.array([row["id"] for row in rows], pa.string()), *columns], schema=schema))
+        refusals = pa.RecordBatch.from_pylist(rejected, REJECTED)
+        store.write_table(f"{folder}/rejected/{planned.shard}.parquet", refusals, REJECTED)
+
+
+def _score(
+    rows: list[dict[str, Any]], classifier: Classifier, batch_size: int, pool: ThreadPoolExecutor
+) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+    """(N, L), NaN in the rows that have no scores, and these rows as REJECTED has them."""
+
+    def prepare(data: bytes) -> Prepared:
+        picture = decode(data)
+        return picture if isinstance(picture, Refused) else classifier.preprocessing.resized(picture.image)
+
+    scores_NL = np.full((len(rows), len(classifier.labels)), np.nan, np.float32)
+    refused = []
+    at = 0
+    for batch in _batches([row["image"] for row in rows], batch_size, prepare, pool):
+        good = {at + n: prepared for n, prepared in enumerate(batch) if not isinstance(prepared, Refused)}
+        if good:
+            scores_NL[list(good)] = classifier.scores(np.stack(list(good.values())))
+        for n, prepared in enumerate(batch):
+            if isinstance(prepared, Refused):
+                row = rows[at + n]
+                why = Rejected(row["id"], prepared.reason.value, prepared.detail)
+                refused.append(asdict(why) | {"sha256": row["sha256"]})
+        at += len(batch)
+    return scores_NL, refused
+
+
+def _batches(
+    images: list[bytes], size: int, prepare: Callable[[bytes], Prepared], pool: ThreadPoolExecutor
+) -> Iterator[list[Prepared]]:
+    """Prepared pictures in order, `size` at a time; the next batch is prepared while one is in use."""
+    ahead: deque[list[Future[Prepared]]] = deque()
+    for start in range(0, len(images), size):
+        ahead.append([pool.submit(prepare, data) for data in images[start : start + size]])
+        if len(ahead) == 2:
+            yield [future.result() for future in ahead.popleft()]
+    for futures in ahead:
+        yield [future.result() for future in futures]
+
+
+def _column(scores_N: NDArray[np.float32]) -> pa.Array:
+    return pa.array(scores_N, pa.float32(), from_pandas=True)  # NaN becomes null; no model's score is NaN
+
+
+def _footer(store: Store, name: str) -> tuple[int, str]:
+    """A parquet file's number of rows and the hash of its footer, which tells it from every other file."""
+    with store.open(name) as file:
+        rows = int(pq.read_metadata(file).num_rows)
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return rows, hashlib.sha256(file.read(length)).hexdigest()

@@ -1,0 +1,92 @@
+"""How often each word or tag occurs, added up over any number of shards in bounded memory.
+
+A vocabulary may be as large as whoever wrote the data liked, so the rarest words are forgotten beyond a limit.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+NONE = "none"  # how a null is counted
+
+_WORDS_REMEMBERED = 1_000
+_TAGS_REMEMBERED = 400_000
+_TAGS_BUFFERED = 1_200_000  # rows of counts that are not added up yet: about 60 MB per category
+
+
+def tally(values: pa.Array) -> Counter[str]:
+    """How often each text occurs; nulls are counted as NONE."""
+    counted = values.value_counts()
+    words, counts = counted.field("values").to_pylist(), counted.field("counts").to_pylist()
+    return Counter({NONE if word is None else word: count for word, count in zip(words, counts, strict=True)})
+
+
+def add_words(words: Counter[str], more: Counter[str]) -> None:
+    """Add in place; of more than a thousand different words only the most frequent are kept."""
+    words.update(more)
+    if len(words) > _WORDS_REMEMBERED:
+        kept = words.most_common(_WORDS_REMEMBERED)
+        words.clear()
+        words.update(dict(kept))
+
+
+@dataclass
+class TagTally:
+    """How many pictures of each view have a tag; bounded by forgetting the rarest."""
+
+    views: int
+    forgotten: bool = False
+    _parts: list[pa.Table] = field(default_factory=list)
+
+    def add(self, lists: pa.Array, masks: NDArray[np.bool_]) -> None:
+        """Count the tags of a batch; `masks` is views x rows."""
+        tags = lists.flatten().dictionary_encode()
+        if not len(tags):
+            return
+        size = len(tags.dictionary) + 1  # the last code is that of nulls
+        codes = pc.fill_null(tags.indices, size - 1).to_numpy()
+        # A post that names a tag twice is one picture all the same. The rows ascend: a stable sort is 8 times as fast.
+        cells = np.sort(pc.list_parent_indices(lists).to_numpy() * size + codes, kind="stable")
+        rows, codes = np.divmod(cells[np.diff(cells, prepend=-1) > 0], size)
+        counts = [np.bincount(codes[mask[rows]], minlength=size)[:-1] for mask in masks]
+        self._parts.append(pa.table([tags.dictionary.cast(pa.string()), *counts], names=self._names))
+        self._settle(_TAGS_BUFFERED)
+
+    def merge(self, other: "TagTally") -> None:
+        self._parts += other._parts
+        self.forgotten |= other.forgotten
+        self._settle(_TAGS_BUFFERED)
+
+    def top(self, count: int) -> tuple[list[tuple[Any, ...]], int]:
+        """The `count` most frequent tags as (tag, pictures per view...), and how many tags there are."""
+        self._settle(0)
+        if not self._parts:
+            return [], 0
+        table = _most_frequent(self._parts[0], count)
+        return list(zip(*(column.to_pylist() for column in table.columns), strict=True)), self._parts[0].num_rows
+
+    @property
+    def _names(self) -> list[str]:
+        return ["tag", *map(str, range(self.views))]
+
+    def _settle(self, buffered: int) -> None:
+        """Add up the parts where they have more rows than may be buffered."""
+        if len(self._parts) < 2 or sum(part.num_rows for part in self._parts) <= buffered:
+            return
+        sums = [(name, "sum") for name in self._names[1:]]
+        # One thread keeps the order of the groups, and with it the order of equally frequent tags.
+        added = pa.concat_tables(self._parts).group_by("tag", use_threads=False).aggregate(sums)
+        added = added.select(["tag", *(f"{name}_sum" for name in self._names[1:])]).rename_columns(self._names)
+        if added.num_rows > _TAGS_REMEMBERED:
+            self.forgotten, added = True, _most_frequent(added, _TAGS_REMEMBERED)
+        self._parts = [added]
+
+
+def _most_frequent(table: pa.Table, count: int) -> pa.Table:
+    """The rows with the largest view 0, equal ones by the tag."""
+    return table.take(pc.select_k_unstable(table, count, [("0", "descending"), ("tag", "ascending")]))

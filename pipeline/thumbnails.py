@@ -1,0 +1,77 @@
+"""Thumbnails of a few pictures of a dataset, small enough for hundreds of them to travel inside a page."""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow.parquet as pq
+
+from pipeline.census import Place
+from pipeline.images import Limits, Refused, decode
+from pipeline.scan import in_order, readable
+from pipeline.shards import Store
+
+_SIDE = 176  # pixels of the longer side: shown at about half of it, for dense screens
+_QUALITY = 60
+# Rows that are read at once from a row group, whose pictures may be large.
+_PICTURES_AT_ONCE = 8
+_READ_AHEAD = 4_000_000  # bytes
+# Each holds one page of a picture column, and Arrow makes one page of a row group with fewer than 1024 rows.
+_THREADS = 2
+
+
+def thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
+    """A data URI for each id; ids without a readable picture are left out."""
+    tier = _smallest_tier(store)
+    by_shard: dict[str, dict[int, str]] = defaultdict(dict)
+    for wanted, place in places.items():
+        by_shard[place.shard][place.row] = wanted
+    drawn: dict[str, str] = {}
+    for part in in_order(lambda shard: _of_shard(store, tier, shard, by_shard[shard]), sorted(by_shard), _THREADS):
+        drawn |= part
+    return drawn
+
+
+def _smallest_tier(store: Store) -> str:
+    """The folder with the same rows in the fewest bytes: images-<side>/ where there is one, or images/."""
+    sides = [int(name[7:]) for name in store.folders("") if name.startswith("images-") and name[7:].isdecimal()]
+    return f"images-{min(sides)}" if sides else "images"
+
+
+def _of_shard(store: Store, tier: str, shard: str, wanted: Mapping[int, str]) -> dict[str, str]:
+    """Data URIs by id; `wanted` gives the id of each row. Only row groups with such rows are read, up to the last."""
+    drawn: dict[str, str] = {}
+    folder = tier if store.exists(f"{tier}/{shard}.parquet") else "images"
+    for row, picture in _pictures(store, f"{folder}/{shard}.parquet", sorted(wanted)):
+        uri = data_uri(picture)
+        drawn |= {wanted[row]: uri} if uri else {}
+    return drawn
+
+
+def _pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The bytes of some rows, a page of the column at a time."""
+    streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
+        end = 0
+        for group in range(file.metadata.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            rows = [number for number in wanted if row <= number < end]
+            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
+                yield from ((number, batch["image"][number - row].as_py()) for number in rows
+                            if row <= number < row + batch.num_rows)  # fmt: skip
+                row += batch.num_rows
+                if row > rows[-1]:
+                    break
+
+
+def data_uri(picture: bytes) -> str | None:
+    """The picture as a small WebP in a data URI; None where it cannot be decoded."""
+    # Whoever wrote images/ had limits of its own; these only guard the memory of this process.
+    decoded = decode(picture, Limits(max_aspect=1000.0, min_side=1))
+    if isinstance(decoded, Refused):
+        return None
+    decoded.image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    decoded.image.save(buffer, "WEBP", quality=_QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

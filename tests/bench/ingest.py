@@ -1,0 +1,159 @@
+"""BENCH: ingest against a bare loop in two processes that does the same validation and writing; memory at 1x and 8x.
+
+Raw shards of noisy JPEG drawings, one row group each (the worst case for a reader's memory). The job is timed as a user
+runs it, and once more from when Ray is there.
+
+    python tests/bench/ingest.py --shards 8 --rows 100 --times 1 8
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.preflight import plan_shards
+from pipeline.shards import Store
+from pipeline.validation import IngestRules, validate_shard
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=100, help="pictures a shard")
+    parser.add_argument("--side", type=int, default=1100, help="pixels")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 8], help="how often over, for the memory")
+    parser.add_argument("--downsize", type=int, help="with the smaller tier, in the job alone")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-ingest-"))
+    try:
+        pictures = drawings(args.side)
+        for shard in range(args.shards * max(args.times)):
+            write_raw(folder / "raw" / f"{shard:04d}.parquet", pictures, shard, args.rows)
+        size = sum(path.stat().st_size for path in (folder / "raw").iterdir())
+        count = args.shards * max(args.times)
+        print(f"{count} shards of {args.rows} pictures, {size / 1e6:.0f} MB, {os.cpu_count()} cores")
+        first = sorted((folder / "raw").iterdir())[: args.shards]
+        bare = bare_loop(first, folder / "bare")
+        print(f"bare loop, 2 processes: {args.shards * args.rows / bare:.1f} rows/s")
+        for times in args.times:
+            files = sorted((folder / "raw").iterdir())[: args.shards * times]
+            rows = len(files) * args.rows
+            seconds, working, memory = job(files, folder / f"job{times}", args.downsize)
+            print(
+                f"job, {times}x: {rows / working:.1f} rows/s = {bare * times / working:.0%} of the bare loop "
+                f"({bare * times / seconds:.0%} with the start, {seconds:.0f} s), peak {memory / 2**30:.2f} GiB"
+            )
+    finally:
+        shutil.rmtree(folder)
+
+
+def drawings(side: int) -> list[bytes]:
+    generator = np.random.default_rng(0)
+    pictures = []
+    for _ in range(16):
+        coarse = Image.fromarray(generator.integers(0, 255, (side // 16, side // 16, 3), np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((side, side * 5 // 4), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+        pictures.append(buffer.getvalue())
+    return pictures
+
+
+def write_raw(path: Path, pictures: list[bytes], shard: int, rows: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    posts = [
+        # A comment of its own: no two files are the same bytes.
+        {
+            "id": shard * rows + row,
+            "image": pictures[row % len(pictures)] + b"%d" % (shard * rows + row),
+            "tag_string_general": "long_hair blue_eyes smile " * 8,
+            "rating": "g",
+            "fav_count": row,
+        }
+        for row in range(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(posts), path, row_group_size=rows)
+
+
+def bare_loop(files: list[Path], dataset: Path) -> float:
+    """Seconds of two processes that take the files in turns."""
+    plan = plan_shards([str(file) for file in files], "auto", None, Store(str(dataset)), IngestRules())
+    parts = list(plan.shards.values())
+    started = time.perf_counter()
+    workers = [multiprocessing.Process(target=validate_all, args=(parts[i::2], str(dataset))) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - started
+
+
+def validate_all(parts: list, dataset: str) -> None:
+    for raw in parts:
+        validate_shard(raw, dataset, IngestRules())
+
+
+def job(files: list[Path], dataset: Path, downsize: int | None) -> tuple[float, float, int]:
+    """Seconds in all, seconds from the first to the last row, bytes at the peak of all processes together."""
+    command = [sys.executable, str(ROOT / "pipeline/ingest.py"), "--raw", *map(str, files), "--dataset", str(dataset)]
+    command += ["--downsize", str(downsize)] if downsize else []
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+    peak = [0]
+    threading.Thread(target=watch, args=(process.pid, peak), daemon=True).start()
+    working = None
+    for line in process.stdout or ():
+        if "Ray with" in line:
+            working = time.perf_counter()
+    assert process.wait() == 0
+    assert working is not None
+    ended = time.perf_counter()
+    return ended - started, ended - working, peak[0]
+
+
+def watch(pid: int, peak: list[int]) -> None:
+    """Sums proportional memory, so that what processes share (Ray's object store) counts once."""
+    while Path(f"/proc/{pid}").exists():
+        peak[0] = max(peak[0], sum(map(proportional_memory, family(pid))))
+        time.sleep(0.5)
+
+
+def family(pid: int) -> set[int]:
+    """A process and all of its descendants."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, size = {pid}, 0
+    while size < len(found):
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes; 0 for a process that ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+if __name__ == "__main__":
+    main()
