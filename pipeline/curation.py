@@ -49,7 +49,7 @@ def read_inputs(dataset: Store, rules: Rules) -> Inputs:
     captions = footers(dataset, "captions", images)
     _check_complete(images, captions, "captions", f"python pipeline/caption.py --dataset {dataset.root}")
     for scorer in scorers:
-        mend = f"python pipeline/score.py --dataset {dataset.root} --name {scorer}"
+        mend = f"python pipeline/score.py --dataset {dataset.root} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
         _check_labels(dataset, scorer, min(scores[scorer]), rules)
     return Inputs(images, captions, scores)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow.parquet as pq
 
@@ -30,10 +30,15 @@ class Footer:
     def of(cls, store: Store, name: str) -> "Footer":
         with store.open(name) as file:
             footer = pq.read_metadata(file)
-            file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(4), "little")
-            file.seek(-8 - length, os.SEEK_END)
-            return cls(digest(file.read(length)), footer.num_rows, frozenset(_sources(footer)))
+            return cls(footer_digest(file), footer.num_rows, frozenset(_sources(footer)))
+
+
+def footer_digest(file: BinaryIO) -> str:
+    """Of an open parquet file's footer."""
+    file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    return digest(file.read(length))
 
 
 def _sources(footer: pq.FileMetaData) -> Iterable[str]:

@@ -9,9 +9,9 @@ from typing import Any, Final, get_origin, get_type_hints
 from pipeline.jobs import UsageError
 from pipeline.quality import ERA_WORDS, PRESETS
 from pipeline.records import Rating
+from pipeline.sources import SOURCES
 from pipeline.tags import EXCLUDED, IMPLIED, TagReader, TagRules, read_list, read_pairs
 
-_SOURCES = ("danbooru", "pixiv")
 _SHIPPED = Path(__file__).parent / "rules"
 # Fields that name a file: its content decides, wherever it lies.
 FILES: Final = ("artists_file", "aliases", "implications", "blacklist")
@@ -31,7 +31,7 @@ class Rules:
 
     min_side: int  # pixels of the shorter side: below it the crop would be enlarged
     max_aspect: float = 4.0  # longer side / shorter side
-    sources: tuple[str, ...] = _SOURCES
+    sources: tuple[str, ...] = SOURCES
     ratings: tuple[str, ...] = tuple(rating.value for rating in Rating)
     excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # tags that a picture must not have
     preset: str = "kohaku"  # of the quality words
@@ -68,8 +68,8 @@ RULES: Final = {
 }
 
 _WORDS: Final[dict[str, tuple[str, ...]]] = {
-    "sources": _SOURCES,
-    "artist_sources": _SOURCES,
+    "sources": SOURCES,
+    "artist_sources": SOURCES,
     "ratings": tuple(rating.value for rating in Rating),
     "preset": tuple(PRESETS),
     "quality": tuple(dict.fromkeys(word for preset in PRESETS.values() for word in preset.words)),
