@@ -77,7 +77,7 @@ def main() -> None:
         print("\n".join(compare(dataset, *job.diff)), flush=True)
         return
     rules = with_artists(stage_rules(job.stage, job.preset, job.rules))
-    tags, inputs = tag_rules(rules), read_inputs(dataset, rules)
+    tags, inputs = tag_rules(rules), read_inputs(dataset, rules, captioned=not job.explain)
     quality, borders = quality_table(dataset, f"selections/{name}", inputs, rules.preset, job.new_quality)
     curation = Curation(dataset.root, name, rules, tags, quality)
     if job.explain:

@@ -34,20 +34,22 @@ class Inputs:
         return sum(footer.rows for footer in self.images.values())
 
 
-def read_inputs(dataset: Store, rules: Rules) -> Inputs:
-    """UsageError unless there are images, each shard of them with captions and the scores that the rules ask for."""
+def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
+    """UsageError unless there are images, each shard of them with the scores that the rules ask for and, where they
+    are asked for, with captions."""
     images = footers(dataset, "images", dataset.shards("images"))
     if not images:
         raise UsageError(
             f"{dataset.root} has no images; run: python pipeline/ingest.py --raw PATH --dataset {dataset.root}"
         )
-    if not any(footer.rows for footer in images.values()):
+    if captioned and not any(footer.rows for footer in images.values()):
         reasons = tally(dataset, "rejected", images)
         raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
     scorers = sorted({name.partition(".")[0] for name in rules.scores})
     scores = {scorer: footers(dataset, f"scores/{scorer}", images) for scorer in scorers}
     captions = footers(dataset, "captions", images)
-    _check_complete(images, captions, "captions", f"python pipeline/caption.py --dataset {dataset.root}")
+    if captioned:
+        _check_complete(images, captions, "captions", f"python pipeline/caption.py --dataset {dataset.root}")
     for scorer in scorers:
         mend = f"python pipeline/score.py --dataset {dataset.root} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
@@ -82,7 +84,7 @@ def quality_table(dataset: Store, folder: str, inputs: Inputs, preset: str, rene
     Those of the last curation, so that words do not change with each new shard; computed anew where `renew` asks for
     it, for another preset or a new source, and where the dataset has outgrown them.
     """
-    saved, file = None, f"{folder}/quality.json"
+    file = f"{folder}/quality.json"
     if not renew and dataset.exists(file):
         saved = dataset.read(file).decode()
         record = json.loads(saved)

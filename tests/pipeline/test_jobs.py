@@ -428,7 +428,11 @@ def test_rules_from_a_file_make_another_selection_that_can_be_planned_compared_a
 
 
 def test_curation_without_captions_is_refused_with_the_mend(run_job: RunJob, local: Chain, tmp_path: Path) -> None:
-    shutil.copytree(local.root / "images", tmp_path / "images")
+    for folder in ("images", "rejected"):
+        shutil.copytree(local.root / folder, tmp_path / folder)
+    name, reason = refusals(tmp_path / "rejected")[0]
+    explained = run_job("pipeline/curate.py", "--dataset", tmp_path, "--explain", name)
+    assert f"refused by ingest: {reason}" in explained.stdout
     line = refused(run_job("pipeline/curate.py", "--dataset", tmp_path), 2)
     assert "2 of 2 shards have no captions" in line
     assert f"python pipeline/caption.py --dataset {tmp_path}" in line
