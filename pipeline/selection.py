@@ -24,7 +24,7 @@ from pipeline.records import JUDGED, REJECTED, SELECTION, TAG_CATEGORIES
 from pipeline.shards import Store
 from pipeline.stage_rules import Rules
 from pipeline.tag_columns import TagColumn, text_columns
-from pipeline.tags import TagReader, TagRules, without_separators
+from pipeline.tags import TagRules, reader_of, without_separators
 
 _IDENTITY = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id", "score", "favourites"]
 
@@ -84,7 +84,7 @@ def judge_shard(part: ShardWork, curation: Curation) -> None:
     store = Store(curation.dataset)
     images = store.read_table(f"images/{part.shard}.parquet", ["id", *JUDGED_COLUMNS])
     scores = read_scores(store, part.shard, images["id"], curation.rules)
-    rules = checks(images, scores, curation.rules, curation.quality, TagReader(curation.tags))
+    rules = checks(images, scores, curation.rules, curation.quality, reader_of(curation.tags))
     verdicts = judge(rules, images.num_rows)
     columns = [[verdict and verdict[at] for verdict in verdicts] for at in (0, 1)]
     table = pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=JUDGED)
@@ -235,7 +235,7 @@ def _texts(images: pa.Table, captions: pa.ChunkedArray, curation: Curation) -> d
         "rating": [rating and RATING_WORDS.get(rating) for rating in posts.rating],
     }
     tags = {category: TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES}
-    return text_columns(tags, TagReader(curation.tags)) | {
+    return text_columns(tags, reader_of(curation.tags)) | {
         part: pa.array(column, pa.string()) for part, column in words.items()
     }
 

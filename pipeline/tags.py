@@ -8,6 +8,7 @@ have spaces, and special (who is in the picture) taken out of general.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Literal, get_args
 
 # A picture with one of these teaches nothing about drawing: a photograph, another's retouching, a page of text.
@@ -36,6 +37,8 @@ _COUNT = re.compile(r"(\d+\+?|multiple )(girl|boy|other)s?")
 _POPULARITY = re.compile(r"\d+users入り|\d\+?[ _]?bookmarks", re.IGNORECASE)
 # Underscores are part of a face such as ^_^ and >_<.
 _LONGEST_FACE = 3
+# Tags that a reader knows at a time, some 200 bytes each: Danbooru has a million, most of them met once or twice.
+_REMEMBERED = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,10 @@ class TagRules:
     implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tag -> the more general ones it implies
     implied: Implied = "add"
     blacklist: frozenset[str] = frozenset()  # left out of the text; pictures are not
+
+    def __hash__(self) -> int:
+        named = frozenset(self.aliases.items()), frozenset(self.implications.items())
+        return hash((self.excluded, self.dropped_meta, self.special, self.implied, self.blacklist, named))
 
 
 class TagReader:
@@ -146,6 +153,12 @@ class TagReader:
 _NAMED = ("character", "copyright", "artist")
 
 
+@lru_cache(maxsize=2)
+def reader_of(rules: TagRules) -> TagReader:
+    """A reader that stays from shard to shard, with what it has read."""
+    return TagReader(rules)
+
+
 class _Remembered(dict[str, str]):
     """What a function answered before: a million posts share some ten thousand tags."""
 
@@ -153,8 +166,10 @@ class _Remembered(dict[str, str]):
         self._function = function
 
     def __missing__(self, tag: str) -> str:
-        self[tag] = self._function(tag)
-        return self[tag]
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        self[tag] = answer = self._function(tag)
+        return answer
 
 
 def is_popularity(tag: str) -> bool:
