@@ -1,8 +1,9 @@
 """Bytes -> checked RGB. The one decoder of ingest, captioner and trainer: a picture or a reason, never an exception.
 
-Limits are checked from the header before a pixel is decoded. Pillow's own bomb check and its warnings are process-wide
-settings, so they are kept out of the way instead of being changed: plugins are opened directly (formats outside the
-list are never tried), sizes are compared here, and EXIF is read here, for one number. Any number of threads may decode.
+Limits are checked from the header before a pixel is decoded. Pillow's bomb check and Python's filters of warnings are
+settings of the whole process, so they are kept out of the way instead of being changed: plugins are opened directly
+(formats outside the list are never tried), sizes are compared here, EXIF is read here, for one number, and what Pillow
+would warn of never reaches it (pipeline/containers.py). Any number of threads may decode.
 
 Axes: H rows and W columns of pixels, C the three channels of sRGB.
 """
@@ -10,7 +11,6 @@ Axes: H rows and W columns of pixels, C the three channels of sRGB.
 import io
 import struct
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -24,20 +24,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-
-class Reason(StrEnum):
-    """Why a picture is refused."""
-
-    EMPTY = "empty"
-    NOT_AN_IMAGE = "not an image"
-    UNSUPPORTED_FORMAT = "unsupported format"
-    TRUNCATED = "truncated"
-    TOO_MANY_BYTES = "too many bytes"
-    TOO_MANY_PIXELS = "too many pixels"
-    TOO_MANY_SCANS = "too many scans"
-    TOO_ELONGATED = "too elongated"
-    TOO_SMALL = "too small"
-    DECODE_FAILED = "decode failed"
+from pipeline.containers import FIRST_PICTURE, MAX_PROFILE, FirstPicture, Unusable
+from pipeline.containers import Reason as Reason
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is refused before decoding. 100 megapixels take 0.4 GB (JPEG) to 1.5 GB (WebP) while they are decoded."""
+    """What is refused before decoding. 100 megapixels take 0.4 GB (JPEG) to 1.8 GB (WebP) while they are decoded."""
 
     max_bytes: int = 64_000_000
     max_pixels: int = 100_000_000
@@ -95,24 +83,37 @@ class Encoded:
 DEFAULT_LIMITS: Final = Limits()
 
 
-class _Jpeg(JpegImageFile):
-    """Pillow's JPEG, less the parsing of EXIF on opening, which warns or fails where EXIF is broken. Opened as this
-    class, a multi-picture file (MPO) is its first picture."""
+class _Webp(WebPImageFile):
+    """Pillow's WebP, but an animation always has alpha: its first frame may leave parts of the canvas empty."""
 
-    def _read_dpi_from_exif(self) -> None:
-        pass
+    def _open(self) -> None:
+        super()._open()
+        if self.is_animated:
+            self._mode = self.rawmode = "RGBA"
 
 
 _PLUGINS: dict[str, type[ImageFile]] = {
-    "JPEG": _Jpeg,
+    "JPEG": JpegImageFile,
     "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
+    "WEBP": _Webp,
     "GIF": GifImageFile,
 }
 if features.check("avif"):
+    from PIL import _avif
     from PIL.AvifImagePlugin import AvifImageFile
 
-    _PLUGINS["AVIF"] = AvifImageFile
+    class _Avif(AvifImageFile):
+        """Pillow's AVIF, less the parsing of EXIF on opening, which warns or fails where EXIF is broken, and in one
+        thread. The container itself says how the picture is turned (MIAF, ISO 23000-22, section 7.3.6.7)."""
+
+        def _open(self) -> None:
+            assert self.fp is not None
+            self._decoder = _avif.AvifDecoder(self.fp.read(), "auto", 1)
+            self._size, self.n_frames, self._mode, profile, _, self.orientation, _ = self._decoder.get_info()
+            self.info["icc_profile"] = profile
+            self.seek(0)
+
+    _PLUGINS["AVIF"] = _Avif
 
 _SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 # Told apart from noise because a reason of its own is more help: these may be worth converting.
@@ -121,12 +122,6 @@ _OTHER_SIGNATURES = {
     b"FWS": "Flash", b"CWS": "Flash", b"ZWS": "Flash", b"%PDF": "PDF", b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000", b"<svg": "SVG", b"RIFF": "RIFF",
 }  # fmt: skip
-
-# Their plugins read all bytes at once, so that the place where they stopped tells nothing.
-_READ_WHOLE = ("WEBP", "AVIF")
-
-# A progressive JPEG decodes every scan over the whole picture: real ones have about ten, a bomb has thousands.
-_MAX_SCANS = 100
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -261,24 +256,31 @@ def _open(data: bytes, limits: Limits) -> _Opened | Refused:
     if format not in _PLUGINS:
         reason = Reason.UNSUPPORTED_FORMAT if format else Reason.NOT_AN_IMAGE
         return Refused(reason, format or f"begins with {data[:8].hex(' ')}")
-    stream = io.BytesIO(data)
     try:
-        if format == "WEBP" and (refused := _check_webp(data, limits)):
+        first = FIRST_PICTURE[format](data)
+        if format == "WEBP" and (refused := _check_webp(first.data, limits)):
             return refused
-        file = _PLUGINS[format](stream)
-        frames = _count_gif_frames(data) if format == "GIF" else getattr(file, "n_frames", 1)
+        file = _PLUGINS[format](io.BytesIO(first.data))
+    except Unusable as unusable:
+        return Refused(unusable.reason, str(unusable))
     except Exception as error:  # as in decode
-        return _failure(error, at_end=format not in _READ_WHOLE and stream.tell() >= len(data))
-    if format == "JPEG" and "progressive" in file.info and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
-        return Refused(Reason.TOO_MANY_SCANS, f"{scans} scans, limit {_MAX_SCANS}")
-    orientation, notes = 1, tuple[str, ...]()
+        return _failure(error)
+    if format in ("WEBP", "AVIF"):
+        first = _with_metadata(first, file)
+    notes = first.notes
     try:
-        orientation = _orientation(file.info.get("exif") or b"")
+        orientation = getattr(file, "orientation", 0) or _orientation(first.exif)
     except (ValueError, struct.error) as error:
-        notes = (f"EXIF ignored: {error}",)
+        orientation, notes = 1, (*notes, f"EXIF ignored: {error}")
     width, height = file.size if orientation < 5 else (file.height, file.width)
-    header = Header(format=format, width=width, height=height, frames=frames, notes=notes)
-    return _check_size(width, height, limits) or _Opened(file, header, orientation, file.info.get("icc_profile"))
+    header = Header(format=format, width=width, height=height, frames=first.frames, notes=notes)
+    return _check_size(width, height, limits) or _Opened(file, header, orientation, first.profile)
+
+
+def _with_metadata(first: FirstPicture, file: ImageFile) -> FirstPicture:
+    """With what Pillow found in a file that was left whole."""
+    exif, profile = file.info.get("exif", b""), file.info.get("icc_profile")
+    return replace(first, frames=getattr(file, "n_frames", 1), exif=exif, profile=profile)
 
 
 def _format_of(data: bytes) -> str:
@@ -319,27 +321,6 @@ def _check_webp(data: bytes, limits: Limits) -> Refused | None:
     return _check_size(width, height, limits)
 
 
-def _count_gif_frames(data: bytes) -> int:
-    """Frames, counted block by block as far as the file goes: Pillow's own count decodes nothing either, but fails on
-    a cut file whose first frame is whole."""
-    frames = 0
-    at = 13 + _gif_palette_bytes(data[10])
-    while at + 9 < len(data) and data[at] in b",!":
-        if data[at] == ord(","):
-            frames += 1
-            at += 11 + _gif_palette_bytes(data[at + 9])
-        else:
-            at += 2
-        while at < len(data) and data[at]:
-            at += 1 + data[at]
-        at += 1
-    return frames
-
-
-def _gif_palette_bytes(flags: int) -> int:
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
 def _orientation(exif: bytes) -> int:
     """How the stored picture must be turned, 1 to 8 (EXIF 2.32, section 4.6.4). ValueError or struct.error where the
     block is broken before it says so."""
@@ -372,7 +353,18 @@ def _decode_smaller(file: ImageFile, at_least: tuple[int, int]) -> float:
 
 def _flatten(file: ImageFile) -> Image.Image:
     """Decode; L, RGB or CMYK of 8 bits without transparency."""
+    window = file.tile[0].extents if isinstance(file, GifImageFile) else None
     file.load()
+    flat = _opaque(file)
+    if window in (None, (0, 0, *flat.size)):
+        return flat
+    # The first frame of a GIF may leave parts of the screen empty: they are transparent, not the first of its colours.
+    screen = Image.new(flat.mode, flat.size, "white")
+    screen.paste(flat.crop(window), window)
+    return screen
+
+
+def _opaque(file: ImageFile) -> Image.Image:
     if file.mode == "I;16":
         return _grey_of_16_bits(file)
     if file.has_transparency_data:
@@ -401,6 +393,8 @@ def _to_srgb(flat: Image.Image, profile: bytes | None) -> tuple[Image.Image, tup
     """RGB, and a note where the colour profile could not be used."""
     if profile:
         try:
+            if len(profile) > MAX_PROFILE:
+                raise ValueError(f"over {MAX_PROFILE} bytes")
             transform = _transform_to_srgb(profile, flat.mode)
             if transform is not None:
                 return _apply(transform, flat), ()
@@ -437,7 +431,7 @@ def _resized(width: int, height: int, side: int) -> tuple[int, int]:
     return max(side, round(width * side / short)), max(side, round(height * side / short))
 
 
-def _failure(error: Exception, at_end: bool = False) -> Refused:
-    """The refusal for what Pillow raised; `at_end` where it had run out of bytes."""
+def _failure(error: Exception) -> Refused:
+    """The refusal for what Pillow raised."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return Refused(Reason.TRUNCATED if at_end or "truncated" in detail.lower() else Reason.DECODE_FAILED, detail)
+    return Refused(Reason.TRUNCATED if "truncated" in detail.lower() else Reason.DECODE_FAILED, detail)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.s3 import S3Refused, S3Unavailable
 from pipeline.shards import Store
 
 T = TypeVar("T")
@@ -61,10 +62,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave("stopped; run the same command to go on", 130)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _leave(f"error: {error}; give a path of the right kind that this user may write to", 2)
-    except Exception as error:
-        if type(error).__module__ != "botocore.exceptions":  # not imported where nothing is on S3
-            raise
-        _leave(f"error: S3: {error}; look at AWS_ENDPOINT_URL and at AWS_PROFILE or AWS_ACCESS_KEY_ID", 2)
+    except S3Refused as error:
+        _leave(f"error: {error}", 2)
+    except S3Unavailable as error:
+        _leave(f"failed: {error}", 1)
     sys.exit(0)
 
 

@@ -1,83 +1,84 @@
 """List, read and write the files of a dataset on local disk or S3.
 
 A file appears whole or not at all: locally it is written under a temporary name, flushed and renamed; on S3 it is one
-finished PUT. So "finished" means "exists", and every job skips what is finished.
+finished PUT or one completed upload of parts. So "finished" means "exists", and every job skips what is finished.
 """
 
+import fcntl
+import glob
 import os
 import re
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePosixPath
-from tempfile import NamedTemporaryFile
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import s3
+
 _PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
-
-
-@lru_cache(maxsize=8)
-def _filesystem(protocol: str) -> Any:
-    return fsspec.filesystem(protocol)
+_UPLOAD = "hdm-upload-"
 
 
 @dataclass(frozen=True)
 class Store:
     """A folder of files: `root` is a local path or s3://bucket/prefix. Small enough to be sent to any worker.
 
-    S3 settings come from the environment, as for every AWS tool: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID ...
+    S3 settings come from the environment of each process, as for every AWS tool: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION,
+    AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_MAX_ATTEMPTS. HDM_S3_ANONYMOUS is 1, or the names of
+    public buckets with commas between them: these are read without keys. A file on its way to S3 lies in TMPDIR, one
+    for each file that is being written. Errors of S3 are s3.S3Refused and s3.S3Unavailable, of one line each.
     """
 
     root: str
 
     def __post_init__(self) -> None:
-        if not self.is_remote:
+        if self.is_remote:
+            s3.check(self.root)
+        else:
             object.__setattr__(self, "root", os.path.abspath(os.path.expanduser(self.root)))
 
     @property
     def is_remote(self) -> bool:
         return self.root.startswith("s3://")
 
-    @property
-    def _files(self) -> Any:
-        return _filesystem("s3" if self.is_remote else "file")
-
     def path(self, name: str = "") -> str:
         """The full path of `name` (slash-separated, relative to the root)."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def exists(self, name: str = "") -> bool:
-        return bool(self._files.exists(self.path(name)))
+        path = self.path(name)
+        return s3.exists(path) if self.is_remote else os.path.exists(path)
 
     def shards(self, folder: str = "") -> list[str]:
         """Names without `.parquet` of the finished shards of a folder, sorted; none if there is no such folder."""
-        self._files.invalidate_cache()
-        if not self._files.isdir(self.path(folder)):
+        list_folder = s3.list_folder if self.is_remote else os.listdir
+        try:
+            names = [PurePosixPath(entry).name for entry in list_folder(self.path(folder))]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = (PurePosixPath(entry).name for entry in self._files.ls(self.path(folder), detail=False))
         return sorted(name.removesuffix(".parquet") for name in names if _is_shard(name))
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted; none if there is no such folder."""
-        self._files.invalidate_cache()
-        if not self._files.isdir(self.path(folder)):
+        if self.is_remote:
+            return s3.folders(self.path(folder))
+        try:
+            return sorted(entry.name for entry in os.scandir(self.path(folder)) if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        entries = self._files.ls(self.path(folder), detail=True)
-        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
 
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
-        # s3fs reads 50 MB ahead by default: whoever asked for the ids of a shard would be sent its pictures.
-        ahead = {"cache_type": "none"} if self.is_remote else {}
-        opened: BinaryIO = self._files.open(self.path(name), "rb", **ahead)
-        return opened
+        path = self.path(name)
+        return s3.open_file(path) if self.is_remote else open(path, "rb")
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
@@ -104,8 +105,10 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
-        if self.exists(name):
-            self._files.rm(self.path(name))
+        if self.is_remote:
+            s3.remove(self.path(name))
+        else:
+            Path(self.path(name)).unlink(missing_ok=True)
 
     def remove_partial(self, folder: str, shards: Collection[str]) -> None:
         """Remove what a killed process left of these shards, half written. On S3 nothing is left."""
@@ -139,9 +142,9 @@ class Store:
     def _committed(self, name: str) -> Iterator[str]:
         """A local path to write to; the file is committed under `name` when the block ends without an exception."""
         if self.is_remote:
-            with NamedTemporaryFile(suffix=".parquet") as file:
-                yield file.name
-                self._files.put_file(file.name, self.path(name))
+            with _upload_file() as path:
+                yield path
+                s3.put(path, self.path(name))
             return
         target = self.path(name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -157,6 +160,33 @@ class Store:
             raise
 
 
+@contextmanager
+def _upload_file() -> Iterator[str]:
+    """A new file for what goes to S3, removed at the end. Its lock says that it is in use."""
+    folder = tempfile.gettempdir()
+    _remove_orphans(folder)
+    while True:
+        file = tempfile.NamedTemporaryFile(prefix=_UPLOAD, dir=folder, delete=False)  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # another process took it for an orphan before it was locked
+    with file:
+        try:
+            yield file.name
+        finally:
+            os.unlink(file.name)
+
+
+@lru_cache(maxsize=1)
+def _remove_orphans(folder: str) -> None:
+    """Once per process: remove the files of uploads whose processes were killed; at up to a shard each they add up."""
+    for path in glob.glob(f"{glob.escape(folder)}/{_UPLOAD}*"):
+        with suppress(OSError), open(path, "rb") as file:  # in use, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+
+
 def _is_shard(name: str) -> bool:
     return name.endswith(".parquet") and not name.startswith(".")
 
@@ -166,6 +196,9 @@ def find_parquet(path: str) -> list[str]:
     store = Store(path)
     if path.endswith(".parquet"):
         return [store.root] if store.exists() else []
-    found = store._files.find(store.root) if store.exists() else []
-    scheme = "s3://" if store.is_remote else ""
-    return sorted(f"{scheme}{entry}" for entry in found if _is_shard(PurePosixPath(entry).name))
+    found = s3.find(store.root) if store.is_remote else _files_below(store.root)
+    return sorted(entry for entry in found if _is_shard(PurePosixPath(entry).name))
+
+
+def _files_below(folder: str) -> list[str]:
+    return [f"{where}/{name}" for where, _, names in os.walk(folder, followlinks=True) for name in names]

@@ -1,12 +1,22 @@
-"""One Ray and one S3 server for the whole test session, and job files run as their users run them: as processes."""
+"""One Ray and one S3 server for the whole test session, and job files run as their users run them: as processes.
 
+The S3 server is reached through a proxy that can be told to fail, so that also Ray's workers meet the faults.
+"""
+
+import http.client
+import itertools
 import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +29,134 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 StartJob = Callable[..., "subprocess.Popen[str]"]
 
+# What a network or a busy server does now and then.
+TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    target: str  # path and query
+    headers: dict[str, str]
+
+
+class FaultyProxy(ThreadingHTTPServer):
+    """Hands requests on to an S3 server, and remembers them; `failing` makes some of them fail, by count.
+
+    Faults: "500 Code" answers so; "refuse" closes the connection; "lose answer" does so after the work is done; "cut
+    answer" and "cut request" do so half-way through the body; "silence" answers nothing for `silent_seconds`, "silent
+    answer" nothing after the first half of the body.
+    """
+
+    daemon_threads = True
+    silent_seconds = 3.0
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), _Relay)
+        self.upstream = upstream
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.requests: list[Request] = []
+        self._lock = threading.Lock()
+        self._fault: Callable[[Request], str] = lambda request: ""
+
+    def receive(self, request: Request) -> str:
+        """Remember a request; the fault that it is to meet, or nothing."""
+        with self._lock:
+            self.requests.append(request)
+            return self._fault(request)
+
+    @contextmanager
+    def failing(
+        self, *faults: str, every: int = 1, when: Callable[[Request], bool] = lambda request: True
+    ) -> Iterator[list[Request]]:
+        """Each `every`-th request of those that `when` chooses meets the next of the faults, over and over again.
+
+        Yields the list of the requests that met one.
+        """
+        count, kinds = itertools.count(1), itertools.cycle(faults)
+        failed: list[Request] = []
+
+        def fault(request: Request) -> str:
+            if not when(request) or next(count) % every:
+                return ""
+            failed.append(request)
+            return next(kinds)
+
+        self._fault = fault
+        try:
+            yield failed
+        finally:
+            self._fault = lambda request: ""
+
+    @contextmanager
+    def counting(self) -> Iterator[list[Request]]:
+        """Yields a list that has the requests of the block at its end."""
+        found: list[Request] = []
+        first = len(self.requests)
+        yield found
+        found += self.requests[first:]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is nothing to report."""
+
+
+class _Relay(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FaultyProxy
+
+    def relay(self) -> None:
+        fault = self.server.receive(Request(self.command, self.path, dict(self.headers)))
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault == "refuse":
+            return self._hang_up()
+        body = self.rfile.read(length // 2 if fault == "cut request" else length)
+        if fault == "cut request":
+            return self._hang_up()
+        if fault == "silence":
+            time.sleep(self.server.silent_seconds)
+            return self._hang_up()
+        if fault[:3].isdigit():
+            status, code = fault.split()
+            error = f"<Error><Code>{code}</Code><Message>told to fail</Message></Error>".encode()
+            return self._answer(int(status), [("Content-Type", "application/xml")], error)
+        upstream = http.client.HTTPConnection(*self.server.upstream, timeout=60)
+        kept = {name: value for name, value in self.headers.items() if name not in ("Connection", "Expect")}
+        upstream.request(self.command, self.path, body or None, kept)
+        answer = upstream.getresponse()
+        content = answer.read()
+        upstream.close()
+        if fault == "lose answer":
+            return self._hang_up()
+        return self._answer(answer.status, answer.getheaders(), content, fault)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = relay
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, fault: str = "") -> None:
+        self.send_response_only(status)
+        ours = {"content-length", "transfer-encoding", "connection"}
+        length = next((v for k, v in headers if k.lower() == "content-length"), None)
+        for name, value in headers:
+            if name.lower() not in ours:
+                self.send_header(name, value)
+        head = self.command == "HEAD"
+        self.send_header("Content-Length", length or "0" if head else str(len(content)))
+        self.end_headers()
+        if fault:
+            self.wfile.write(content[: len(content) // 2])
+            if fault == "silent answer":
+                time.sleep(self.server.silent_seconds)
+            return self._hang_up()
+        if not head:
+            self.wfile.write(content)
+        return None
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        pass
+
 
 def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
     """Where the path has a space: for the session's Ray what pipeline/cluster.py does for a Ray of the job's own."""
@@ -29,24 +167,34 @@ def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """An S3 bucket on a real server of this machine, reached through the environment as any S3 is."""
+def s3_server() -> Iterator[FaultyProxy]:
+    """A real S3 server of this machine behind a proxy that can fail, reached through the environment as any S3 is."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # or every failure shows hundreds of requests
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    proxy = FaultyProxy(moto.get_host_and_port())
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import s3fs
+        for name in ("AWS_PROFILE", "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE", "HDM_S3_ANONYMOUS"):
+            patch.delenv(name, raising=False)
+        yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+    moto.stop()
 
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("datasets")
-        yield "s3://datasets"
-    server.stop()
+
+@pytest.fixture(scope="session")
+def bucket(s3_server: FaultyProxy) -> str:
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("datasets")
+    return "s3://datasets"
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +252,8 @@ def real_illustrations() -> Path:
     if not folder.exists():
         pytest.skip("no folder of real illustrations beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def transient_faults() -> tuple[str, ...]:
+    return TRANSIENT

@@ -13,7 +13,7 @@ ONLY_IN = {
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
-    "fsspec": {"pipeline/shards.py"},
+    "s3fs": {"pipeline/s3.py"},
     "jinja2": {"pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.

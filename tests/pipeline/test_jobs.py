@@ -451,17 +451,25 @@ def test_a_selection_that_keeps_nothing_is_refused_with_the_counts(run_job: RunJ
 # --- Elsewhere --------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_rows_on_s3_give_the_same_selection(run_job: RunJob, local: Chain, raw: Path, bucket: str) -> None:
+def test_an_s3_that_fails_every_ninth_request_ends_with_the_same_dataset(
+    run_job: RunJob, local: Chain, raw: Path, bucket: str, s3_server: Any, transient_faults: tuple[str, ...]
+) -> None:
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).put(str(raw), f"{bucket}/raw", recursive=True)
     dataset = ["--dataset", f"{bucket}/dataset"]
-    succeeded(run_job("pipeline/ingest.py", "--raw", f"{bucket}/raw", *dataset))
-    succeeded(run_job("pipeline/caption.py", *dataset))
-    succeeded(run_job("pipeline/curate.py", *dataset))
+    with s3_server.failing(*transient_faults, every=9) as failed:
+        succeeded(run_job("pipeline/ingest.py", "--raw", f"{bucket}/raw", *dataset))
+        succeeded(run_job("pipeline/caption.py", *dataset))
+        succeeded(run_job("pipeline/curate.py", *dataset))
+    assert len(failed) > len(transient_faults)
     here, there = Store(str(local.root)), Store(f"{bucket}/dataset")
-    assert there.shards("images") == here.shards("images")
     assert there.read("selections/demo/selection.json") == here.read("selections/demo/selection.json")
+    for folder in ("images", "captions", "selections/demo"):
+        assert there.shards(folder) == here.shards(folder)
+        for shard in here.shards(folder):
+            name = f"{folder}/{shard}.parquet"
+            assert there.read_table(name).equals(here.read_table(name)), name
 
 
 def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustrations: Path, tmp_path: Path) -> None:
