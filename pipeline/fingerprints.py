@@ -84,7 +84,7 @@ def changes(before: Mapping[str, MadeFrom], now: Mapping[str, MadeFrom]) -> dict
     return why
 
 
-def digest(content: bytes | str | Any) -> str:
+def digest(content: Any) -> str:
     """Of bytes, of text, or of anything that JSON can write."""
     if isinstance(content, str):
         content = content.encode()
