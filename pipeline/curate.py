@@ -1,90 +1,182 @@
-"""JOB: images and captions -> the selection of one training stage."""
+"""JOB: images and captions -> the selection of one training stage. Run it again: only what changed is made again."""
 
-import hashlib
 import json
 import time
-from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 
+from pipeline.curation import (
+    Inputs,
+    described,
+    judge_work,
+    quality_table,
+    read_inputs,
+    stale_files,
+    tally,
+    to_do,
+    write_work,
+)
+from pipeline.fingerprints import digest
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
+from pipeline.quality import PRESETS
+from pipeline.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard
 from pipeline.shards import Store
+from pipeline.stage_rules import RULES, stage_rules, tag_rules, with_artists
+
+# Runs the work on these shards; those that failed, each with why.
+OnShards = Callable[[Callable[[ShardWork], None], dict[str, ShardWork], str], dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateJob:
     dataset: str
     stage: str
+    preset: str | None
+    rules: str | None
+    name: str | None  # of the selection; None: the stage's
+    new_quality: bool
+    plan: bool
+    explain: list[str] | None
+    diff: list[str] | None
 
 
 def parse_args() -> CurateJob:
     parser = Parser(prog="curate.py", description=__doc__)
     parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
     parser.add_argument(
-        "--stage", default="demo", choices=("demo", "256", "512", "768", "1024"),
+        "--stage", default="demo", choices=tuple(RULES),
         help="whose rules apply; default: demo, the one that can be trained so far",
     )  # fmt: skip
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="of the quality words; default: that of the rules")
+    parser.add_argument(
+        "--rules", metavar="FILE", help="TOML that overrides rules, as pipeline/rules/example.toml does"
+    )
+    parser.add_argument("--name", help="of the selection; default: that of the stage")
+    parser.add_argument(
+        "--new-quality", action="store_true",
+        help="compute the quality borders anew; without, they are kept while the dataset grows by up to a tenth",
+    )  # fmt: skip
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="say what would be done and why, and write nothing")
+    instead.add_argument("--explain", nargs="+", metavar="ID", help="say of each rule whether it admits these pictures")
+    instead.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two selections")
     return CurateJob(**vars(parser.parse_args()))
 
 
 def main() -> None:
     job = parse_args()
-    started = time.time()
-    from pipeline.cluster import cluster  # takes seconds to import: not for --help
-    from pipeline.dataflow import map_shards
-    from pipeline.selection import RULES, select_shard, survey
+    dataset, name = Store(job.dataset), job.name or job.stage
+    if "/" in name or name.startswith("."):
+        raise UsageError(f"--name {name} must be the name of a folder, without /")
+    if job.diff:
+        from pipeline.compare import compare
 
-    dataset, folder, rules = Store(job.dataset), f"selections/{job.stage}", RULES[job.stage]
-    shards = captioned_shards(dataset)
+        print("\n".join(compare(dataset, *job.diff)), flush=True)
+        return
+    rules = with_artists(stage_rules(job.stage, job.preset, job.rules))
+    tags, inputs = tag_rules(rules), read_inputs(dataset, rules, captioned=not job.explain)
+    quality, borders = quality_table(dataset, f"selections/{name}", inputs, rules.preset, job.new_quality)
+    curation = Curation(dataset.root, name, rules, tags, quality)
+    if job.explain:
+        from pipeline.explain import explain
+
+        print("\n".join(explain(curation, list(inputs.images), job.explain)), flush=True)
+    elif job.plan:
+        print_plan(curation, inputs)
+    else:
+        dataset.write(f"{curation.folder}/quality.json", borders.encode())
+        with ExitStack() as stack:
+            curate(curation, inputs, on_ray(stack), job.stage)
+
+
+def print_plan(curation: Curation, inputs: Inputs) -> None:
+    dataset, judging = Store(curation.dataset), judge_work(curation, inputs)
+    why = to_do(dataset, f"{curation.folder}/judged", judging)
+    print(f"curate: would do: {described('judging', why, len(judging))}")
+    if why:
+        # Which rows are copies is only known when all are judged.
+        writing = write_work(judging, inputs, dict.fromkeys(judging, Copies()))
+        rewritten = to_do(dataset, curation.folder, writing, without="copies") | why
+        print("curate: would do: writing the same, and those among whose rows other copies are found then")
+    else:
+        writing = write_work(judging, inputs, find_copies(dataset.root, curation.name, list(judging)))
+        rewritten = to_do(dataset, curation.folder, writing)
+    print(f"curate: would do: {described('writing', rewritten, len(writing))}")
+    for file in stale_files(dataset, curation.folder, judging):
+        print(f"curate: would remove {file}: its images are gone")
+
+
+def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) -> None:
+    """Judge, look for copies, write; each only where something changed since the last time."""
+    started = time.time()
+    dataset, folder = Store(curation.dataset), curation.folder
     # Gone until all is done: a selection with this file is whole.
     dataset.remove(f"{folder}/selection.json")
-    quality, plan = survey(dataset.root, shards, rules.preset)
-    dataset.write(f"{folder}/quality.json", quality.to_json().encode())
-    with cluster("curate"):
-        work = partial(select_shard, dataset=dataset.root, name=job.stage, rules=rules, quality=quality)
-        failed = map_shards({part.shard: part for part in plan}, work, lambda part: len(part.copies), "curate")
+    for file in stale_files(dataset, folder, inputs.images):
+        dataset.remove(file)
 
-    files = {shard: f"{folder}/{shard}.parquet" for shard in shards if shard not in failed}
-    kept = {shard: dataset.rows(file) for shard, file in files.items()}
-    reasons = sum((dataset.tally(f"{folder}/rejected/{shard}.parquet", "reason") for shard in files), Counter[str]())
-    rows, selected = sum(len(part.copies) for part in plan if part.shard in files), sum(kept.values())
-    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=job.stage, failed=failed)
+    judging = judge_work(curation, inputs)
+    why = to_do(dataset, f"{folder}/judged", judging)
+    print(f"curate: {described('judging', why, len(judging))}", flush=True)
+    failed = on_shards(partial(judge_shard, curation=curation), {shard: judging[shard] for shard in why}, "judging")
+
+    judged = [shard for shard in dataset.shards(f"{folder}/judged") if shard not in failed]
+    writing = write_work(judging, inputs, find_copies(dataset.root, curation.name, judged))
+    why = to_do(dataset, folder, writing)
+    print(f"curate: {described('writing', why, len(writing))}", flush=True)
+    failed |= on_shards(partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing")
+    done = [writing[shard] for shard in dataset.shards(folder) if shard not in failed]
+    finish(curation, done, failed, started, stage)
+
+
+def on_ray(stack: ExitStack) -> OnShards:
+    """Ray starts, until the stack ends, with the first work that there is."""
+
+    @cache
+    def start() -> None:
+        from pipeline.cluster import cluster  # takes seconds to import: not for --help, --explain and the like
+
+        stack.enter_context(cluster("curate"))
+
+    def on_shards(work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str) -> dict[str, str]:
+        if not parts:
+            return {}
+        start()
+        from pipeline.dataflow import map_shards
+
+        return map_shards(parts, work, lambda part: part.rows, description)
+
+    return on_shards
+
+
+def finish(curation: Curation, done: list[ShardWork], failed: dict[str, str], started: float, stage: str) -> None:
+    """Write run.json and, where all shards are done, selection.json."""
+    dataset, folder = Store(curation.dataset), curation.folder
+    shards = [part.shard for part in done]
+    with ThreadPoolExecutor(8) as readers:
+        kept = dict(
+            zip(shards, readers.map(lambda name: dataset.rows(f"{folder}/{name}.parquet"), shards), strict=True)
+        )
+        made = readers.map(lambda name: dataset.metadata(f"{folder}/{name}.parquet")["digest"], shards)
+        digests = dict(zip(shards, made, strict=True))
+    reasons = tally(dataset, f"{folder}/rejected", shards)
+    rows, selected = sum(part.rows for part in done), sum(kept.values())
+    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=stage, failed=failed)
     if failed:
         raise ShardsFailed(failed)
     if not selected:
-        raise UsageError(
-            f"no row is left for stage {job.stage}: {dict(reasons)}; loosen RULES in pipeline/selection.py"
-        )
+        raise UsageError(f"no row is left for {curation.name}: {dict(reasons)}; loosen its rules with --rules FILE")
     record = {
-        "rules": asdict(rules),
+        "rules": asdict(curation.rules),
         "selected": selected,
-        "rejected": dict(reasons),
+        "rejected": dict(sorted(reasons.items())),
         "shards": {shard: count for shard, count in kept.items() if count},
-        "hash": digest({shard: dataset.metadata(file)["digest"] for shard, file in files.items()}),
+        "hash": digest(digests),
     }
     dataset.write(f"{folder}/selection.json", json.dumps(record, indent=1).encode())
-
-
-def captioned_shards(dataset: Store) -> list[str]:
-    """The shards of the dataset; UsageError unless there are some and all have captions."""
-    shards = dataset.shards("images")
-    if not shards:
-        raise UsageError(
-            f"{dataset.root} has no images; run: python pipeline/ingest.py --raw PATH --dataset {dataset.root}"
-        )
-    if not any(dataset.rows(f"images/{shard}.parquet") for shard in shards):
-        reasons = sum((dataset.tally(f"rejected/{shard}.parquet", "reason") for shard in shards), Counter[str]())
-        raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
-    missing = sorted(set(shards) - set(dataset.shards("captions")))
-    if missing:
-        mend = f"run: python pipeline/caption.py --dataset {dataset.root}"
-        raise UsageError(f"{len(missing)} of {len(shards)} shards have no captions, first {missing[0]}; {mend}")
-    return shards
-
-
-def digest(parts: dict[str, str]) -> str:
-    """One hash for a selection: of its shards' names and contents, whatever the order they were written in."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

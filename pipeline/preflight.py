@@ -3,8 +3,6 @@
 Knows nothing of Ray. Footers and ids are read by threads: on S3 each is a wait of its own.
 """
 
-import hashlib
-import os
 import re
 import shutil
 from collections import Counter
@@ -12,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.fingerprints import footer_digest
 from pipeline.jobs import UsageError, progress
 from pipeline.shards import Store
 from pipeline.sources import describe, id_columns, recognise, row_id
@@ -115,15 +113,8 @@ def _inspect(path: str, source: str, rules: IngestRules) -> RawShard:
             row_bytes=sum(group.total_byte_size for group in groups) // max(1, parquet.metadata.num_rows),
             largest_group=max((group.total_byte_size for group in groups), default=0),
             layout=describe(named, source),
-            digest=_footer_digest(file),
+            digest=footer_digest(file),
         )
-
-
-def _footer_digest(file: BinaryIO) -> str:
-    file.seek(-8, os.SEEK_END)
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-8 - length, os.SEEK_END)
-    return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def shard_name(path: str, source: str) -> str:

@@ -28,8 +28,10 @@ _SEVEN = (
     "masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality", "worst quality",
 )  # fmt: skip
 
-# kohaku: the Kohaku XL models, which HDM follows. animagine31: Animagine XL 3.1's model card. noobai: NoobAI-XL's, less
-# its discount for age, which the cells of one year make needless.
+# kohaku: the Kohaku XL models, which HDM follows: above P90 masterpiece, P75 best, P60 great, P45 good, P30 normal, P10
+# low quality, else worst. animagine31: Animagine XL 3.1's model card, the same words at P95, P85, P75, P50, P25, P10.
+# noobai: NoobAI-XL's, five words: above P95 masterpiece, P85 best, P60 good, P30 normal quality, else worst. Its own
+# discount for age is left out: percentiles within each year, as all our presets have, do what it is for.
 PRESETS: Final = {
     "kohaku": Preset((90, 75, 60, 45, 30, 10), _SEVEN),
     "animagine31": Preset((95, 85, 75, 50, 25, 10), _SEVEN),
@@ -44,6 +46,7 @@ RATING_WORDS: Final = {
 
 # kohaku's eras begin in these years; what is older than the first, or of no known date, has no word.
 _ERAS: Final = ((2005, "old"), (2011, "early"), (2015, "mid"), (2018, "recent"), (2021, "newest"))
+ERA_WORDS: Final = tuple(word for _, word in _ERAS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,16 @@ class Posts:
     def __post_init__(self) -> None:
         lengths = {len(self.source), len(self.rating), len(self.created_at), len(self.popularity)}
         assert len(lengths) == 1, lengths
+
+    @classmethod
+    def together(cls, parts: Sequence["Posts"]) -> Self:
+        """One after the other."""
+        return cls(
+            source=[name for part in parts for name in part.source],
+            rating=[name for part in parts for name in part.rating],
+            created_at=np.concatenate([part.created_at for part in parts]),
+            popularity=np.concatenate([part.popularity for part in parts]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +110,11 @@ class QualityTable:
                     borders[cell] = tuple(percentiles)
         return cls(words=preset.words, borders=borders, settled_before=settled_before)
 
+    def cell_of(self, source: str, rating: str | None, year: int | None) -> Cell | None:
+        """The narrowest cell that judges such a post; None where there is none."""
+        narrowest_first = (source, rating, year), (source, rating, None), (source, None, None)
+        return next((cell for cell in narrowest_first if cell in self.borders), None)
+
     def judge(self, posts: Posts) -> list[str | None]:
         """A quality word for each post; None for one too young, without votes, or of a source without a cell."""
         cells_N3, sources, ratings = _cells(posts)
@@ -104,11 +122,9 @@ class QualityTable:
         borders_CP = np.zeros((len(cells_C3), len(self.words) - 1))
         known_C = np.zeros(len(cells_C3), bool)
         for at, (source, rating, year) in enumerate(cells_C3.tolist()):
-            name, kind = sources[source], None if rating < 0 else ratings[rating]
-            narrowest_first = (name, kind, year), (name, kind, None), (name, None, None)
-            found = next((self.borders[cell] for cell in narrowest_first if cell in self.borders), None)
-            if found is not None:
-                borders_CP[at], known_C[at] = found, True
+            cell = self.cell_of(sources[source], None if rating < 0 else ratings[rating], year)
+            if cell is not None:
+                borders_CP[at], known_C[at] = self.borders[cell], True
         rank_N = (posts.popularity[:, None] <= borders_CP[cell_N]).sum(axis=1)
         rank_N[~(known_C[cell_N] & _has_votes(posts, self.settled_before))] = len(self.words)
         judged: list[str | None] = np.array([*self.words, None], object)[rank_N].tolist()

@@ -10,6 +10,9 @@
                                            null where the picture could not be decoded again
       scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
+      selections/<name>/rejected/<shard>.parquet   REJECTED: the other rows, each with its reason
+      selections/<name>/judged/<shard>.parquet     JUDGED: what the rules say of every row, before copies are looked for
+      selections/<name>/quality.json       the borders between quality words
       selections/<name>/selection.json     rule set, counts in and out by reason, hash
 
 New columns are new files beside the images: terabytes of pixels are written once.
@@ -108,8 +111,18 @@ SELECTION = pa.schema(
         pa.field("quality", pa.string()),  # "masterpiece" ... "worst quality", or null
         pa.field("era", pa.string()),  # "old" ... "newest", or null
         pa.field("rating", pa.string()),  # "safe" ... as the model reads it
+        pa.field("bookmarks", pa.int32()),  # Pixiv's, also where the picture is kept as Danbooru's
+        pa.field("views", pa.int32()),  # the same
     ],
     metadata={"hdm.format": "selection", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+JUDGED = pa.schema(
+    [
+        pa.field("reason", pa.string()),  # of the first rule that refuses the row; null where it is admitted
+        pa.field("detail", pa.string()),
+    ],
+    metadata={"hdm.format": "judged", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 

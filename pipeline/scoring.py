@@ -1,7 +1,5 @@
 """One shard of images -> one shard of scores. Runs in a Ray actor; knows nothing of Ray."""
 
-import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.classifiers import Classifier, digest, load_classifier
+from pipeline.fingerprints import Footer
 from pipeline.images import Refused, decode
 from pipeline.records import REJECTED, Rejected, scores_schema
 from pipeline.shards import Store
@@ -35,9 +34,11 @@ def plan_scores(dataset: Store, model: str, preprocessing: str) -> list[ScoreSha
     """Every shard of images, with what its scores are made from: `model` is a folder's `digest`."""
     planned = []
     for shard in dataset.shards("images"):
-        rows, footer = _footer(dataset, f"images/{shard}.parquet")
-        made_from = {"model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION, "images": footer}
-        planned.append(ScoreShard(shard, rows, made_from))
+        images = Footer.of(dataset, f"images/{shard}.parquet")
+        made_from = {
+            "model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION, "images": images.digest,
+        }  # fmt: skip
+        planned.append(ScoreShard(shard, images.rows, made_from))
     return planned
 
 
@@ -135,13 +136,3 @@ def _batches(
 
 def _column(scores_N: NDArray[np.float32]) -> pa.Array:
     return pa.array(scores_N, pa.float32(), from_pandas=True)  # NaN becomes null; no model's score is NaN
-
-
-def _footer(store: Store, name: str) -> tuple[int, str]:
-    """A parquet file's number of rows and the hash of its footer, which tells it from every other file."""
-    with store.open(name) as file:
-        rows = int(pq.read_metadata(file).num_rows)
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        return rows, hashlib.sha256(file.read(length)).hexdigest()

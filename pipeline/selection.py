@@ -1,166 +1,276 @@
-"""The rules of curation: which rows one training stage uses, and the text parts of each. Knows nothing of Ray.
+"""The selection of one training stage: which rows it uses, and the text parts of each. Knows nothing of Ray.
 
-Two passes over the dataset, neither of which reads a picture: `survey` collects what the rules must know about all rows
-at once (popularity, duplicates); `select_shard` then judges each row.
+Three passes, none of which reads a picture: `judge_shard` says which rows the rules admit; `find_copies` looks among
+these, of all shards, for the same picture; `select_shard` writes what is left. Judging comes first: a row that the
+rules refuse must not take its sound copies along.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipeline.dedup import keepers
+from pipeline.admission import JUDGED_COLUMNS, POST_COLUMNS, TAG_COLUMNS, Refusal, checks, judge, posts_of
+from pipeline.dedup import best_first, groups, page_links
+from pipeline.fingerprints import MadeFrom, digest
 from pipeline.quality import PRESETS, RATING_WORDS, Posts, QualityTable, era_words
-from pipeline.records import REJECTED, SELECTION, TAG_CATEGORIES
+from pipeline.records import JUDGED, REJECTED, SELECTION, TAG_CATEGORIES
 from pipeline.shards import Store
-from pipeline.tags import EXCLUDED, TagReader, TagRules, without_separators
+from pipeline.stage_rules import Rules
+from pipeline.tag_columns import TagColumn, text_columns
+from pipeline.tags import TagRules, reader_of, without_separators
 
-Refusal = tuple[str, str]  # reason, detail
-
-_SURVEY = ["id", "source", "sha256", "phash", "width", "height", "rating", "favourites", "created_at"]
-_JUDGE = [*_SURVEY, *(f"tags_{category}" for category in TAG_CATEGORIES)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What a stage asks of a picture."""
-
-    min_side: int  # pixels of the shorter side: below it the crop would be enlarged
-    max_aspect: float = 4.0  # longer side / shorter side
-    ratings: tuple[str, ...] = ("general", "sensitive", "questionable", "explicit")
-    excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # raw tags that a picture must not have
-    preset: str = "kohaku"  # of the quality words
-    quality: tuple[str, ...] = ()  # only pictures with one of these words; () asks nothing
-    eras: tuple[str, ...] = ()  # the same
-
-
-# At 64 pixels a second object or a spoilt picture only blurs the lesson.
-_DEMO_EXCLUDED = ("blurry", "film_grain", "multiple_objects")
-
-# The 1024 stage keeps both ends on purpose, so that negative prompts work (HDM report, section 4.2).
-RULES = {
-    "demo": Rules(min_side=64, excluded=tuple(sorted(EXCLUDED)) + _DEMO_EXCLUDED),
-    "256": Rules(min_side=256),
-    "512": Rules(min_side=384),
-    "768": Rules(min_side=512),
-    "1024": Rules(
-        min_side=768,
-        quality=("masterpiece", "best quality", "low quality", "worst quality"),
-        eras=("newest", "recent", "old"),
-    ),
-}
+_IDENTITY = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id", "score", "favourites"]
 
 
 @dataclass(frozen=True)
-class ShardRows:
-    """One shard to be judged, with what the survey found out about its rows."""
+class Curation:
+    """What is the same for all shards of a selection."""
+
+    dataset: str
+    name: str
+    rules: Rules
+    tags: TagRules
+    quality: QualityTable
+
+    @property
+    def folder(self) -> str:
+        return f"selections/{self.name}"
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What the other rows of the dataset mean for the rows of one shard."""
+
+    refused: dict[int, Refusal] = field(default_factory=dict)  # rows that are a copy of another one
+    # Pixiv's bookmarks and views of the same picture, by row.
+    numbers: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return digest([sorted(self.refused.items()), sorted(self.numbers.items())])
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One shard to be judged or written."""
 
     shard: str
-    copies: list[Refusal | None]  # by row: why it is only a copy of another row, where it is
+    rows: int
+    made_from: MadeFrom
+    copies: Copies = Copies()
 
 
-def survey(dataset: str, shards: list[str], preset: str) -> tuple[QualityTable, list[ShardRows]]:
-    """What must be known about all rows at once: how popular is popular, and which rows are the same picture."""
+def survey(dataset: str, shards: list[str], preset: str) -> QualityTable:
+    """How popular is popular: the borders between quality words, from all rows of these shards."""
     store = Store(dataset)
-    with ThreadPoolExecutor(8) as readers:
-        tables = list(readers.map(lambda shard: store.read_table(f"images/{shard}.parquet", _SURVEY), shards))
-    table = pa.concat_tables(tables)
-    copies = _copies(table)
-    ends = np.cumsum([0, *(part.num_rows for part in tables)])
-    plan = [ShardRows(shard, copies[ends[i] : ends[i + 1]]) for i, shard in enumerate(shards)]
-    return QualityTable.compute(PRESETS[preset], _posts(table)), plan
+    with ThreadPoolExecutor(4) as readers:
+        tables = readers.map(lambda shard: store.read_table(f"images/{shard}.parquet", POST_COLUMNS), shards)
+        parts = [posts_of(table) for table in tables]
+    return QualityTable.compute(PRESETS[preset], Posts.together(parts))
 
 
-def _copies(table: pa.Table) -> list[Refusal | None]:
-    """For each row why it is a copy: of a row before it with the same id, or of the picture that is kept instead."""
-    first_row: dict[str, int] = {}
-    for row, row_id in enumerate(table["id"].to_pylist()):
-        first_row.setdefault(row_id, row)
-    copies: list[Refusal | None] = [("duplicate id", "of a row before it")] * table.num_rows
-    distinct = table.take(pa.array(first_row.values(), pa.int64()))
-    width, height = (distinct[side].to_numpy().astype(np.int64) for side in ("width", "height"))
-    kept = keepers(
-        distinct["id"].to_pylist(),
-        distinct["sha256"].to_pylist(),
-        distinct["phash"].to_numpy(),
-        pixels=width * height,
-        aspect=width / height,
-    )
-    for row, keeper in zip(first_row.values(), kept, strict=True):
-        copies[row] = None if keeper is None else ("duplicate", f"of {keeper}")
+# --- Judging ----------------------------------------------------------------------------------------------------------
+
+
+def judge_shard(part: ShardWork, curation: Curation) -> None:
+    """Write judged/<shard>: what the rules say of each row of images/<shard>."""
+    store = Store(curation.dataset)
+    images = store.read_table(f"images/{part.shard}.parquet", ["id", *JUDGED_COLUMNS])
+    scores = read_scores(store, part.shard, images["id"], curation.rules)
+    rules = checks(images, scores, curation.rules, curation.quality, reader_of(curation.tags))
+    verdicts = judge(rules, images.num_rows)
+    columns = [[verdict and verdict[at] for verdict in verdicts] for at in (0, 1)]
+    table = pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=JUDGED)
+    store.write_table(f"{curation.folder}/judged/{part.shard}.parquet", table, JUDGED, **_footnote(part))
+
+
+def read_scores(store: Store, shard: str, ids: pa.ChunkedArray, rules: Rules) -> dict[str, NDArray[np.float32]]:
+    """By <scorer>.<label>: the scores of a shard's rows that the rules ask for."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for name in rules.scores:
+        scorer, _, label = name.partition(".")
+        scored = store.read_table(f"scores/{scorer}/{shard}.parquet", ["id", label])
+        _check_rows(scored["id"], ids, f"scores/{scorer}/{shard}.parquet", "pipeline/score.py")
+        found[name] = scored[label].to_numpy().astype(np.float32)  # null is NaN
+    return found
+
+
+def _check_rows(found: pa.ChunkedArray, ids: pa.ChunkedArray, file: str, job: str) -> None:
+    if not found.equals(ids):
+        raise ValueError(
+            f"{file} is of other rows than its images, made from another ingest: remove it and run {job} again"
+        )
+
+
+def _footnote(part: ShardWork) -> dict[str, str]:
+    return {"made_from": json.dumps(part.made_from, sort_keys=True)}
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]:
+    """By shard: which of the admitted rows are copies of another admitted row, and Pixiv's numbers of Danbooru's.
+
+    Of rows of one id the first stays, in the order of the shards' names.
+    """
+    store = Store(dataset)
+    with ThreadPoolExecutor(4) as readers:
+        tables = list(readers.map(lambda place: _admitted(store, name, *place), enumerate(shards)))
+    copies = {shard: Copies() for shard in shards}
+    if not any(table.num_rows for table in tables):
+        return copies
+    table = pa.concat_tables(tables).combine_chunks()
+    shard_N, row_N = table["shard"].to_numpy(), table["row"].to_numpy()
+    once = np.zeros(table.num_rows, bool)
+    once[np.unique(pc.dictionary_encode(table["id"]).combine_chunks().indices.to_numpy(), return_index=True)[1]] = True
+    for at in np.flatnonzero(~once).tolist():
+        copies[shards[shard_N[at]]].refused[int(row_N[at])] = "duplicate id", "of a row before it"
+
+    distinct = table.filter(pa.array(once))
+    shard_N, row_N, group_N = shard_N[once], row_N[once], _groups(distinct)
+    shared = np.flatnonzero(np.bincount(group_N, minlength=len(group_N))[group_N] > 1)
+    pictures = distinct.take(pa.array(shared)).select(["id", "width", "height", "favourites", "score"]).to_pylist()
+    order = best_first([each["id"] for each in pictures], [each["width"] * each["height"] for each in pictures])
+    kept: dict[int, int] = {}  # group -> the place of the row that stays
+    for place in order:
+        stays = kept.setdefault(int(group_N[shared[place]]), place)
+        picture, keeper = pictures[place], pictures[stays]
+        if place != stays:
+            found = copies[shards[shard_N[shared[place]]]]
+            found.refused[int(row_N[shared[place]])] = "duplicate", f"of {keeper['id']}"
+            if picture["id"].startswith("pixiv:") and not keeper["id"].startswith("pixiv:"):
+                numbers = copies[shards[shard_N[shared[stays]]]].numbers
+                numbers.setdefault(int(row_N[shared[stays]]), (picture["favourites"], picture["score"]))
     return copies
 
 
-def select_shard(part: ShardRows, dataset: str, name: str, rules: Rules, quality: QualityTable) -> None:
-    """Write selections/<name>/<shard> and selections/<name>/rejected/<shard>: every row of images/<shard> is in one of
-    them. The selected rows are committed last."""
-    store = Store(dataset)
-    images = store.read_table(f"images/{part.shard}.parquet", _JUDGE)
+def _admitted(store: Store, name: str, number: int, shard: str) -> pa.Table:
+    """The admitted rows of a shard, in what tells pictures apart."""
+    reasons = store.read_table(f"selections/{name}/judged/{shard}.parquet", ["reason"])["reason"]
+    images = store.read_table(f"images/{shard}.parquet", _IDENTITY)
+    row_N = np.flatnonzero(reasons.is_null().to_numpy())
+    images = images.take(pa.array(row_N))
+    # 64 bits of it: a million million times more than there are pictures.
+    content = bytes.fromhex("".join(pc.utf8_slice_codeunits(images["sha256"], 0, 16).to_pylist()))
+    work = pc.struct_field(pc.extract_regex(images["id"], r"^pixiv:(?P<work>\d+)_p"), "work").cast(pa.int64())
+    columns = {
+        "shard": np.full(len(row_N), number, np.int32),
+        "row": row_N.astype(np.int32),
+        "content": np.frombuffer(content, ">u8").astype(np.uint64),
+        "work": work.fill_null(-1),
+        "linked_work": images["pixiv_id"].fill_null(-1),
+    }
+    return pa.table(columns | {column: images[column] for column in _IDENTITY if column not in ("sha256", "pixiv_id")})
+
+
+def _groups(table: pa.Table) -> NDArray[np.int64]:
+    width, height = (table[side].to_numpy().astype(np.float64) for side in ("width", "height"))
+    phash, aspect = table["phash"].to_numpy(), width / height
+    linked_work, work, page = (table[column].to_numpy().astype(np.int64) for column in ("linked_work", "work", "page"))
+    links = page_links(linked_work, work, page, phash, aspect)
+    return groups(table["content"].to_numpy(), phash, aspect, links)
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def select_shard(part: ShardWork, curation: Curation) -> None:
+    """Write <shard> and rejected/<shard> of the selection: every row of images/<shard> is in one of them. The selected
+    rows are committed last."""
+    store = Store(curation.dataset)
+    wanted = ["id", "sha256", "score", *POST_COLUMNS, *TAG_COLUMNS]
+    images = store.read_table(f"images/{part.shard}.parquet", wanted)
     captions = store.read_table(f"captions/{part.shard}.parquet", ["id", "caption"])
-    if not images["id"].equals(captions["id"]):
-        raise ValueError(
-            f"captions/{part.shard}.parquet is of other rows than images/{part.shard}.parquet, made from another "
-            "ingest: remove it and run pipeline/caption.py again"
-        )
-    reader = TagReader(TagRules(excluded=frozenset(rules.excluded)))
-    kept, refused = [], []
-    rows = images.to_pylist()
-    texts = _texts(rows, captions["caption"].to_pylist(), _posts(images), quality, reader)
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        refusal = part.copies[number] or _refusal(row, text, rules, reader)
-        if refusal:
-            refused.append({"key": row["id"], "reason": refusal[0], "detail": refusal[1], "sha256": row["sha256"]})
-        else:
-            kept.append({"id": row["id"], "row": number, **text})
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    folder = f"selections/{name}"
-    store.write_table(f"{folder}/rejected/{part.shard}.parquet", pa.Table.from_pylist(refused, REJECTED), REJECTED)
-    store.write_table(f"{folder}/{part.shard}.parquet", pa.Table.from_pylist(kept, SELECTION), SELECTION, digest=digest)
+    _check_rows(captions["id"], images["id"], f"captions/{part.shard}.parquet", "pipeline/caption.py")
+    judged = store.read_table(f"{curation.folder}/judged/{part.shard}.parquet")
+    reasons, details = (judged[column].to_pylist() for column in ("reason", "detail"))
+    for row, refusal in part.copies.refused.items():
+        assert reasons[row] is None, (part.shard, row, reasons[row], refusal)
+        reasons[row], details[row] = refusal
+    out = np.array([reason is not None for reason in reasons], bool)
+    kept, refused = np.flatnonzero(~out), np.flatnonzero(out)
 
-
-def _texts(
-    rows: list[dict[str, Any]], captions: list[str | None], posts: Posts, quality: QualityTable, reader: TagReader
-) -> Iterator[dict[str, Any]]:
-    """The text parts of each row, in the columns of SELECTION."""
-    described = zip(rows, captions, quality.judge(posts), era_words(posts.created_at), strict=True)
-    for row, caption, quality_word, era in described:
-        yield {
-            **reader.text_parts({category: row[f"tags_{category}"] for category in TAG_CATEGORIES}),
-            "caption": caption and without_separators(caption),
-            "quality": quality_word,
-            "era": era,
-            "rating": RATING_WORDS.get(row["rating"]),
-        }
-
-
-def _posts(table: pa.Table) -> Posts:
-    return Posts(
-        source=table["source"].to_pylist(),
-        rating=table["rating"].to_pylist(),
-        created_at=table["created_at"].to_numpy(),
-        popularity=table["favourites"].cast(pa.float64()).to_numpy(),
+    picked = images.take(pa.array(kept))
+    numbers = _pixiv_numbers(picked, kept, part.copies)
+    columns = {
+        "id": picked["id"],
+        "row": pa.array(kept, pa.int32()),
+        **_texts(picked, captions["caption"].take(pa.array(kept)), curation),
+        "bookmarks": pa.array([each[0] for each in numbers], pa.int32()),
+        "views": pa.array([each[1] for each in numbers], pa.int32()),
+    }
+    selected = pa.table([columns[field.name] for field in SELECTION], schema=SELECTION)
+    rejected = pa.table(
+        [
+            images["id"].take(pa.array(refused)),
+            pa.array([reasons[row] for row in refused], pa.string()),
+            pa.array([details[row] for row in refused], pa.string()),
+            images["sha256"].take(pa.array(refused)),
+        ],
+        schema=REJECTED,
+    )
+    assert selected.num_rows + rejected.num_rows == images.num_rows == part.rows, (part.shard, part.rows)
+    made = _footnote(part)
+    store.write_table(f"{curation.folder}/rejected/{part.shard}.parquet", rejected, REJECTED, **made)
+    store.write_table(
+        f"{curation.folder}/{part.shard}.parquet", selected, SELECTION, digest=content_digest(selected), **made
     )
 
 
-def _refusal(row: dict[str, Any], text: dict[str, Any], rules: Rules, reader: TagReader) -> Refusal | None:
-    """Why the row is left out, or None: the first rule that applies, in a fixed order."""
-    short, long = sorted((row["width"], row["height"]))
-    size = f"{row['width']} x {row['height']}"
-    tag = reader.exclusion(tag for category in TAG_CATEGORIES for tag in row[f"tags_{category}"])
-    if tag:
-        return f"tag {tag}", ""
-    if row["rating"] is not None and row["rating"] not in rules.ratings:
-        return "rating", row["rating"]
-    if short < rules.min_side:
-        return "too small", f"{size}, needs {rules.min_side}"
-    if long > rules.max_aspect * short:
-        return "too elongated", size
-    for part, words in (("quality", rules.quality), ("era", rules.eras)):
-        if words and text[part] not in words:
-            return f"{part} not asked for", str(text[part])
-    return None
+def _texts(images: pa.Table, captions: pa.ChunkedArray, curation: Curation) -> dict[str, pa.Array]:
+    """The text parts of each row, in the columns of SELECTION."""
+    posts = posts_of(images)
+    words = {
+        "caption": [caption and without_separators(caption) for caption in captions.to_pylist()],
+        "quality": curation.quality.judge(posts),
+        "era": era_words(posts.created_at),
+        "rating": [rating and RATING_WORDS.get(rating) for rating in posts.rating],
+    }
+    tags = {category: TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES}
+    return text_columns(tags, reader_of(curation.tags)) | {
+        part: pa.array(column, pa.string()) for part, column in words.items()
+    }
+
+
+def _pixiv_numbers(images: pa.Table, kept: NDArray[np.int64], copies: Copies) -> list[tuple[int | None, int | None]]:
+    """Bookmarks and views of each row: a Pixiv row's own, or those of the Pixiv row that it is kept instead of."""
+    own = zip(*(images[column].to_pylist() for column in ("source", "favourites", "score")), strict=True)
+    return [
+        (favourites, score) if source == "pixiv" else copies.numbers.get(row, (None, None))
+        for row, (source, favourites, score) in zip(kept.tolist(), own, strict=True)
+    ]
+
+
+def content_digest(table: pa.Table) -> str:
+    """Of the rows and their order alone: the same however the columns lie in memory, and whichever file they are in."""
+    hashed = hashlib.sha256()
+    for name in table.column_names:
+        hashed.update(name.encode())
+        _hash_column(hashed, table[name])
+    return hashed.hexdigest()
+
+
+def _hash_column(hashed: Any, column: pa.ChunkedArray) -> None:
+    """Lengths, with -1 for null, then the values one after the other."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_list(array.type):
+        hashed.update(pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+        _hash_column(hashed, array.flatten())
+    elif pa.types.is_string(array.type):
+        hashed.update(pc.binary_length(array).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+        array = array.fill_null("")
+        _, offsets, values = array.buffers()
+        if len(array):
+            ends = np.frombuffer(offsets, np.int32)[[array.offset, array.offset + len(array)]]
+            hashed.update(memoryview(values)[ends[0] : ends[1]] if values else b"")
+    else:
+        hashed.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
+        hashed.update(array.fill_null(0).to_numpy(zero_copy_only=False).tobytes())

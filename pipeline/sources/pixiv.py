@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, tally
+from pipeline.tags import is_popularity
 
 TELLTALE_COLUMNS = {
     "x_restrict", "xRestrict", "illust_ai_type", "aiType", "total_bookmarks", "bookmarkCount",
@@ -25,9 +26,6 @@ _MADE_BY_AI = 2
 
 # 12345678_p3.png: the page, where no column has it.
 _PAGE_IN_NAME = re.compile(r"_p(\d+)\b")
-
-# "1000users入り": a tag that says how popular the work is would leak the quality label into the caption.
-_POPULARITY = re.compile(r"\d+users入り")
 
 
 def missing_columns(found: set[str]) -> list[str]:
@@ -117,7 +115,7 @@ def _tag_list(tags: Any) -> list[Any]:
 def _tag_name(tag: Any) -> str:
     """The English name where the site has one, else the name as given; "" for a tag that is no description."""
     name = tag if isinstance(tag, str) else str(first(tag, "name", "tag") or "")
-    if _POPULARITY.search(name):
+    if is_popularity(name):
         return ""
     if isinstance(tag, str):
         return name

@@ -1,8 +1,10 @@
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.dedup import NEAR_BITS, keepers, near_pairs
+from pipeline.dedup import LINKED_BITS, NEAR_BITS, best_first, groups, near_pairs, page_links
 from pipeline.images import FLAT
 
 Hashes = NDArray[np.uint64]
@@ -17,6 +19,23 @@ def flipped(hashes: Hashes, bits: int, seed: int) -> Hashes:
     rng = np.random.default_rng(seed)
     masks = [sum(1 << bit for bit in rng.choice(64, bits, replace=False).tolist()) for _ in hashes]
     return hashes ^ np.array(masks, np.uint64)
+
+
+def keepers(
+    ids: Sequence[str],
+    content: Sequence[Hashable],
+    phash: Hashes,
+    pixels: NDArray[np.int64],
+    aspect: NDArray[np.float64] | None = None,
+) -> list[str | None]:
+    """For each row the id of the row that is kept in its place, None where it is kept itself."""
+    number: dict[Hashable, int] = {}
+    numbers = np.array([number.setdefault(each, len(number)) for each in content], np.uint64)
+    group = groups(numbers, phash, np.ones(len(ids)) if aspect is None else aspect).tolist()
+    kept: dict[int, int] = {}
+    for row in best_first(ids, pixels.tolist()):
+        kept.setdefault(group[row], row)
+    return [None if kept[name] == row else ids[kept[name]] for row, name in enumerate(group)]
 
 
 def answers(phash: Hashes) -> list[str | None]:
@@ -141,8 +160,32 @@ def test_no_rows_are_no_duplicates() -> None:
     assert keepers([], [], np.zeros(0, np.uint64), np.zeros(0, np.int64)) == []
 
 
-def test_an_id_that_occurs_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="danbooru:7 occurs 2 times"):
-        keepers(
-            ["danbooru:7", "danbooru:8", "danbooru:7"], ["a", "b", "c"], random_hashes(3, seed=0), np.ones(3, np.int64)
-        )
+def links(
+    posts: list[tuple[int, int]], pages: list[tuple[int, int, int]], aspect: float = 1.0
+) -> list[tuple[int, int]]:
+    """Posts are (linked work, hash), pages are (work, page, hash), all rows in this order; aspect is that of posts."""
+    rows = len(posts) + len(pages)
+    linked, work, page = np.full((3, rows), -1)
+    linked[: len(posts)] = [post[0] for post in posts]
+    work[len(posts) :], page[len(posts) :] = zip(*[each[:2] for each in pages], strict=True)
+    phash = np.array([post[1] for post in posts] + [each[2] for each in pages], np.uint64)
+    aspects = np.where(np.arange(rows) < len(posts), aspect, 1.0)
+    left, right = page_links(linked, work, page, phash, aspects)
+    return list(zip(left.tolist(), right.tolist(), strict=True))
+
+
+def test_a_post_is_linked_to_the_page_of_its_work_that_looks_most_like_it() -> None:
+    pages = [(7, 0, 0b11111), (7, 1, 0b1), (8, 0, 0), (7, 2, 0b10)]
+    assert links([(7, 0)], pages) == [(0, 2)]  # page 1 and page 2 alike: the first; work 8 is none of its own
+    assert links([(8, 0b1), (7, 0b11011), (9, 0), (-1, 0)], pages) == [(0, 6), (1, 4)]
+
+
+def test_a_link_to_a_picture_that_looks_or_is_shaped_otherwise_is_none() -> None:
+    far, near = 2 ** (LINKED_BITS + 1) - 1, 2**LINKED_BITS - 1
+    assert links([(7, 0), (8, 0)], [(7, 0, far), (8, 0, near)]) == [(1, 3)]
+    assert links([(7, 0)], [(7, 0, 0)], aspect=1.2) == []
+
+
+def test_links_join_groups_also_of_flat_pictures() -> None:
+    phash, pair = np.array([FLAT, FLAT, FLAT], np.uint64), (np.array([0]), np.array([2]))
+    assert groups(np.arange(3, dtype=np.uint64), phash, np.ones(3), pair).tolist() == [0, 1, 0]

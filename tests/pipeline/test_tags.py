@@ -1,6 +1,10 @@
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.tags import EXCLUDED, TagReader, TagRules, as_words, is_special, without_separators
+from pipeline.records import TAG_CATEGORIES
+from pipeline.tag_columns import TagColumn, first_excluded, text_columns
+from pipeline.tags import EXCLUDED, IMPLIED, TagReader, TagRules, as_words, read_list, read_pairs, without_separators
 
 
 def general(*tags: str) -> dict[str, list[str]]:
@@ -41,12 +45,12 @@ def test_no_separator_is_left_in_any_text(text: str) -> None:
      "solo", "male focus", "no humans"],
 )  # fmt: skip
 def test_who_is_in_the_picture_is_special(words: str) -> None:
-    assert is_special(words)
+    assert TagReader().is_special(words)
 
 
 @pytest.mark.parametrize("words", ["girl", "girls only", "1girls fighting", "multiple views", "solo leveling", "boy"])
 def test_what_only_sounds_like_it_is_not(words: str) -> None:
-    assert not is_special(words)
+    assert not TagReader().is_special(words)
 
 
 def test_tags_go_to_their_parts_in_their_order() -> None:
@@ -120,3 +124,114 @@ def test_what_was_met_before_changes_nothing() -> None:
     tags = {"general": ["1girl", "sky", "2girls"], "meta": ["bad_id", "highres"]}
     reader = TagReader()
     assert reader.text_parts(tags) == reader.text_parts(tags) == TagReader().text_parts(tags)
+
+
+# --- Aliases, implications, blacklist ---------------------------------------------------------------------------------
+
+
+def text(rules: TagRules, *tags: str) -> list[str]:
+    return TagReader(rules).text_parts({"general": tags})["general"]
+
+
+def test_an_alias_takes_the_tags_place_once_and_may_be_renamed_again() -> None:
+    rules = TagRules(aliases={"gray_hair": "grey_hair", "silver hair": "gray_hair", "one_girl": "1girl"})
+    assert text(rules, "silver_hair", "sky", "gray_hair", "grey_hair") == ["grey hair", "sky"]
+    assert TagReader(rules).text_parts({"general": ["one_girl"]})["special"] == ["1girl"]
+
+
+@pytest.mark.parametrize(
+    ("implied", "words"),
+    [
+        ("add", ["very long hair", "long hair", "hair", "sky"]),
+        ("drop", ["very long hair", "sky"]),
+        ("keep", ["very long hair", "sky", "long hair"]),
+    ],
+)
+def test_what_a_tag_implies_directly_or_not_is_added_dropped_or_kept(implied: str, words: list[str]) -> None:
+    chain = {"very_long_hair": ("long_hair",), "long_hair": ("hair",)}
+    rules = TagRules(implications=chain, implied=implied)  # type: ignore[arg-type]
+    assert text(rules, "very_long_hair", "sky", "long_hair") == words
+    assert text(rules, "sky") == ["sky"]
+
+
+def test_implications_hold_for_names_that_aliases_give() -> None:
+    rules = TagRules(aliases={"neko": "cat_ears"}, implications={"neko": ("animal_ears",)})
+    assert text(rules, "neko") == text(rules, "cat_ears") == ["cat ears", "animal ears"]
+
+
+def test_the_blacklist_leaves_out_words_however_they_come_but_no_picture() -> None:
+    rules = TagRules(blacklist=frozenset({"tagme"}), aliases={"tag_me": "tagme"}, implications={"sky": ("tagme",)})
+    assert text(rules, "tagme", "tag_me", "sky") == ["sky"]
+    assert TagReader(rules).exclusion(["tagme"]) is None
+
+
+def test_an_excluded_tag_is_found_by_each_of_its_names() -> None:
+    reader = TagReader(TagRules(excluded=frozenset({"comic"}), aliases={"manga": "comic"}))
+    assert reader.exclusion(["sky", "manga"]) == reader.exclusion(["comic"]) == "comic"
+
+
+def test_circles_are_refused() -> None:
+    with pytest.raises(ValueError, match="a -> b -> a"):
+        TagReader(TagRules(blacklist=frozenset({"a"}), aliases={"a": "b", "b": "a"}))
+    with pytest.raises(ValueError, match="a implies itself"):
+        TagReader(TagRules(implications={"a": ("b",), "b": ("a",)}))
+
+
+def test_rule_files_are_lines_without_comments() -> None:
+    assert read_list("# why\n\n tagme \nx_(y)#1\n") == ["tagme", "x_(y)#1"]
+    assert read_pairs("a -> b\n# c -> d\na->c, d\n^_^ -> >_<") == {"a": ("b", "c", "d"), "^_^": (">_<",)}
+    for line in ("a", "a ->", "-> b", "a -> b,", "a => b"):
+        with pytest.raises(ValueError, match="is not of the form"):
+            read_pairs(line)
+
+
+@pytest.mark.parametrize("implied", IMPLIED)
+def test_columns_are_read_as_posts_are(implied: str) -> None:
+    """500 random posts of few tags, which are renamed, implied, dropped, special, leaking and repeated."""
+    names = [
+        "1girl",
+        "solo",
+        "a_tag",
+        "b_tag",
+        "c_tag",
+        "d_tag",
+        "e,f",
+        "^_^",
+        "100users入り",
+        "bad_id",
+        "comic",
+        "____",
+    ]
+    rules = TagRules(
+        excluded=frozenset({"comic", "c tag"}),
+        aliases={"d_tag": "a_tag", "e,f": "solo"},
+        implications={"a_tag": ("b_tag", "2girls"), "b_tag": ("c_tag",), "solo": ("^_^",)},
+        implied=implied,  # type: ignore[arg-type]
+        blacklist=frozenset({"c_tag"}),
+    )
+    rng = np.random.default_rng(0)
+    posts = [{c: rng.choice(names, rng.integers(0, 8)).tolist() for c in TAG_CATEGORIES} for _ in range(500)]
+    columns = {
+        category: TagColumn.of(
+            pa.chunked_array(
+                [
+                    pa.array([post[category] for post in part], pa.list_(pa.string()))
+                    for part in (posts[:200], posts[200:])
+                ]
+            )
+        )
+        for category in TAG_CATEGORIES
+    }
+    reader = TagReader(rules)
+    read = text_columns(columns, reader)
+    expected = [TagReader(rules).text_parts(post) for post in posts]
+    assert [{part: read[part][row].as_py() for part in read} for row in range(500)] == expected
+    excluded = first_excluded(columns, reader)
+    for row, post in enumerate(posts):
+        assert excluded.get(row) == reader.exclusion(tag for category in TAG_CATEGORIES for tag in post[category])
+
+
+def test_columns_of_no_posts_are_empty() -> None:
+    empty = TagColumn.of(pa.chunked_array([], pa.list_(pa.string())))
+    columns = text_columns(dict.fromkeys(TAG_CATEGORIES, empty), TagReader())
+    assert all(len(column) == 0 for column in columns.values())

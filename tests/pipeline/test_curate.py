@@ -1,0 +1,480 @@
+"""A selection of a few made-up rows: who is admitted, what is a copy of what, and what a rerun makes again.
+
+The shards are done one after the other in this process: what Ray adds is tested with the jobs.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import curate as job
+from pipeline.compare import compare
+from pipeline.curation import judge_work, quality_table, read_inputs
+from pipeline.explain import explain
+from pipeline.jobs import ShardsFailed, UsageError
+from pipeline.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.selection import Curation, ShardWork, content_digest
+from pipeline.shards import Store
+from pipeline.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+
+RULES = Rules(min_side=100)
+Row = dict[str, Any]
+
+
+def image(name: str, **changes: Any) -> Row:
+    """A row of IMAGES unlike all others, but for what is changed."""
+    content = hashlib.sha256(name.encode())
+    tags = {f"tags_{category}": [] for category in TAG_CATEGORIES} | {"tags_general": ["sky"]}
+    return {
+        "id": name,
+        "source": name.partition(":")[0],
+        "image": b".",
+        "format": "PNG",
+        "width": 200,
+        "height": 200,
+        "sha256": content.hexdigest(),
+        "phash": int.from_bytes(content.digest()[:8]),
+        "rating": "general",
+        "score": 1,
+        "favourites": 5,
+        "created_at": datetime(2015, 1, 1, tzinfo=UTC),
+        **tags,
+        "page": int(name.partition("_p")[2] or 0),
+        "parent": None,
+        "pixiv_id": None,
+    } | changes
+
+
+class Dataset:
+    """A dataset in a folder, with captions for every row."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = Store(str(root))
+        self.done: list[str] = []  # "judging a", "writing a" ..., of the last curation
+
+    def add(self, shard: str, *rows: Row) -> None:
+        name = f"{shard}.parquet"
+        self.store.write_table(f"images/{name}", pa.Table.from_pylist(list(rows), IMAGES), IMAGES)
+        captions = [
+            {
+                "id": row["id"],
+                "caption": f"A %% picture of {row['id']}.",
+                "engine": "",
+                "model": "",
+                "prompt_version": "",
+            }
+            for row in rows
+        ]
+        self.store.write_table(f"captions/{name}", pa.Table.from_pylist(captions, CAPTIONS), CAPTIONS)
+        self.store.write_table(f"rejected/{name}", pa.Table.from_pylist([], REJECTED), REJECTED)
+
+    def curation(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> Curation:
+        rules = with_artists(rules)
+        inputs = read_inputs(self.store, rules)
+        quality, borders = quality_table(self.store, f"selections/{name}", inputs, rules.preset, renew)
+        self.store.write(f"selections/{name}/quality.json", borders.encode())
+        return Curation(self.store.root, name, rules, tag_rules(rules), quality)
+
+    def curate(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> None:
+        curation = self.curation(rules, name, renew)
+        self.done = []
+        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, "512")
+
+    def _one_by_one(
+        self, work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str
+    ) -> dict[str, str]:
+        failures = {}
+        for shard, part in parts.items():
+            try:
+                work(part)
+            except ValueError as error:
+                failures[shard] = str(error)
+            self.done.append(f"{description} {shard}")
+        return failures
+
+    def rows(self, folder: str) -> dict[str, Row]:
+        """The rows of all shards of a folder by id."""
+        tables = (self.store.read_table(f"{folder}/{shard}.parquet") for shard in self.store.shards(folder))
+        return {row.get("id") or row["key"]: row for table in tables for row in table.to_pylist()}
+
+    def selected(self, name: str = "test") -> dict[str, Row]:
+        return self.rows(f"selections/{name}")
+
+    def reasons(self, name: str = "test") -> dict[str, str]:
+        return {key: row["reason"] for key, row in self.rows(f"selections/{name}/rejected").items()}
+
+    def record(self, name: str = "test") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.store.read(f"selections/{name}/selection.json"))
+        return found
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(tmp_path / "dataset")
+
+
+# --- Who is admitted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "reason", "detail"),
+    [
+        ({"width": 99}, {}, "too small", "99 x 200, needs 100"),
+        ({"height": 801}, {}, "too elongated", "200 x 801"),
+        ({"rating": "explicit"}, {"ratings": ("general",)}, "rating", "explicit"),
+        ({"tags_meta": ["cosplay_photo"]}, {}, "tag cosplay photo", ""),
+        ({"tags_general": ["third-party edit"]}, {}, "tag third-party edit", ""),
+        ({}, {"sources": ("pixiv",)}, "source", "danbooru"),
+        ({"tags_artist": ["some_one", "c"]}, {"artists": ("d",), "artist_sources": ("danbooru",)},
+         "artist not asked for", "some one, c"),
+        ({}, {"quality": ("masterpiece",)}, "quality not asked for", "None"),
+        ({"created_at": None}, {"eras": ("mid",)}, "era not asked for", "None"),
+        ({"tags_meta": ["cosplay_photo"], "width": 5}, {}, "tag cosplay photo", ""),
+    ],
+)  # fmt: skip
+def test_a_row_is_refused_by_the_first_rule_that_it_breaks(
+    dataset: Dataset, changes: Row, rules: dict[str, Any], reason: str, detail: str
+) -> None:
+    dataset.add("a", image("danbooru:1", **changes), image("danbooru:2"), image("pixiv:1_p0"))
+    keeps_none = pytest.raises(UsageError, match="loosen its rules with --rules FILE")
+    strict = replace(RULES, **rules)
+    if "quality" in rules:
+        with keeps_none:
+            dataset.curate(strict)
+    else:
+        dataset.curate(strict)
+    [out] = [row for key, row in dataset.rows("selections/test/rejected").items() if key == "danbooru:1"]
+    assert (out["reason"], out["detail"]) == (reason, detail)
+
+
+def test_a_row_of_unknown_rating_and_one_at_every_limit_are_admitted(dataset: Dataset) -> None:
+    rules = replace(RULES, ratings=("general",), artists=("some one",), eras=("mid",))
+    dataset.add(
+        "a",
+        image("danbooru:1", rating=None, width=100, height=400, tags_artist=["x"]),
+        image("pixiv:2_p0", tags_artist=["some_one"]),
+        image("pixiv:3_p0", tags_artist=["x"]),
+    )
+    dataset.curate(rules)
+    assert dataset.selected().keys() == {"danbooru:1", "pixiv:2_p0"}
+    assert dataset.reasons() == {"pixiv:3_p0": "artist not asked for"}
+
+
+def score(dataset: Dataset, scorer: str, shard: str, ids: list[str], **labels: list[float | None]) -> None:
+    table = pa.table({"id": ids} | {label: pa.array(values, pa.float32()) for label, values in labels.items()})
+    dataset.store.write_table(f"scores/{scorer}/{shard}.parquet", table, table.schema)
+
+
+def test_scores_admit_what_lies_between_both_ends_and_nothing_without_a_score(dataset: Dataset) -> None:
+    names = [f"danbooru:{number}" for number in range(5)]
+    dataset.add("a", *map(image, names))
+    score(dataset, "aesthetic", "a", names, good=[0.25, 0.5, 0.75, 1.0, None])
+    dataset.curate(replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5, max=0.75)}))
+    assert dataset.selected().keys() == {"danbooru:1", "danbooru:2"}
+    details = {key: row["detail"] for key, row in dataset.rows("selections/test/rejected").items()}
+    assert details == {
+        "danbooru:0": "0.25, needs at least 0.5 and at most 0.75",
+        "danbooru:3": "1, needs at least 0.5 and at most 0.75",
+        "danbooru:4": "none, needs at least 0.5 and at most 0.75",
+    }
+    assert set(dataset.reasons().values()) == {"score aesthetic.good"}
+
+
+def test_scores_that_are_missing_name_the_job_and_unknown_labels_the_known_ones(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    rules = replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)})
+    with pytest.raises(UsageError, match=r"no scores/aesthetic, first a; run: python pipeline/score\.py --dataset"):
+        dataset.curate(rules)
+    score(dataset, "aesthetic", "a", ["danbooru:1"], fine=[1.0])
+    with pytest.raises(UsageError, match="no label 'good'; its labels are fine"):
+        dataset.curate(rules)
+
+
+def test_scores_or_captions_of_other_rows_fail_their_shard_and_name_the_mend(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.add("b", image("danbooru:2"))
+    for shard, name in (("a", "danbooru:1"), ("b", "danbooru:3")):
+        score(dataset, "aesthetic", shard, [name], good=[1.0])
+    with pytest.raises(ShardsFailed, match=r"b \(scores/aesthetic/b.parquet is of other rows .*score\.py again"):
+        dataset.curate(replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)}))
+    assert dataset.selected().keys() == {"danbooru:1"}
+    assert not dataset.store.exists("selections/test/selection.json")
+    captions = dataset.store.read_table("captions/a.parquet")
+    dataset.store.write_table("captions/b.parquet", captions, CAPTIONS)
+    with pytest.raises(ShardsFailed, match=r"captions/b.parquet is of other rows .*caption\.py again"):
+        dataset.curate()
+
+
+# --- Texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_selected_row_has_its_texts_and_place(dataset: Dataset) -> None:
+    tags = {"tags_general": ["1girl", "gray_hair", "very_long_hair"], "tags_meta": ["tagme", "highres"]}
+    dataset.add("a", image("danbooru:1", width=1), image("danbooru:2", **tags, rating="questionable"))
+    dataset.add("b", image("danbooru:3", created_at=datetime(2020, 1, 1, tzinfo=UTC)))
+    dataset.curate()
+    assert dataset.selected()["danbooru:2"] == {
+        "id": "danbooru:2", "row": 1, "special": ["1girl"], "character": [], "copyright": [], "artist": [],
+        "general": ["grey hair", "very long hair", "long hair"], "meta": ["highres"],
+        "caption": "A picture of danbooru:2.", "quality": "worst quality", "era": "mid", "rating": "nsfw",
+        "bookmarks": None, "views": None,
+    }  # fmt: skip
+
+
+def test_the_digest_is_of_rows_not_of_how_they_lie_in_memory() -> None:
+    rows = [{"a": ["x", "yz"], "b": None, "c": 1}, {"a": [], "b": "", "c": None}, {"a": ["x"], "b": "t", "c": 0}]
+    table = pa.Table.from_pylist(rows)
+    assert content_digest(pa.concat_tables([table.slice(0, 1), table.slice(1)])) == content_digest(table)
+    assert content_digest(pa.concat_tables([table, table]).slice(3)) == content_digest(table)
+    changed = [
+        [rows[1], rows[0], rows[2]],
+        [{**rows[0], "a": ["xy", "z"]}, *rows[1:]],
+        [{**rows[0], "b": ""}, *rows[1:]],
+        [{**rows[0], "c": None}, *rows[1:]],
+    ]
+    schema = table.schema
+    assert len({content_digest(pa.Table.from_pylist(each, schema)) for each in [rows, *changed]}) == 5
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_picture_does_not_take_its_sound_copy_along(dataset: Dataset) -> None:
+    big = image("danbooru:1", width=400, height=400, rating="explicit")
+    dataset.add("a", big, image("danbooru:2", phash=big["phash"]), image("danbooru:3", sha256=big["sha256"], width=90))
+    dataset.curate(replace(RULES, ratings=("general",)))
+    assert dataset.selected().keys() == {"danbooru:2"}
+    assert dataset.reasons() == {"danbooru:1": "rating", "danbooru:3": "too small"}
+    dataset.curate()
+    assert dataset.selected().keys() == {"danbooru:1"}
+    assert dataset.reasons() == {"danbooru:2": "duplicate", "danbooru:3": "too small"}
+
+
+def test_of_one_id_in_two_shards_the_first_admitted_row_stays(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1", width=5))
+    dataset.add("b", image("danbooru:1"), image("danbooru:2"))
+    dataset.add("c", image("danbooru:1", width=400))
+    dataset.curate()
+    tables = {
+        shard: pq.read_table(dataset.store.path(f"selections/test/rejected/{shard}.parquet")).to_pylist()
+        for shard in "abc"
+    }
+    assert [[row["reason"] for row in table] for table in tables.values()] == [["too small"], [], ["duplicate id"]]
+
+
+def test_a_picture_of_both_sites_keeps_danboorus_tags_and_gets_pixivs_numbers(dataset: Dataset) -> None:
+    """The post links to work 7, of which it is page 1, saved anew: six bits away, too far without the link."""
+    page = image("pixiv:7_p1", favourites=900, score=8000, tags_general=["空"])
+    post = image("danbooru:1", pixiv_id=7, phash=page["phash"] ^ 0b111111, tags_general=["blue_sky"])
+    other = image("pixiv:7_p0", favourites=900, score=8000)
+    dataset.add("danbooru", post)
+    dataset.add("pixiv", other, page)
+    dataset.curate()
+    selected = dataset.selected()
+    assert selected.keys() == {"danbooru:1", "pixiv:7_p0"}
+    assert dataset.rows("selections/test/rejected")["pixiv:7_p1"]["detail"] == "of danbooru:1"
+    assert selected["danbooru:1"]["general"] == ["blue sky", "sky"]
+    assert [(row["bookmarks"], row["views"]) for row in selected.values()] == [(900, 8000), (900, 8000)]
+
+
+def test_the_selection_is_the_same_whatever_the_order_in_which_shards_are_done(tmp_path: Path) -> None:
+    rows = [
+        image(f"danbooru:{number}", phash=1 << 40 | number // 2 << 8, width=200 + number % 7) for number in range(40)
+    ]
+    digests = set()
+    for name, order in (("one", [0, 1, 2, 3]), ("two", [3, 1, 0, 2])):
+        dataset = Dataset(tmp_path / name)
+        for shard in order:
+            dataset.add(f"shard-{shard}", *rows[shard::4])
+            if shard == 1:
+                dataset.curate()  # of some shards only: the later ones have copies of these
+        dataset.curate()
+        assert dataset.record()["rejected"].keys() == {"duplicate"}
+        digests.add(dataset.record()["hash"])
+    assert len(digests) == 1
+
+
+# --- What a rerun makes again -----------------------------------------------------------------------------------------
+
+
+def test_a_rerun_makes_again_only_what_depends_on_the_change(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = {shard: [image(f"danbooru:{shard}{number}") for number in range(30)] for shard in "123"}
+    for shard, rows in shards.items():
+        dataset.add(shard, *rows)
+    dataset.curate()
+    assert dataset.done == [*(f"judging {s}" for s in "123"), *(f"writing {s}" for s in "123")]
+    first = dataset.record()
+    dataset.curate()
+    assert dataset.done == []
+    assert dataset.record() == first
+
+    dataset.add("4", *(image(f"danbooru:4{number}") for number in range(5)))  # within the table's tenth
+    dataset.curate()
+    assert dataset.done == ["judging 4", "writing 4"]
+
+    dataset.add("4", image("danbooru:99", phash=shards["2"][0]["phash"], width=5000, height=5000))
+    dataset.curate()
+    assert dataset.done == ["judging 4", "writing 2", "writing 4"]
+    assert dataset.reasons() == {"danbooru:20": "duplicate"}
+
+    captions = dataset.store.read_table("captions/3.parquet").to_pylist()
+    changed = pa.Table.from_pylist([row | {"caption": "Another."} for row in captions], CAPTIONS)
+    dataset.store.write_table("captions/3.parquet", changed, CAPTIONS)
+    dataset.curate()
+    assert dataset.done == ["writing 3"]
+
+    dataset.curate(replace(RULES, min_side=101))
+    assert len(dataset.done) == 8
+    assert "4 changed: rules (1, 2, 3 ...)" in capsys.readouterr().out
+    dataset.curate(replace(RULES, min_side=101, blacklist=""))
+    assert "4 changed: tag files (1, 2, 3 ...)" in capsys.readouterr().out
+
+
+def test_a_new_scorer_or_score_redoes_what_asks_for_it(dataset: Dataset) -> None:
+    names = ["danbooru:1", "danbooru:2"]
+    for shard, name in zip("ab", names, strict=True):
+        dataset.add(shard, image(name))
+        score(dataset, "aesthetic", shard, [name], good=[1.0])
+    dataset.curate()
+    score(dataset, "aesthetic", "a", names[:1], good=[0.5])
+    dataset.curate()
+    assert dataset.done == []
+    rules = replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.1)})
+    dataset.curate(rules)
+    assert len(dataset.done) == 4
+    score(dataset, "aesthetic", "a", names[:1], good=[0.75])
+    dataset.curate(rules)
+    assert dataset.done == ["judging a", "writing a"]
+
+
+def test_a_lost_file_is_made_again_and_one_whose_images_are_gone_is_removed(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.add("b", image("danbooru:2"))
+    dataset.add("c", *(image(f"danbooru:{number}") for number in range(3, 60)))
+    dataset.curate()
+    dataset.store.remove("selections/test/a.parquet")
+    dataset.store.remove("selections/test/judged/c.parquet")
+    dataset.curate()
+    assert dataset.done == ["judging c", "writing a"]
+    dataset.store.remove("images/b.parquet")
+    dataset.curate()
+    assert dataset.done == []
+    assert dataset.record()["shards"] == {"a": 1, "c": 57}
+    for folder in ("", "/judged", "/rejected"):
+        assert dataset.store.shards(f"selections/test{folder}") == ["a", "c"]
+
+
+def test_quality_borders_stay_until_the_dataset_outgrows_them(dataset: Dataset) -> None:
+    dataset.add("a", *(image(f"danbooru:{number}", favourites=number) for number in range(100)))
+    dataset.add("z", image("danbooru:1000", created_at=datetime(2020, 1, 1, tzinfo=UTC)))
+    borders = dataset.curation().quality.borders["danbooru", "general", 2015]
+    assert borders == (89, 74, 59, 44, 29, 9)
+    dataset.add("b", *(image(f"danbooru:{number}", favourites=500) for number in range(100, 110)))
+    assert dataset.curation().quality.borders["danbooru", "general", 2015] == borders
+    assert dataset.curation(renew=True).quality.borders["danbooru", "general", 2015] > borders
+    kept = dataset.curation().quality
+    dataset.add("c", *(image(f"danbooru:{number}", favourites=900) for number in range(110, 130)))
+    grown = dataset.curation().quality
+    assert grown.borders["danbooru", "general", 2015] > kept.borders["danbooru", "general", 2015]
+    dataset.add("d", image("pixiv:1_p0"))
+    assert ("pixiv", None, None) in dataset.curation().quality.borders
+    assert dataset.curation(replace(RULES, preset="noobai")).quality.words[2] == "good quality"
+
+
+def test_a_plan_says_what_would_be_done_and_writes_nothing(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.add("a", image("danbooru:1"))
+
+    def planned(rules: Rules = RULES) -> str:
+        before = {path: path.stat().st_mtime_ns for path in Path(dataset.store.root).rglob("*") if path.is_file()}
+        inputs = read_inputs(dataset.store, rules)
+        quality, _ = quality_table(dataset.store, "selections/test", inputs, rules.preset, False)
+        capsys.readouterr()
+        job.print_plan(Curation(dataset.store.root, "test", rules, tag_rules(rules), quality), inputs)
+        assert before == {p: p.stat().st_mtime_ns for p in Path(dataset.store.root).rglob("*") if p.is_file()}
+        return capsys.readouterr().out
+
+    assert "judging 1 of 1 shards: 1 new (a)" in planned()
+    dataset.curate()
+    assert "judging 0 of 1 shards\n" in planned()
+    assert "writing 0 of 1 shards\n" in planned()
+    rules = replace(RULES, min_side=50)
+    assert "judging 1 of 1 shards: 1 changed: rules (a)" in planned(rules)
+    dataset.add("b", image("danbooru:2"))
+    dataset.curate(rules)
+    dataset.store.remove("images/b.parquet")
+    assert "would remove selections/test/judged/b.parquet: its images are gone" in planned(rules)
+
+
+# --- Questions --------------------------------------------------------------------------------------------------------
+
+
+def explained(dataset: Dataset, name: str, rules: Rules = RULES) -> str:
+    curation = dataset.curation(rules)
+    return "\n".join(explain(curation, dataset.store.shards("images"), [name]))
+
+
+def test_explain_has_each_rule_with_its_value_the_borders_and_what_a_copy_is_of(dataset: Dataset) -> None:
+    small = image("danbooru:2", width=90, height=95, tags_artist=["some_one"])
+    dataset.add("a", image("danbooru:1", width=800, height=800), small)
+    late = image("danbooru:4", created_at=datetime(2020, 1, 1, tzinfo=UTC))
+    dataset.add("b", image("danbooru:3", sha256=image("danbooru:1")["sha256"]), late)
+    text = explained(dataset, "danbooru:2")
+    assert "danbooru:2, row 1 of a" in text
+    assert "refuses min_side: 90 pixels; at least 100" in text
+    assert "admits  artists: some one;" in text
+    assert "favourites 5 among danbooru: masterpiece > 5, " in text
+    assert text.endswith("out: too small (90 x 95, needs 100)")
+    assert "is not made yet" in explained(dataset, "danbooru:3")
+    dataset.curate()
+    assert explained(dataset, "danbooru:3").endswith("duplicate (of danbooru:1)")
+    assert explained(dataset, "danbooru:1").endswith("in: it is in selections/test")
+
+
+def test_explain_knows_what_ingest_refused_and_refuses_what_nobody_knows(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    broken = {"key": "danbooru:5", "reason": "truncated", "detail": "at byte 7", "sha256": None}
+    dataset.store.write_table("rejected/gone.parquet", pa.Table.from_pylist([broken], REJECTED), REJECTED)
+    assert explained(dataset, "danbooru:5") == "danbooru:5 of gone: refused by ingest: truncated (at byte 7)"
+    with pytest.raises(UsageError, match="knows no picture danbooru:6"):
+        explained(dataset, "danbooru:6")
+
+
+def test_compare_counts_by_reason_and_names_ids(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1", rating="explicit"), image("danbooru:2"), image("danbooru:3", width=90))
+    dataset.add("b", image("danbooru:4", tags_general=["very_long_hair"]), image("danbooru:5", rating="explicit"))
+    dataset.curate(replace(RULES, ratings=("general",), min_side=50), "tame")
+    dataset.curate(replace(RULES, implied="keep"), "wild")
+    assert list(compare(dataset.store, "tame", "wild")) == [
+        "only in tame: 1",
+        "  1 too small: danbooru:3",
+        "only in wild: 2",
+        "  2 rating: danbooru:1, danbooru:5",
+        "in both, with another text: 1",
+        "  1 general: danbooru:4",
+    ]
+    assert list(compare(dataset.store, "wild", "wild"))[::2] == ["only in wild: 0", "in both, with another text: 0"]
+    with pytest.raises(UsageError, match="no finished selection 'calm'; run: python"):
+        list(compare(dataset.store, "tame", "calm"))
+
+
+def test_what_a_shard_is_made_from_names_every_ingredient(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.curate()
+    made = json.loads(dataset.store.metadata("selections/test/a.parquet")["made_from"])
+    assert made.keys() == {"code", "rules", "tag files", "quality", "images", "captions", "copies"}
+    assert dataset.record()["rules"] == json.loads(json.dumps(asdict(RULES)))
+    curation = dataset.curation()
+    work = judge_work(curation, read_inputs(dataset.store, RULES))
+    assert work["a"].made_from.items() <= made.items()
