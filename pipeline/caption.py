@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from captioner.engines import ENGINES
+from pipeline.fingerprints import changes, footers, made_from
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.shards import Store
 
@@ -27,23 +28,25 @@ def main() -> None:
     job = parse_args()
     started = time.time()
     dataset = Store(job.dataset)
-    rows = {shard: dataset.rows(f"images/{shard}.parquet") for shard in dataset.shards("images")}
-    if not rows:
+    images = footers(dataset, "images", dataset.shards("images"))
+    if not images:
         raise UsageError(
             f"{job.dataset} has no images; run: python pipeline/ingest.py --raw PATH --dataset {job.dataset}"
         )
     failed: dict[str, str] = {}
-    todo = sorted(set(rows) - set(dataset.shards("captions")))
-    print(f"caption: {len(rows)} shards of images, {len(rows) - len(todo)} of them captioned before", flush=True)
+    now = {shard: {"images": footer.digest} for shard, footer in images.items()}
+    todo = changes(made_from(dataset, "captions", images), now)
+    print(f"caption: {len(images)} shards of images, {len(images) - len(todo)} of them captioned before", flush=True)
     if todo:
-        from pipeline.captioning import caption_shard
+        from pipeline.captioning import ImageShard, caption_shard
         from pipeline.cluster import cluster  # takes seconds to import: not for --help
         from pipeline.dataflow import map_shards
 
         work = partial(caption_shard, dataset=dataset.root, engine_name=job.engine)
         with cluster("caption"):
-            failed = map_shards({shard: shard for shard in todo}, work, rows.__getitem__, "caption")
-    done = {shard: count for shard, count in rows.items() if shard not in failed}
+            parts = {shard: ImageShard(shard, images[shard].rows, images[shard].digest) for shard in sorted(todo)}
+            failed = map_shards(parts, work, lambda part: part.rows, "caption")
+    done = {shard: footer.rows for shard, footer in images.items() if shard not in failed}
     reasons = sum((dataset.tally(f"captions/{shard}.parquet", "reason") for shard in done), Counter[str]())
     total = sum(done.values())
     write_run_record(

@@ -1,5 +1,7 @@
 """One shard of images -> one shard of captions. Runs in a Ray task; knows nothing of Ray."""
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,12 +15,21 @@ from pipeline.tags import TagReader
 _COLUMNS = ["id", *(f"tags_{category}" for category in TAG_CATEGORIES)]
 
 
-def caption_shard(shard: str, dataset: str, engine_name: str) -> None:
+@dataclass(frozen=True)
+class ImageShard:
+    """A finished shard of images."""
+
+    shard: str
+    rows: int
+    digest: str  # of its footer
+
+
+def caption_shard(part: ImageShard, dataset: str, engine_name: str) -> None:
     """Write captions/<shard>: the rows of images/<shard>, in their order, each with a caption or the reason for having
     none."""
     store = Store(dataset)
     engine = ENGINES[engine_name]()
-    images = store.read_table(f"images/{shard}.parquet", _COLUMNS).to_pylist()
+    images = store.read_table(f"images/{part.shard}.parquet", _COLUMNS).to_pylist()
     reader = TagReader()
     answers = {answer.id: answer for answer in engine.caption([_request(row, reader) for row in images])}
     rows = [
@@ -32,7 +43,10 @@ def caption_shard(shard: str, dataset: str, engine_name: str) -> None:
         }
         for row in images
     ]
-    store.write_table(f"captions/{shard}.parquet", pa.RecordBatch.from_pylist(rows, CAPTIONS), CAPTIONS)
+    made = json.dumps({"images": part.digest})
+    store.write_table(
+        f"captions/{part.shard}.parquet", pa.RecordBatch.from_pylist(rows, CAPTIONS), CAPTIONS, made_from=made
+    )
 
 
 def _request(row: dict[str, Any], reader: TagReader) -> Request:
