@@ -45,26 +45,26 @@ def test_there_and_back_gives_the_same_bytes(run_job: RunJob, release: Path, tmp
     assert json.loads(back.with_suffix(".json").read_text()) == json.loads(config.read_text())
 
 
-def test_no_file_is_written_over(run_job: RunJob, release: Path, tmp_path: Path) -> None:
+def test_no_file_is_written_over(call_job: RunJob, release: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "ours", XUTConfig.released(**SHAPE), XUT(XUTConfig.released(**SHAPE)).state_dict())
     (tmp_path / "back.json").write_text("mine")
     for out, said in (("back.safetensors", "back.json is there already"), ("back.json", "is there already")):
-        job = run_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / out)
+        job = call_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / out)
         assert job.returncode == 2
         assert said in job.stderr
-    job = run_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / "new.bin")
+    job = call_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / "new.bin")
     assert "must end in .safetensors" in job.stderr
     assert (tmp_path / "back.json").read_text() == "mine"
 
 
-def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, run_job: RunJob) -> None:
+def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_job: RunJob) -> None:
     tensors = load_file(release)
     name = next(name for name in tensors if name.endswith("bias"))
     tensors[name][0] = torch.nan
     save_file(tensors, tmp_path / "weights.safetensors")
     config = release.with_suffix(".json")
     source = ["--from-released", tmp_path / "weights.safetensors", "--config", config]
-    job = run_job("trainer/export.py", *source, "--out", tmp_path / "ours")
+    job = call_job("trainer/export.py", *source, "--out", tmp_path / "ours")
     assert job.returncode == 0, job.stderr
 
 
@@ -84,14 +84,17 @@ def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, run_j
         (["--from-released", "{release}", "--config", "{list}", "--out", "new"], "must hold a JSON object, not list"),
     ],
 )
-def test_refusals_are_one_line(run_job: RunJob, release: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_refusals_are_one_line(
+    call_job: RunJob, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
     files = {"text": b"not a model", "list": b"[]"}
     paths = {name: tmp_path / name for name in (*files, "pickle")}
     for name, data in files.items():
         paths[name].write_bytes(data)
     torch.save({"weight": torch.zeros(1)}, paths["pickle"])
     filled = [argument.format(release=release, folder=release.parent, **paths) for argument in arguments]
-    job = run_job("trainer/export.py", *filled, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    job = call_job("trainer/export.py", *filled)
     assert job.returncode == 2
     assert said in job.stderr
     assert job.stderr.count("\n") == 1

@@ -70,24 +70,29 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     shutil.copytree(trained, tmp_path / "run")
     again = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 3))
     assert "has its 3 steps" in again.stdout
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     further = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 4))
     assert "going on from step 3" in further.stdout
     assert (tmp_path / "run/checkpoints/step-00000004/state.json").exists()
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (record["rows_in"], record["rows_out"]) == (32, 32)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4], "steps since the last checkpoint are logged once"
+    assert lines[-1]["loss"] < 9
 
 
-def test_a_run_of_another_selection_is_refused(run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_selection_is_refused(call_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     state = tmp_path / "run/checkpoints/step-00000003/state.json"
     changed = json.loads(state.read_text())
     changed["selection"]["hash"] = "another"
     state.write_text(json.dumps(changed))
-    _refuses(_train(run_job, dataset, tmp_path / "run", "--steps", 4), "selection", "--run")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "selection", "--run")
 
 
 def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
-    run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
+    call_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Its samples and its optimizer's state would be those of other positions and parameters."""
     shutil.copytree(trained, tmp_path / "run")
@@ -96,26 +101,14 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     changed["stage"]["batch_size"] = 16
     changed["stage"]["optimizer"]["kind"] = "adamw"
     state.write_text(json.dumps(changed))
-    _refuses(_train(run_job, dataset, tmp_path / "run", "--steps", 4), "stage.batch_size, stage.optimizer", "--run")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "stage.batch_size, stage.optimizer", "--run")
 
 
-def test_steps_since_the_last_checkpoint_are_logged_once(
-    run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(trained, tmp_path / "run")
-    with (tmp_path / "run/metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
-    _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 4))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 4]
-    assert lines[-1]["loss"] < 9
-
-
-def test_what_cannot_be_trained_is_refused_with_the_mend(run_job: RunJob, dataset: Path, tmp_path: Path) -> None:
-    _refuses(_train(run_job, dataset, tmp_path, "--workers", 3), "does not divide", "[2, 4]")
-    _refuses(_train(run_job, dataset, tmp_path, "--steps", 0), "--steps")
-    _refuses(_train(run_job, tmp_path, tmp_path, "--steps", 1), "pipeline/curate.py")
-    _refuses(run_job("trainer/run.py", "--stage", "2048"), "2048", "demo")
+def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    _refuses(_train(call_job, dataset, tmp_path, "--workers", 3), "does not divide", "[2, 4]")
+    _refuses(_train(call_job, dataset, tmp_path, "--steps", 0), "--steps")
+    _refuses(_train(call_job, tmp_path, tmp_path, "--steps", 1), "pipeline/curate.py")
+    _refuses(call_job("trainer/run.py", "--stage", "2048"), "2048", "demo")
 
 
 def test_a_picture_is_the_same_again_and_moves_with_the_camera(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
@@ -153,14 +146,14 @@ def test_a_page_shows_all_there_is(run_job: RunJob, trained: Path, tmp_path: Pat
     assert [record["job"] for record in figures["funnel"]] == ["ingest", "caption", "curate"]
 
 
-def test_what_cannot_be_drawn_is_refused_with_the_mend(run_job: RunJob, trained: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_refused_with_the_mend(call_job: RunJob, trained: Path, tmp_path: Path) -> None:
     def sample(*arguments: object) -> CompletedProcess[str]:
-        return run_job("trainer/sample.py", "--run", trained, "--out", tmp_path, "--prompt", "red star", *arguments)
+        return call_job("trainer/sample.py", "--run", trained, "--out", tmp_path, "--prompt", "red star", *arguments)
 
-    _refuses(run_job("trainer/sample.py", "--run", tmp_path / "nowhere"), "no checkpoint", "trainer/run.py")
+    _refuses(call_job("trainer/sample.py", "--run", tmp_path / "nowhere"), "no checkpoint", "trainer/run.py")
     _refuses(sample("--width", 0), "--width")
     _refuses(sample("--seed", -1), "--seed")
-    _refuses(run_job("trainer/sample.py", "--run", "s3://bucket/run"), "--run", "file system")
+    _refuses(call_job("trainer/sample.py", "--run", "s3://bucket/run"), "--run", "file system")
     _refuses(sample("--zoom", 0), "zoom")
     _refuses(sample("--guidance", "nan"), "guidance")
     assert not list(tmp_path.glob("*.png"))
