@@ -45,6 +45,7 @@ def write_shard(number: int, root: str, rows: int) -> None:
         "format": ["JPEG"] * rows,
         "width": width,
         "height": height,
+        "notes": pa.nulls(rows, pa.string()),
         "sha256": content,
         "phash": phash,
         "rating": rng.choice(["general", "sensitive", "questionable", "explicit"], rows, p=[0.4, 0.4, 0.1, 0.1]),

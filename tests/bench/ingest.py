@@ -46,16 +46,15 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (folder / "raw").iterdir())
         count = args.shards * max(args.times)
         print(f"{count} shards of {args.rows} pictures, {size / 1e6:.0f} MB, {os.cpu_count()} cores")
-        first = sorted((folder / "raw").iterdir())[: args.shards]
-        bare = bare_loop(first, folder / "bare")
-        print(f"bare loop, 2 processes: {args.shards * args.rows / bare:.1f} rows/s")
         for times in args.times:
             files = sorted((folder / "raw").iterdir())[: args.shards * times]
             rows = len(files) * args.rows
+            before = bare_loop(files, folder / f"before{times}")
             seconds, working, memory = job(files, folder / f"job{times}", args.downsize)
+            bare = (before + bare_loop(files, folder / f"after{times}")) / 2
             print(
-                f"job, {times}x: {rows / working:.1f} rows/s = {bare * times / working:.0%} of the bare loop "
-                f"({bare * times / seconds:.0%} with the start, {seconds:.0f} s), peak {memory / 2**30:.2f} GiB"
+                f"{times}x: job {rows / working:.1f} rows/s, bare loop {rows / bare:.1f}: {bare / working:.0%} "
+                f"({bare / seconds:.0%} with the start, {seconds:.0f} s); peak of the job {memory / 2**30:.2f} GiB"
             )
     finally:
         shutil.rmtree(folder)

@@ -70,6 +70,7 @@ def generate_shard(store: Store, shard: str, start: int, rows: int, vocabulary: 
         "format": pa.array(["PNG"] * rows),
         "width": pa.array(rng.integers(200, 4000, rows), pa.int32()),
         "height": pa.array(rng.integers(200, 4000, rows), pa.int32()),
+        "notes": pa.nulls(rows, pa.string()),
         "sha256": pa.array([f"{number:064x}" for number in range(start, start + rows)]),
         "phash": pa.array(rng.integers(0, 2**63, rows), pa.uint64()),
         "rating": pa.array(rng.choice(["general", "sensitive", "questionable", "explicit"], rows)),
@@ -110,6 +111,7 @@ def write_selection(
     }
     for name, choices in (("quality", ["masterpiece", "worst quality"]), ("era", ["old"]), ("rating", ["safe"])):
         columns[name] = pa.array(rng.choice(choices, len(kept)))
+    columns |= {name: pa.nulls(len(kept), pa.int32()) for name in ("bookmarks", "views")}
     store.write_table(f"{folder}/{shard}.parquet", pa.table(columns).select(SELECTION.names), SELECTION)
     reasons = ["duplicate", "too small", *(f"tag number {i}" for i in range(20))]
     keys = images["id"].take(others).to_pylist()
