@@ -13,7 +13,7 @@ from pipeline.sources.fields import IMAGE_COLUMNS, image_layout
 _SITES: dict[str, ModuleType] = {"danbooru": danbooru, "pixiv": pixiv}
 SOURCES = tuple(_SITES)
 FIELDS: frozenset[str] = danbooru.FIELDS | pixiv.FIELDS | frozenset(IMAGE_COLUMNS)  # all that any reader looks at
-ADMISSIBLE = ("deleted", "banned", "made by AI", "placeholder picture")  # refusals that a user may lift
+ADMISSIBLE = {name: site.ADMISSIBLE for name, site in _SITES.items()}  # refusals that a user may lift
 
 
 def recognise(columns: Collection[str], source: str = "auto") -> str:
