@@ -13,6 +13,7 @@ setup: .venv/.ready
 .venv/.ready: deploy/setup.sh deploy/constraints.txt pyproject.toml
 	@sh deploy/setup.sh "$(PYTHON)"
 	@touch .venv/.ready
+	@echo "setup: .venv is ready"
 
 demo: setup
 	@sh deploy/demo.sh

@@ -5,6 +5,7 @@ whatever the size of the file and of its row groups.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -63,10 +64,13 @@ class IngestRules:
         return batch.rename_columns([names.get(column, column) for column in batch.schema.names])
 
     def fingerprint(self, raw: "RawShard") -> str:
-        """Of all that decides what images/<shard> holds; what cannot touch this file is left out."""
-        rows = [raw.source, raw.digest, raw.first_row, raw.rows, raw.renamed]
+        """Of all that decides what images/<shard> holds."""
+        return digest([CODE_VERSION, raw.source, raw.digest, raw.first_row, raw.rows, self.settings(raw)])
+
+    def settings(self, raw: "RawShard") -> str:
+        """The rules that can touch this file, as JSON, by the flags that set them."""
         admitted = sorted(set(self.admit) & set(ADMISSIBLE[raw.source]))
-        return digest([CODE_VERSION, *rows, admitted, asdict(self.limits)])
+        return json.dumps({"--admit": admitted, "--map": raw.renamed, "limits": asdict(self.limits)})
 
     def tier_fingerprint(self, raw: "RawShard") -> str:
         return digest([self.fingerprint(raw), self.downsize, self.downsize_format])
@@ -110,7 +114,8 @@ def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
     """Write images/<shard> and rejected/<shard>: every row of the raw shard is in one of them; and the smaller tier
     where the rules ask for it. The images are committed last, so that a finished shard has all of its files."""
     store, rejected = Store(dataset), list[dict[str, Any]]()
-    made = {"raw": raw.path, "footer": raw.digest, "stamp": raw.stamp, "fingerprint": rules.fingerprint(raw)}
+    made = {"raw": raw.path, "footer": raw.digest, "stamp": raw.stamp, "settings": rules.settings(raw)}
+    made |= {"fingerprint": rules.fingerprint(raw)}
     # Of the images that were there before, and so perhaps of other rows.
     for folder in store.folders(""):
         if re.fullmatch(r"images-\d+", folder):
