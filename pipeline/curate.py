@@ -10,7 +10,6 @@ from functools import cache, partial
 
 from pipeline.curation import (
     Inputs,
-    described,
     judge_work,
     quality_table,
     read_inputs,
@@ -19,7 +18,7 @@ from pipeline.curation import (
     to_do,
     write_work,
 )
-from pipeline.fingerprints import digest
+from pipeline.fingerprints import described, digest
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.quality import PRESETS
 from pipeline.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard

@@ -1,7 +1,7 @@
 """What a curation starts from, and which of its shards must be made (again). Reads, and writes nothing."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,8 +17,6 @@ from pipeline.stage_rules import FILES, Rules
 
 # A table of quality borders judges later shards too, until the dataset has grown or shrunk by more than this share.
 _TABLE_HOLDS = 0.1
-
-_NAMED_SHARDS = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Inputs:
 
 def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
     """UsageError unless there are images, each shard of them with the scores that the rules ask for and, where they
-    are asked for, with captions."""
+    are asked for, with captions; and unless the scores of one name are of one model."""
     images = footers(dataset, "images", dataset.shards("images"))
     if not images:
         raise UsageError(
@@ -53,6 +51,7 @@ def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
     for scorer in scorers:
         mend = f"python pipeline/score.py --dataset {dataset.root} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
+        _check_one_model(dataset, scorer, images, mend)
         _check_labels(dataset, scorer, min(scores[scorer]), rules)
     return Inputs(images, captions, scores)
 
@@ -61,6 +60,19 @@ def _check_complete(images: Mapping[str, Footer], others: Mapping[str, Footer], 
     missing = sorted(images.keys() - others.keys())
     if missing:
         raise UsageError(f"{len(missing)} of {len(images)} shards have no {what}, first {missing[0]}; run: {mend}")
+
+
+def _check_one_model(dataset: Store, scorer: str, images: Mapping[str, Footer], mend: str) -> None:
+    """Their numbers could not be compared. So it is after a score.py with another model that did not come to its end;
+    scores that are not of score.py name no model."""
+    first: dict[str | None, str] = {}  # model -> a shard that it scored
+    for shard, made in made_from(dataset, f"scores/{scorer}", images).items():
+        first.setdefault(made.get("model"), shard)
+    if len(first) > 1:
+        raise UsageError(
+            f"scores/{scorer} has scores of {len(first)} models, such as in {' and '.join(list(first.values())[:2])}; "
+            f"to make them of one, run: {mend}"
+        )
 
 
 def _check_labels(dataset: Store, scorer: str, shard: str, rules: Rules) -> None:
@@ -156,15 +168,3 @@ def stale_files(dataset: Store, folder: str, shards: Mapping[str, object]) -> li
         for shard in dataset.shards(part)
         if shard not in shards
     ]
-
-
-def described(doing: str, why: Mapping[str, str], total: int) -> str:
-    """ "judging 2 of 40 shards: 2 new (a, b)"."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for shard, reason in sorted(why.items()):
-        by_reason[reason].append(shard)
-    listed = [
-        f"{len(names)} {reason} ({', '.join(names[:_NAMED_SHARDS])}{' ...' if len(names) > _NAMED_SHARDS else ''})"
-        for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    ]
-    return f"{doing} {len(why)} of {total} shards" + (f": {'; '.join(listed)}" if listed else "")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from pipeline.shards import Store
 # Raise it when the code makes other files out of the same: all selections are then made again.
 CODE_VERSION: Final = "1"
 
-MadeFrom = dict[str, str]  # ingredient -> its digest
+_NAMED_SHARDS = 3
+
+MadeFrom = dict[str, str]  # ingredient -> its digest, or what it is where that is short
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ def changes(before: Mapping[str, MadeFrom], now: Mapping[str, MadeFrom]) -> dict
         ):
             why[shard] = "changed: " + ", ".join(other)
     return why
+
+
+def described(doing: str, why: Mapping[str, str], total: int) -> str:
+    """ "judging 2 of 40 shards: 2 new (a, b)"."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for shard, reason in sorted(why.items()):
+        by_reason[reason].append(shard)
+    listed = [
+        f"{len(names)} {reason} ({', '.join(names[:_NAMED_SHARDS])}{' ...' if len(names) > _NAMED_SHARDS else ''})"
+        for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+    return f"{doing} {len(why)} of {total} shards" + (f": {'; '.join(listed)}" if listed else "")
 
 
 def digest(content: Any) -> str:

@@ -168,9 +168,12 @@ def test_a_row_of_unknown_rating_and_one_at_every_limit_are_admitted(dataset: Da
     assert dataset.reasons() == {"pixiv:3_p0": "artist not asked for"}
 
 
-def score(dataset: Dataset, scorer: str, shard: str, ids: list[str], **labels: list[float | None]) -> None:
+def score(
+    dataset: Dataset, scorer: str, shard: str, ids: list[str], model: str = "m", **labels: list[float | None]
+) -> None:
     table = pa.table({"id": ids} | {label: pa.array(values, pa.float32()) for label, values in labels.items()})
-    dataset.store.write_table(f"scores/{scorer}/{shard}.parquet", table, table.schema)
+    made_from = json.dumps({"model": model})
+    dataset.store.write_table(f"scores/{scorer}/{shard}.parquet", table, table.schema, made_from=made_from)
 
 
 def test_scores_admit_what_lies_between_both_ends_and_nothing_without_a_score(dataset: Dataset) -> None:
@@ -196,6 +199,22 @@ def test_scores_that_are_missing_name_the_job_and_unknown_labels_the_known_ones(
     score(dataset, "aesthetic", "a", ["danbooru:1"], fine=[1.0])
     with pytest.raises(UsageError, match="no label 'good'; its labels are fine"):
         dataset.curate(rules)
+
+
+def test_scores_of_two_models_under_one_name_are_refused_where_they_are_asked_for(dataset: Dataset) -> None:
+    """As a score.py with another model leaves them that was stopped."""
+    for shard, name, model in (("a", "danbooru:1", "old"), ("b", "danbooru:2", "new"), ("c", "danbooru:3", "new")):
+        dataset.add(shard, image(name))
+        score(dataset, "aesthetic", shard, [name], model, good=[1.0])
+    dataset.curate()
+    rules = replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)})
+    with pytest.raises(
+        UsageError, match=r"scores of 2 models, such as in a and b; .*run: python pipeline/score\.py --"
+    ):
+        dataset.curate(rules)
+    score(dataset, "aesthetic", "a", ["danbooru:1"], "new", good=[1.0])
+    dataset.curate(rules)
+    assert len(dataset.selected()) == 3
 
 
 def test_scores_or_captions_of_other_rows_fail_their_shard_and_name_the_mend(dataset: Dataset) -> None:
