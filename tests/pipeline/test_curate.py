@@ -304,6 +304,30 @@ def test_a_picture_of_both_sites_keeps_danboorus_tags_and_gets_pixivs_numbers(da
     assert [(row["bookmarks"], row["views"]) for row in selected.values()] == [(900, 8000), (900, 8000)]
 
 
+def test_a_larger_picture_of_pixiv_stays_and_gets_the_tags_of_its_best_copy_on_danbooru(dataset: Dataset) -> None:
+    page = image("pixiv:7_p0", width=800, height=800, favourites=900, score=8000, tags_general=["空"])
+    own = image("pixiv:8_p0", tags_general=["海"])
+    small = image("danbooru:1", pixiv_id=7, phash=page["phash"], tags_general=["wrong"], tags_artist=["wrong"])
+    post = small | image("danbooru:2", width=400, height=400, tags_general=["blue_sky", "1girl"], tags_meta=["highres"])
+    post |= {"phash": page["phash"], "pixiv_id": 7}
+    dataset.add("danbooru", image("danbooru:3"), small, post)
+    dataset.add("pixiv", own, page)
+    dataset.curate()
+    selected = dataset.selected()
+    assert selected.keys() == {"danbooru:3", "pixiv:7_p0", "pixiv:8_p0"}
+    kept = selected["pixiv:7_p0"]
+    assert [kept[part] for part in ("special", "artist", "general", "meta")] == [
+        ["1girl"], [], ["blue sky", "sky"], ["highres"],
+    ]  # fmt: skip
+    assert (kept["bookmarks"], kept["views"]) == (900, 8000)
+    assert selected["pixiv:8_p0"]["general"] == ["海"]
+
+    dataset.add("danbooru", image("danbooru:3"), small, post | {"tags_general": ["night"]})
+    dataset.curate()
+    assert dataset.done == ["judging danbooru", "writing danbooru", "writing pixiv"]
+    assert dataset.selected()["pixiv:7_p0"]["general"] == ["night"]
+
+
 def test_the_selection_is_the_same_whatever_the_order_in_which_shards_are_done(tmp_path: Path) -> None:
     rows = [
         image(f"danbooru:{number}", phash=1 << 40 | number // 2 << 8, width=200 + number % 7) for number in range(40)
