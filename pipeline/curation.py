@@ -94,17 +94,24 @@ def quality_table(dataset: Store, folder: str, inputs: Inputs, preset: str, rene
     """The borders between quality words, and the text of the file that keeps them.
 
     Those of the last curation, so that words do not change with each new shard; computed anew where `renew` asks for
-    it, for another preset or a new source, and where the dataset has outgrown them.
+    it, for another preset or a new source, and where the dataset has outgrown them. UsageError where the file is
+    damaged: new borders would change words unasked.
     """
     file = f"{folder}/quality.json"
     if not renew and dataset.exists(file):
-        saved = dataset.read(file).decode()
-        record = json.loads(saved)
-        table = QualityTable.from_json(saved)
+        try:
+            saved = dataset.read(file).decode()
+            record = json.loads(saved)
+            table, rows = QualityTable.from_json(saved), float(record["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{dataset.path(file)} is damaged ({type(error).__name__}: {error}); restore it, or compute the "
+                "borders anew with --new-quality"
+            ) from error
         sources = frozenset[str]().union(*(footer.sources for footer in inputs.images.values()))
         if (
             record.get("preset") == _described(preset)
-            and abs(inputs.rows - record["rows"]) <= _TABLE_HOLDS * record["rows"]
+            and abs(inputs.rows - rows) <= _TABLE_HOLDS * rows
             and sources <= {source for source, _, _ in table.borders}
         ):
             return table, saved

@@ -434,6 +434,23 @@ def test_quality_borders_stay_until_the_dataset_outgrows_them(dataset: Dataset) 
     assert dataset.curation(replace(RULES, preset="noobai")).quality.words[2] == "good quality"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b'{"rows": 1', b"\xff", b"[]", b"{}", b'{"rows": null, "words": [], "settled_before": null, "cells": []}',
+     b'{"rows": 1, "words": ["a"], "settled_before": "?", "cells": []}',
+     b'{"rows": 1, "words": ["a"], "settled_before": null, "cells": [7]}'],
+)  # fmt: skip
+def test_damaged_quality_borders_are_refused_with_the_mend_that_helps(dataset: Dataset, damage: bytes) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.curate()
+    dataset.store.write("selections/test/quality.json", damage)
+    with pytest.raises(UsageError, match=r"quality\.json is damaged .* --new-quality$"):
+        dataset.curation()
+    dataset.curate(renew=True)
+    dataset.curate()
+    assert dataset.done == []
+
+
 def test_a_plan_says_what_would_be_done_and_writes_nothing(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
