@@ -24,6 +24,7 @@ from pipeline.measures import (
     image_values,
 )
 from pipeline.records import TAG_CATEGORIES
+from pipeline.rerun import curate_command
 from pipeline.scan import in_order, read_batches, row_count
 from pipeline.shards import Store
 from pipeline.tallies import TagTally, add_words, tally
@@ -144,7 +145,7 @@ def _selected_rows(census: Census, view: int, store: Store, name: str, shard: st
     if len(selected) and not 0 <= selected.min() <= selected.max() < rows:
         raise UsageError(
             f"{file} names row {selected.max()}, but images/{shard}.parquet has {rows} rows: made from another ingest; "
-            f"run: python pipeline/curate.py --dataset {store.root} --stage {name}"
+            f"run: {curate_command(store, name)}"
         )
     return selected
 

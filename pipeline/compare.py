@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.jobs import UsageError
 from pipeline.records import SELECTION
+from pipeline.rerun import curate_command
 from pipeline.shards import Store
 
 _NAMED = 5  # ids that stand for all of a kind
@@ -22,8 +23,7 @@ def compare(store: Store, first: str, second: str) -> Iterator[str]:
     """Lines: counts by reason, each with a few ids. UsageError where there is no such selection."""
     for name in (first, second):
         if not store.exists(f"selections/{name}/selection.json"):
-            mend = f"run: python pipeline/curate.py --dataset {store.root} --name {name}"
-            raise UsageError(f"{store.root} has no finished selection {name!r}; {mend}")
+            raise UsageError(f"{store.root} has no finished selection {name!r}; run: {curate_command(store, name)}")
     shards = sorted({*store.shards(f"selections/{first}"), *store.shards(f"selections/{second}")})
     total: Groups = defaultdict(list)
     with ThreadPoolExecutor(4) as readers:

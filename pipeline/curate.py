@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -88,7 +88,7 @@ def main() -> None:
     else:
         dataset.write(f"{curation.folder}/quality.json", borders.encode())
         with ExitStack() as stack:
-            curate(curation, inputs, on_ray(stack), job.stage)
+            curate(curation, inputs, on_ray(stack), {"stage": job.stage, "preset": job.preset, "rules": job.rules})
 
 
 def print_plan(curation: Curation, inputs: Inputs) -> None:
@@ -108,8 +108,9 @@ def print_plan(curation: Curation, inputs: Inputs) -> None:
         print(f"curate: would remove {file}: its images are gone")
 
 
-def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) -> None:
-    """Judge, look for copies, write; each only where something changed since the last time."""
+def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, asked: Mapping[str, str | None]) -> None:
+    """Judge, look for copies, write; each only where something changed since the last time. What was asked for by which
+    options goes to run.json, for pipeline/rerun.py."""
     started = time.time()
     dataset, folder = Store(curation.dataset), curation.folder
     # Gone until all is done: a selection with this file is whole.
@@ -128,7 +129,7 @@ def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) 
     print(f"curate: {described('writing', why, len(writing))}", flush=True)
     failed |= on_shards(partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing")
     done = [writing[shard] for shard in dataset.shards(folder) if shard not in failed]
-    finish(curation, done, failed, started, stage)
+    finish(curation, done, failed, started, asked)
 
 
 def on_ray(stack: ExitStack) -> OnShards:
@@ -151,7 +152,9 @@ def on_ray(stack: ExitStack) -> OnShards:
     return on_shards
 
 
-def finish(curation: Curation, done: list[ShardWork], failed: dict[str, str], started: float, stage: str) -> None:
+def finish(
+    curation: Curation, done: list[ShardWork], failed: dict[str, str], started: float, asked: Mapping[str, str | None]
+) -> None:
     """Write run.json and, where all shards are done, selection.json."""
     dataset, folder = Store(curation.dataset), curation.folder
     shards = [part.shard for part in done]
@@ -163,7 +166,7 @@ def finish(curation: Curation, done: list[ShardWork], failed: dict[str, str], st
         digests = dict(zip(shards, made, strict=True))
     reasons = tally(dataset, f"{folder}/rejected", shards)
     rows, selected = sum(part.rows for part in done), sum(kept.values())
-    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=stage, failed=failed)
+    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, **asked, failed=failed)
     if failed:
         raise ShardsFailed(failed)
     if not selected:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipeline.admission import JUDGED_COLUMNS, checks, posts_of
 from pipeline.jobs import UsageError
 from pipeline.quality import QualityTable
+from pipeline.rerun import curate_command
 from pipeline.selection import Curation, read_scores
 from pipeline.shards import Store
 from pipeline.tags import TagReader
@@ -65,7 +66,7 @@ def _explained(store: Store, curation: Curation, name: str, shard: str, row: int
     if refusals:
         yield f"  out: {_reason(*refusals[0])}"
     else:
-        yield f"  {_copy(store, curation, name, shard)}"
+        yield f"  {_copy(store, curation, name, shard, row)}"
 
 
 def _borders(quality: QualityTable, image: pa.Table) -> str:
@@ -83,17 +84,21 @@ def _borders(quality: QualityTable, image: pa.Table) -> str:
     return f"favourites {favourites} among {among}: {borders}, else {last}{settled}"
 
 
-def _copy(store: Store, curation: Curation, name: str, shard: str) -> str:
+def _copy(store: Store, curation: Curation, name: str, shard: str, row: int) -> str:
     """What became of an admitted row when copies were looked for, as the selection on disk has it."""
     folder, selected = curation.folder, f"{curation.folder}/{shard}.parquet"
     if not store.exists(selected):
         return f"admitted; {folder} is not made yet: only then it is known whether this is a copy of another one"
+    kept = store.read_table(selected, ["id", "row"])
+    if pc.any(pc.and_(pc.equal(kept["id"], name), pc.equal(kept["row"], row))).as_py():
+        return f"in: it is in {folder}"
     rejected = store.read_table(f"{folder}/rejected/{shard}.parquet", ["key", "reason", "detail"])
     refusals = rejected.filter(pc.equal(rejected["key"], name)).to_pylist()
     if refusals:
         listed = "; ".join(_reason(each["reason"], each["detail"]) for each in refusals)
         return f"out: in {folder} it was refused: {listed}"
-    return f"in: it is in {folder}"
+    mend = f"run: {curate_command(store, curation.name)}"
+    return f"admitted; {folder} does not know it: its {shard} was made from other images; {mend}"
 
 
 def _reason(reason: str, detail: str) -> str:

@@ -21,6 +21,7 @@ from pipeline.curation import judge_work, quality_table, read_inputs
 from pipeline.explain import explain
 from pipeline.jobs import ShardsFailed, UsageError
 from pipeline.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.rerun import curate_command
 from pipeline.selection import Curation, ShardWork, content_digest
 from pipeline.shards import Store
 from pipeline.stage_rules import Rules, ScoreRange, tag_rules, with_artists
@@ -86,7 +87,7 @@ class Dataset:
     def curate(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> None:
         curation = self.curation(rules, name, renew)
         self.done = []
-        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, "512")
+        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, {"stage": "512"})
 
     def _one_by_one(
         self, work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str
@@ -500,6 +501,39 @@ def test_explain_has_each_rule_with_its_value_the_borders_and_what_a_copy_is_of(
     dataset.curate()
     assert explained(dataset, "danbooru:3").endswith("duplicate (of danbooru:1)")
     assert explained(dataset, "danbooru:1").endswith("in: it is in selections/test")
+
+
+def test_explain_says_so_where_the_selection_does_not_know_the_row_yet(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.curate()
+    dataset.add("a", image("danbooru:2"), image("danbooru:1"))
+    for name in ("danbooru:1", "danbooru:2"):
+        line = explained(dataset, name).splitlines()[-1]
+        assert "admitted; selections/test does not know it: its a was made from other images; run: python" in line
+        assert line.endswith(f"--dataset {dataset.store.root} --stage 512 --name test")
+    dataset.curate()
+    for name in ("danbooru:1", "danbooru:2"):
+        assert explained(dataset, name).endswith("in: it is in selections/test")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "options"),
+    [
+        ("512", None, "--stage 512"),
+        ("512", {"stage": "512", "preset": None, "rules": None}, "--stage 512"),
+        ("512", {"stage": "demo"}, "--stage demo --name 512"),
+        ("mine", {"stage": "512", "preset": "noobai", "rules": "my rules.toml"},
+         "--stage 512 --preset noobai --rules 'my rules.toml' --name mine"),
+        ("mine", None, "--stage STAGE --name mine"),
+    ],
+)  # fmt: skip
+def test_a_selection_is_made_again_as_it_was_asked_for(
+    tmp_path: Path, name: str, asked: dict[str, str] | None, options: str
+) -> None:
+    store = Store(str(tmp_path))
+    if asked:
+        store.write(f"selections/{name}/run.json", json.dumps(asked).encode())
+    assert curate_command(store, name) == f"python pipeline/curate.py --dataset {tmp_path} {options}"
 
 
 def test_explain_knows_what_ingest_refused_and_refuses_what_nobody_knows(dataset: Dataset) -> None:
