@@ -563,6 +563,32 @@ def test_compare_counts_by_reason_and_names_ids(dataset: Dataset) -> None:
         list(compare(dataset.store, "tame", "calm"))
 
 
+def test_compare_names_five_of_a_kind_and_counts_a_row_of_several_changed_texts_once(dataset: Dataset) -> None:
+    def image_of(number: int) -> Row:
+        return image(f"danbooru:{number}", width=90 + 20 * (number % 2), tags_artist=["x"], tags_general=["x"])
+
+    for shard in range(3):
+        dataset.add(str(shard), *map(image_of, range(4 * shard, 4 * shard + 4)))
+    dataset.curate(replace(RULES, min_side=50), "all")
+    (Path(dataset.store.root) / "x.txt").write_text("x -> y")
+    dataset.curate(replace(RULES, aliases=f"{dataset.store.root}/x.txt"), "large")
+    assert list(compare(dataset.store, "all", "large")) == [
+        "only in all: 6",
+        "  6 too small: danbooru:0, danbooru:2, danbooru:4, danbooru:6, danbooru:8 ...",
+        "only in large: 0",
+        "in both, with another text: 6",
+        "  6 artist: danbooru:1, danbooru:3, danbooru:5, danbooru:7, danbooru:9 ...",
+        "  6 general: danbooru:1, danbooru:3, danbooru:5, danbooru:7, danbooru:9 ...",
+    ]
+    dataset.store.remove("images/2.parquet")
+    dataset.curate(RULES, "large")
+    assert list(compare(dataset.store, "all", "large"))[:3] == [
+        "only in all: 8",
+        "  4 too small: danbooru:0, danbooru:2, danbooru:4, danbooru:6",
+        "  4 its shard is gone: danbooru:8, danbooru:9, danbooru:10, danbooru:11",
+    ]
+
+
 def test_what_a_shard_is_made_from_names_every_ingredient(dataset: Dataset) -> None:
     dataset.add("a", image("danbooru:1"))
     dataset.curate()
