@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from captioner.engines import ENGINES
-from pipeline.fingerprints import changes, footers, made_from
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
+from pipeline.fingerprints import changes, image_footers, made_from
+from pipeline.jobs import Parser, ShardsFailed, default_dataset, run, write_run_record
 from pipeline.shards import Store
 
 
@@ -28,11 +28,7 @@ def main() -> None:
     job = parse_args()
     started = time.time()
     dataset = Store(job.dataset)
-    images = footers(dataset, "images", dataset.shards("images"))
-    if not images:
-        raise UsageError(
-            f"{job.dataset} has no images; run: python pipeline/ingest.py --raw PATH --dataset {job.dataset}"
-        )
+    images = image_footers(dataset)
     failed: dict[str, str] = {}
     now = {shard: {"images": footer.digest} for shard, footer in images.items()}
     todo = changes(made_from(dataset, "captions", images), now)

@@ -4,6 +4,7 @@ The pictures themselves are never read here. Everything is counted once per view
 others are its selections. Shards are added up in the order of their names, so the same dataset gives the same census.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from pipeline.measures import (
     image_values,
 )
 from pipeline.records import TAG_CATEGORIES
+from pipeline.rerun import curate_command
 from pipeline.scan import in_order, read_batches, row_count
 from pipeline.shards import Store
 from pipeline.tallies import TagTally, add_words, tally
@@ -144,7 +146,7 @@ def _selected_rows(census: Census, view: int, store: Store, name: str, shard: st
     if len(selected) and not 0 <= selected.min() <= selected.max() < rows:
         raise UsageError(
             f"{file} names row {selected.max()}, but images/{shard}.parquet has {rows} rows: made from another ingest; "
-            f"run: python pipeline/curate.py --dataset {store.root} --stage {name}"
+            f"run: {curate_command(store, name)}"
         )
     return selected
 
@@ -156,7 +158,7 @@ def _count_captions(
     if (captions := row_count(store, file)) != rows:
         raise UsageError(
             f"{file} has {captions} rows, but images/{shard}.parquet has {rows}: made from another ingest; "
-            f"remove it and run: python pipeline/caption.py --dataset {store.root}"
+            f"run: python pipeline/caption.py --dataset {shlex.quote(store.root)}"
         )
     for batch in read_batches(store, file, ["caption", "reason", "engine", "model"]):
         part = slice(start, start + batch.num_rows)

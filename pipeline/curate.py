@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -10,7 +10,6 @@ from functools import cache, partial
 
 from pipeline.curation import (
     Inputs,
-    described,
     judge_work,
     quality_table,
     read_inputs,
@@ -19,9 +18,10 @@ from pipeline.curation import (
     to_do,
     write_work,
 )
-from pipeline.fingerprints import digest
+from pipeline.fingerprints import described, digest
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.quality import PRESETS
+from pipeline.rerun import asked_for
 from pipeline.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard
 from pipeline.shards import Store
 from pipeline.stage_rules import RULES, stage_rules, tag_rules, with_artists
@@ -61,7 +61,12 @@ def parse_args() -> CurateJob:
     )  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="say what would be done and why, and write nothing")
-    instead.add_argument("--explain", nargs="+", metavar="ID", help="say of each rule whether it admits these pictures")
+    instead.add_argument(
+        "--explain",
+        nargs="+",
+        metavar="ID",
+        help="say of each rule of the selection whether it admits these pictures",
+    )
     instead.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two selections")
     return CurateJob(**vars(parser.parse_args()))
 
@@ -76,20 +81,26 @@ def main() -> None:
 
         print("\n".join(compare(dataset, *job.diff)), flush=True)
         return
-    rules = with_artists(stage_rules(job.stage, job.preset, job.rules))
+    rules = stage_rules(job.stage, job.preset, job.rules)
+    if (job.explain or job.plan) and not (job.preset or job.rules):
+        # By the rules that the selection was made with, not by the stage's own.
+        asked = asked_for(dataset, name)
+        rules = stage_rules(asked.get("stage", job.stage), asked.get("preset"), asked.get("rules"))
+    rules = with_artists(rules)
     tags, inputs = tag_rules(rules), read_inputs(dataset, rules, captioned=not job.explain)
     quality, borders = quality_table(dataset, f"selections/{name}", inputs, rules.preset, job.new_quality)
     curation = Curation(dataset.root, name, rules, tags, quality)
     if job.explain:
         from pipeline.explain import explain
 
-        print("\n".join(explain(curation, list(inputs.images), job.explain)), flush=True)
+        for line in explain(curation, list(inputs.images), job.explain):
+            print(line, flush=True)
     elif job.plan:
         print_plan(curation, inputs)
     else:
         dataset.write(f"{curation.folder}/quality.json", borders.encode())
         with ExitStack() as stack:
-            curate(curation, inputs, on_ray(stack), job.stage)
+            curate(curation, inputs, on_ray(stack), {"stage": job.stage, "preset": job.preset, "rules": job.rules})
 
 
 def print_plan(curation: Curation, inputs: Inputs) -> None:
@@ -109,8 +120,9 @@ def print_plan(curation: Curation, inputs: Inputs) -> None:
         print(f"curate: would remove {file}: its images are gone")
 
 
-def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) -> None:
-    """Judge, look for copies, write; each only where something changed since the last time."""
+def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, asked: Mapping[str, str | None]) -> None:
+    """Judge, look for copies, write; each only where something changed since the last time. What was asked for by which
+    options goes to run.json, for pipeline/rerun.py."""
     started = time.time()
     dataset, folder = Store(curation.dataset), curation.folder
     # Gone until all is done: a selection with this file is whole.
@@ -129,7 +141,7 @@ def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, stage: str) 
     print(f"curate: {described('writing', why, len(writing))}", flush=True)
     failed |= on_shards(partial(select_shard, curation=curation), {shard: writing[shard] for shard in why}, "writing")
     done = [writing[shard] for shard in dataset.shards(folder) if shard not in failed]
-    finish(curation, done, failed, started, stage)
+    finish(curation, done, failed, started, asked)
 
 
 def on_ray(stack: ExitStack) -> OnShards:
@@ -152,7 +164,9 @@ def on_ray(stack: ExitStack) -> OnShards:
     return on_shards
 
 
-def finish(curation: Curation, done: list[ShardWork], failed: dict[str, str], started: float, stage: str) -> None:
+def finish(
+    curation: Curation, done: list[ShardWork], failed: dict[str, str], started: float, asked: Mapping[str, str | None]
+) -> None:
     """Write run.json and, where all shards are done, selection.json."""
     dataset, folder = Store(curation.dataset), curation.folder
     shards = [part.shard for part in done]
@@ -164,7 +178,7 @@ def finish(curation: Curation, done: list[ShardWork], failed: dict[str, str], st
         digests = dict(zip(shards, made, strict=True))
     reasons = tally(dataset, f"{folder}/rejected", shards)
     rows, selected = sum(part.rows for part in done), sum(kept.values())
-    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, stage=stage, failed=failed)
+    write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, **asked, failed=failed)
     if failed:
         raise ShardsFailed(failed)
     if not selected:

@@ -1,14 +1,15 @@
 """What a curation starts from, and which of its shards must be made (again). Reads, and writes nothing."""
 
 import json
-from collections import Counter, defaultdict
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow.parquet as pq
 
-from pipeline.fingerprints import CODE_VERSION, Footer, MadeFrom, changes, digest, footers, made_from
+from pipeline.fingerprints import CODE_VERSION, Footer, MadeFrom, changes, digest, footers, image_footers, made_from
 from pipeline.jobs import UsageError
 from pipeline.quality import PRESETS, QualityTable
 from pipeline.selection import Copies, Curation, ShardWork, survey
@@ -17,8 +18,6 @@ from pipeline.stage_rules import FILES, Rules
 
 # A table of quality borders judges later shards too, until the dataset has grown or shrunk by more than this share.
 _TABLE_HOLDS = 0.1
-
-_NAMED_SHARDS = 3
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,8 @@ class Inputs:
 
 def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
     """UsageError unless there are images, each shard of them with the scores that the rules ask for and, where they
-    are asked for, with captions."""
-    images = footers(dataset, "images", dataset.shards("images"))
-    if not images:
-        raise UsageError(
-            f"{dataset.root} has no images; run: python pipeline/ingest.py --raw PATH --dataset {dataset.root}"
-        )
+    are asked for, with captions; and unless the scores of one name are of one model."""
+    images = image_footers(dataset)
     if captioned and not any(footer.rows for footer in images.values()):
         reasons = tally(dataset, "rejected", images)
         raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
@@ -49,10 +44,13 @@ def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
     scores = {scorer: footers(dataset, f"scores/{scorer}", images) for scorer in scorers}
     captions = footers(dataset, "captions", images)
     if captioned:
-        _check_complete(images, captions, "captions", f"python pipeline/caption.py --dataset {dataset.root}")
+        mend = f"python pipeline/caption.py --dataset {shlex.quote(dataset.root)}"
+        _check_complete(images, captions, "captions", mend)
+        _check_same_images(dataset, images, mend)
     for scorer in scorers:
-        mend = f"python pipeline/score.py --dataset {dataset.root} --model FOLDER --name {scorer}"
+        mend = f"python pipeline/score.py --dataset {shlex.quote(dataset.root)} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
+        _check_one_model(dataset, scorer, images, mend)
         _check_labels(dataset, scorer, min(scores[scorer]), rules)
     return Inputs(images, captions, scores)
 
@@ -61,6 +59,27 @@ def _check_complete(images: Mapping[str, Footer], others: Mapping[str, Footer], 
     missing = sorted(images.keys() - others.keys())
     if missing:
         raise UsageError(f"{len(missing)} of {len(images)} shards have no {what}, first {missing[0]}; run: {mend}")
+
+
+def _check_same_images(dataset: Store, images: Mapping[str, Footer], mend: str) -> None:
+    """UsageError for captions of images that were ingested again since."""
+    made = made_from(dataset, "captions", images)
+    stale = sorted(name for name, footer in images.items() if made[name].get("images", footer.digest) != footer.digest)
+    if stale:
+        raise UsageError(f"{len(stale)} of {len(images)} shards were ingested again after their captions; run: {mend}")
+
+
+def _check_one_model(dataset: Store, scorer: str, images: Mapping[str, Footer], mend: str) -> None:
+    """Their numbers could not be compared. So it is after a score.py with another model that did not come to its end;
+    scores that are not of score.py name no model."""
+    first: dict[str | None, str] = {}  # model -> a shard that it scored
+    for shard, made in made_from(dataset, f"scores/{scorer}", images).items():
+        first.setdefault(made.get("model"), shard)
+    if len(first) > 1:
+        raise UsageError(
+            f"scores/{scorer} has scores of {len(first)} models, such as in {' and '.join(list(first.values())[:2])}; "
+            f"to make them of one, run: {mend}"
+        )
 
 
 def _check_labels(dataset: Store, scorer: str, shard: str, rules: Rules) -> None:
@@ -82,17 +101,24 @@ def quality_table(dataset: Store, folder: str, inputs: Inputs, preset: str, rene
     """The borders between quality words, and the text of the file that keeps them.
 
     Those of the last curation, so that words do not change with each new shard; computed anew where `renew` asks for
-    it, for another preset or a new source, and where the dataset has outgrown them.
+    it, for another preset or a new source, and where the dataset has outgrown them. UsageError where the file is
+    damaged: new borders would change words unasked.
     """
     file = f"{folder}/quality.json"
     if not renew and dataset.exists(file):
-        saved = dataset.read(file).decode()
-        record = json.loads(saved)
-        table = QualityTable.from_json(saved)
+        try:
+            saved = dataset.read(file).decode()
+            record = json.loads(saved)
+            table, rows = QualityTable.from_json(saved), float(record["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{dataset.path(file)} is damaged ({type(error).__name__}: {error}); restore it, or compute the "
+                "borders anew with --new-quality"
+            ) from error
         sources = frozenset[str]().union(*(footer.sources for footer in inputs.images.values()))
         if (
             record.get("preset") == _described(preset)
-            and abs(inputs.rows - record["rows"]) <= _TABLE_HOLDS * record["rows"]
+            and abs(inputs.rows - rows) <= _TABLE_HOLDS * rows
             and sources <= {source for source, _, _ in table.borders}
         ):
             return table, saved
@@ -156,15 +182,3 @@ def stale_files(dataset: Store, folder: str, shards: Mapping[str, object]) -> li
         for shard in dataset.shards(part)
         if shard not in shards
     ]
-
-
-def described(doing: str, why: Mapping[str, str], total: int) -> str:
-    """ "judging 2 of 40 shards: 2 new (a, b)"."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for shard, reason in sorted(why.items()):
-        by_reason[reason].append(shard)
-    listed = [
-        f"{len(names)} {reason} ({', '.join(names[:_NAMED_SHARDS])}{' ...' if len(names) > _NAMED_SHARDS else ''})"
-        for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    ]
-    return f"{doing} {len(why)} of {total} shards" + (f": {'; '.join(listed)}" if listed else "")

@@ -10,25 +10,28 @@ import pyarrow.compute as pc
 from pipeline.admission import JUDGED_COLUMNS, checks, posts_of
 from pipeline.jobs import UsageError
 from pipeline.quality import QualityTable
+from pipeline.rerun import curate_command
 from pipeline.selection import Curation, read_scores
 from pipeline.shards import Store
 from pipeline.tags import TagReader
 
 
 def explain(curation: Curation, shards: list[str], ids: list[str]) -> Iterator[str]:
-    """Lines about each of these ids, by the rules given now. UsageError where the dataset has never seen one."""
+    """Lines about each of these ids, by the rules given now. At their end a UsageError for those
+    that the dataset has never seen."""
     store = Store(curation.dataset)
     images = _places(store, "images", "id", shards, ids)
     ingested = _places(store, "rejected", "key", store.shards("rejected"), ids)
-    for name in ids:
-        if not images[name] and not ingested[name]:
-            raise UsageError(f"{store.root} knows no picture {name}; ids look like danbooru:1009 or pixiv:5_p0")
     for name in ids:
         for shard, row in ingested[name]:
             refused = store.read_table(f"rejected/{shard}.parquet", ["reason", "detail"]).slice(row, 1).to_pylist()[0]
             yield f"{name} of {shard}: refused by ingest: {refused['reason']} ({refused['detail']})"
         for shard, row in images[name]:
             yield from _explained(store, curation, name, shard, row)
+    if unknown := [name for name in ids if not images[name] and not ingested[name]]:
+        raise UsageError(
+            f"{store.root} knows no picture {', '.join(unknown)}; ids look like danbooru:1009 or pixiv:5_p0"
+        )
 
 
 def _places(
@@ -65,7 +68,7 @@ def _explained(store: Store, curation: Curation, name: str, shard: str, row: int
     if refusals:
         yield f"  out: {_reason(*refusals[0])}"
     else:
-        yield f"  {_copy(store, curation, name, shard)}"
+        yield f"  {_copy(store, curation, name, shard, row)}"
 
 
 def _borders(quality: QualityTable, image: pa.Table) -> str:
@@ -83,17 +86,21 @@ def _borders(quality: QualityTable, image: pa.Table) -> str:
     return f"favourites {favourites} among {among}: {borders}, else {last}{settled}"
 
 
-def _copy(store: Store, curation: Curation, name: str, shard: str) -> str:
+def _copy(store: Store, curation: Curation, name: str, shard: str, row: int) -> str:
     """What became of an admitted row when copies were looked for, as the selection on disk has it."""
     folder, selected = curation.folder, f"{curation.folder}/{shard}.parquet"
     if not store.exists(selected):
         return f"admitted; {folder} is not made yet: only then it is known whether this is a copy of another one"
+    kept = store.read_table(selected, ["id", "row"])
+    if pc.any(pc.and_(pc.equal(kept["id"], name), pc.equal(kept["row"], row))).as_py():
+        return f"in: it is in {folder}"
     rejected = store.read_table(f"{folder}/rejected/{shard}.parquet", ["key", "reason", "detail"])
     refusals = rejected.filter(pc.equal(rejected["key"], name)).to_pylist()
     if refusals:
         listed = "; ".join(_reason(each["reason"], each["detail"]) for each in refusals)
         return f"out: in {folder} it was refused: {listed}"
-    return f"in: it is in {folder}"
+    mend = f"run: {curate_command(store, curation.name)}"
+    return f"admitted; {folder} does not know it: its {shard} was made from other images; {mend}"
 
 
 def _reason(reason: str, detail: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.census import Census, take_census
 from pipeline.examples import Example, Rejections, choose_ids, keeper_of, survey_rejections
+from pipeline.rerun import curate_command
 from pipeline.score_charts import ScoreChart, score_charts
 from pipeline.shards import Store
 from pipeline.thumbnails import thumbnails
@@ -25,6 +26,7 @@ class Selected:
     rejections: Rejections
     kept: list[str]  # ids
     finished: bool
+    command: str  # that makes it again
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def _selected(store: Store, name: str, kept: int) -> Selected:
         rejections=survey_rejections(store, f"{folder}/rejected", {"duplicate": _PAIRS}, _OF_A_REASON),
         kept=choose_ids(store, folder, kept),
         finished=store.exists(f"{folder}/selection.json"),
+        command=curate_command(store, name),
     )
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +12,15 @@ from typing import Any, BinaryIO, Final
 
 import pyarrow.parquet as pq
 
+from pipeline.jobs import UsageError
 from pipeline.shards import Store
 
 # Raise it when the code makes other files out of the same: all selections are then made again.
 CODE_VERSION: Final = "1"
 
-MadeFrom = dict[str, str]  # ingredient -> its digest
+_NAMED_SHARDS = 3
+
+MadeFrom = dict[str, str]  # ingredient -> its digest, or what it is where that is short
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ def _sources(footer: pq.FileMetaData) -> Iterable[str]:
                 yield from (statistics.min, statistics.max)
 
 
+def image_footers(dataset: Store) -> dict[str, Footer]:
+    """Of all image shards; UsageError where there are none."""
+    images = footers(dataset, "images", dataset.shards("images"))
+    if not images:
+        mend = f"python pipeline/ingest.py --raw PATH --dataset {shlex.quote(dataset.root)}"
+        raise UsageError(f"{dataset.root} has no images; run: {mend}")
+    return images
+
+
 def footers(store: Store, folder: str, shards: Iterable[str]) -> dict[str, Footer]:
     """Of these shards of a folder; those that are not there are left out. OSError where one cannot be read."""
     there = sorted(set(shards) & set(store.shards(folder)))
@@ -82,6 +96,18 @@ def changes(before: Mapping[str, MadeFrom], now: Mapping[str, MadeFrom]) -> dict
         ):
             why[shard] = "changed: " + ", ".join(other)
     return why
+
+
+def described(doing: str, why: Mapping[str, str], total: int) -> str:
+    """ "judging 2 of 40 shards: 2 new (a, b)"."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for shard, reason in sorted(why.items()):
+        by_reason[reason].append(shard)
+    listed = [
+        f"{len(names)} {reason} ({', '.join(names[:_NAMED_SHARDS])}{' ...' if len(names) > _NAMED_SHARDS else ''})"
+        for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+    return f"{doing} {len(why)} of {total} shards" + (f": {'; '.join(listed)}" if listed else "")
 
 
 def digest(content: Any) -> str:

@@ -130,11 +130,6 @@ class QualityTable:
         judged: list[str | None] = np.array([*self.words, None], object)[rank_N].tolist()
         return judged
 
-    def word(self, source: str, rating: str | None, created_at: np.datetime64, popularity: float) -> str | None:
-        """`judge` of one post."""
-        return self.judge(Posts(source=[source], rating=[rating], created_at=np.array([created_at]),
-                                popularity=np.array([popularity])))[0]  # fmt: skip
-
     def to_json(self) -> str:
         cells = [
             {"source": source, "rating": rating, "year": year, "borders": borders}
@@ -149,18 +144,6 @@ class QualityTable:
         borders = {(cell["source"], cell["rating"], cell["year"]): tuple(cell["borders"]) for cell in table["cells"]}
         settled_before = table["settled_before"] and np.datetime64(table["settled_before"])
         return cls(words=tuple(table["words"]), borders=borders, settled_before=settled_before)
-
-
-# The table published with the Kohaku XL models: Danbooru's favourites in 2024, all years together.
-KOHAKU_PUBLISHED: Final = QualityTable(
-    words=_SEVEN,
-    borders={
-        ("danbooru", "general", None): (27, 16, 10, 7, 4, 1),
-        ("danbooru", "sensitive", None): (56, 30, 19, 13, 8, 2),
-        ("danbooru", "questionable", None): (132, 75, 49, 33, 21, 8),
-        ("danbooru", "explicit", None): (190, 106, 69, 45, 27, 9),
-    },
-)
 
 
 def era_words(created_at: NDArray[np.datetime64]) -> list[str | None]:

@@ -129,7 +129,7 @@ JUDGED = pa.schema(
 def scores_schema(labels: Sequence[str]) -> pa.Schema:
     """id and one float32 column per label of a classifier: a probability in [0, 1], or a regression's raw value.
 
-    The footer's metadata tells what the file was made from: `model` (hash of the classifier's files), `preprocessing`,
+    `made_from` in the footer's metadata is JSON: `model` (hash of the classifier's files), `preprocessing`,
     `scorer_version`, `images` (hash of the footer of images/<shard>). ValueError where labels cannot name columns.
     """
     repeated = sorted(label for label, count in Counter(labels).items() if count > 1)

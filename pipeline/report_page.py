@@ -166,8 +166,7 @@ def funnel(findings: Findings) -> list[Step]:
     for view, selection in enumerate(findings.selections, start=1):
         kept, reasons = int(census.rows[view]), selection.rejections.reasons
         unjudged = max(0, images - kept - reasons.total())
-        stage = f"python pipeline/curate.py --dataset {root} --stage {shlex.quote(selection.name)}"
-        redo = stage if unjudged or not selection.finished else None
+        redo = selection.command if unjudged or not selection.finished else None
         title = f"Selection {selection.name}" + ("" if selection.finished else " (unfinished)")
         steps.append(_step(title, kept, raw, reasons + Counter({"not judged yet": unjudged}), redo))
     if not findings.selections and images and not waiting:

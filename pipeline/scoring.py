@@ -1,7 +1,8 @@
 """One shard of images -> one shard of scores. Runs in a Ray actor; knows nothing of Ray."""
 
+import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.classifiers import Classifier, digest, load_classifier
-from pipeline.fingerprints import Footer
+from pipeline.fingerprints import Footer, MadeFrom
 from pipeline.images import Refused, decode
 from pipeline.records import REJECTED, Rejected, scores_schema
 from pipeline.shards import Store
@@ -27,32 +28,15 @@ Prepared = NDArray[np.uint8] | Refused  # pixels (H, W, C) of the model's size, 
 class ScoreShard:
     shard: str
     rows: int
-    made_from: dict[str, str]  # the footer's metadata, as scores_schema lists it
+    made_from: MadeFrom
 
 
-def plan_scores(dataset: Store, model: str, preprocessing: str) -> list[ScoreShard]:
+def plan_scores(images: Mapping[str, Footer], model: str, preprocessing: str) -> dict[str, ScoreShard]:
     """Every shard of images, with what its scores are made from: `model` is a folder's `digest`."""
-    planned = []
-    for shard in dataset.shards("images"):
-        images = Footer.of(dataset, f"images/{shard}.parquet")
-        made_from = {
-            "model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION, "images": images.digest,
-        }  # fmt: skip
-        planned.append(ScoreShard(shard, images.rows, made_from))
-    return planned
-
-
-def remove_outdated(plan: list[ScoreShard], dataset: Store, folder: str) -> int:
-    """Remove the shards of scores that were made from something else, so that a folder never holds scores of two
-    models; how many there were."""
-    finished = set(dataset.shards(folder))
-    outdated = 0
-    for planned in plan:
-        name = f"{folder}/{planned.shard}.parquet"
-        if planned.shard in finished and not planned.made_from.items() <= dataset.metadata(name).items():
-            dataset.remove(name)
-            outdated += 1
-    return outdated
+    common = {"model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION}
+    return {
+        shard: ScoreShard(shard, footer.rows, common | {"images": footer.digest}) for shard, footer in images.items()
+    }
 
 
 class Scorer:
@@ -81,8 +65,9 @@ def score_shard(
     """
     schema = scores_schema(classifier.labels)
     rejected: list[dict[str, Any]] = []
+    made_from = json.dumps(planned.made_from, sort_keys=True)
     with (
-        store.writing_table(f"{folder}/{planned.shard}.parquet", schema, **planned.made_from) as write,
+        store.writing_table(f"{folder}/{planned.shard}.parquet", schema, made_from=made_from) as write,
         store.open(f"images/{planned.shard}.parquet") as file,
     ):
         images = pq.ParquetFile(file)

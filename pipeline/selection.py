@@ -51,10 +51,12 @@ class Copies:
     refused: dict[int, Refusal] = field(default_factory=dict)  # rows that are a copy of another one
     # Pixiv's bookmarks and views of the same picture, by row.
     numbers: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+    # Danbooru's tags of the same picture, by row of Pixiv that stays since it is larger: TAG_COLUMNS.
+    tags: dict[int, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        return digest([sorted(self.refused.items()), sorted(self.numbers.items())])
+        return digest([sorted(found.items()) for found in (self.refused, self.numbers, self.tags)])
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ def read_scores(store: Store, shard: str, ids: pa.ChunkedArray, rules: Rules) ->
 
 def _check_rows(found: pa.ChunkedArray, ids: pa.ChunkedArray, file: str, job: str) -> None:
     if not found.equals(ids):
-        raise ValueError(
-            f"{file} is of other rows than its images, made from another ingest: remove it and run {job} again"
-        )
+        raise ValueError(f"{file} is of other rows than its images, made from another ingest; run {job} again")
 
 
 def _footnote(part: ShardWork) -> dict[str, str]:
@@ -117,7 +117,8 @@ def _footnote(part: ShardWork) -> dict[str, str]:
 
 
 def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]:
-    """By shard: which of the admitted rows are copies of another admitted row, and Pixiv's numbers of Danbooru's.
+    """By shard: which of the admitted rows are copies of another admitted row, and what the row that stays has from
+    its copy on the other site: Pixiv's numbers, Danbooru's tags.
 
     Of rows of one id the first stays, in the order of the shards' names.
     """
@@ -140,16 +141,33 @@ def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]
     pictures = distinct.take(pa.array(shared)).select(["id", "width", "height", "favourites", "score"]).to_pylist()
     order = best_first([each["id"] for each in pictures], [each["width"] * each["height"] for each in pictures])
     kept: dict[int, int] = {}  # group -> the place of the row that stays
+    tagged: dict[int, int] = {}  # place of a row of Pixiv that stays -> that of the best of its copies on Danbooru
     for place in order:
         stays = kept.setdefault(int(group_N[shared[place]]), place)
         picture, keeper = pictures[place], pictures[stays]
         if place != stays:
             found = copies[shards[shard_N[shared[place]]]]
             found.refused[int(row_N[shared[place]])] = "duplicate", f"of {keeper['id']}"
-            if picture["id"].startswith("pixiv:") and not keeper["id"].startswith("pixiv:"):
+            of_pixiv = [each["id"].startswith("pixiv:") for each in (picture, keeper)]
+            if of_pixiv == [False, True]:
+                tagged.setdefault(stays, place)
+            elif of_pixiv == [True, False]:
                 numbers = copies[shards[shard_N[shared[stays]]]].numbers
                 numbers.setdefault(int(row_N[shared[stays]]), (picture["favourites"], picture["score"]))
+    rows = np.stack([shard_N, row_N], axis=1)[shared]
+    _copy_tags(store, shards, rows[list(tagged.values())], rows[list(tagged)], copies)
     return copies
+
+
+def _copy_tags(
+    store: Store, shards: list[str], from_C2: NDArray[np.int32], to_C2: NDArray[np.int32], copies: dict[str, Copies]
+) -> None:
+    """Give rows the tags of others; each is the number of its shard and its own in there."""
+    for number in np.unique(from_C2[:, 0]).tolist():
+        here = from_C2[:, 0] == number
+        table = store.read_table(f"images/{shards[number]}.parquet", TAG_COLUMNS).take(pa.array(from_C2[here, 1]))
+        for (shard, row), tags in zip(to_C2[here].tolist(), table.to_pylist(), strict=True):
+            copies[shards[shard]].tags[row] = tags
 
 
 def _admitted(store: Store, name: str, number: int, shard: str) -> pa.Table:
@@ -198,7 +216,7 @@ def select_shard(part: ShardWork, curation: Curation) -> None:
     out = np.array([reason is not None for reason in reasons], bool)
     kept, refused = np.flatnonzero(~out), np.flatnonzero(out)
 
-    picked = images.take(pa.array(kept))
+    picked = _with_danboorus_tags(images.take(pa.array(kept)), kept, part.copies)
     numbers = _pixiv_numbers(picked, kept, part.copies)
     columns = {
         "id": picked["id"],
@@ -238,6 +256,21 @@ def _texts(images: pa.Table, captions: pa.ChunkedArray, curation: Curation) -> d
     return text_columns(tags, reader_of(curation.tags)) | {
         part: pa.array(column, pa.string()) for part, column in words.items()
     }
+
+
+def _with_danboorus_tags(images: pa.Table, kept: NDArray[np.int64], copies: Copies) -> pa.Table:
+    """Danbooru's are translated, checked and sorted by category; Pixiv's are what the artist wrote."""
+    if not copies.tags:
+        return images
+    rows = sorted(copies.tags)
+    own = images.select(TAG_COLUMNS)
+    table = pa.concat_tables([own, pa.Table.from_pylist([copies.tags[row] for row in rows], own.schema)])
+    place = np.arange(len(kept))
+    place[np.isin(kept, rows)] = len(kept) + np.arange(len(rows))
+    table = table.take(pa.array(place))
+    for column in TAG_COLUMNS:
+        images = images.set_column(images.column_names.index(column), images.schema.field(column), table[column])
+    return images
 
 
 def _pixiv_numbers(images: pa.Table, kept: NDArray[np.int64], copies: Copies) -> list[tuple[int | None, int | None]]:

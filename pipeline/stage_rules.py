@@ -1,5 +1,6 @@
 """What each training stage asks of a picture and its text: the rules, and how a TOML file overrides them."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -76,6 +77,7 @@ _WORDS: Final[dict[str, tuple[str, ...]]] = {
     "eras": ERA_WORDS,
     "implied": IMPLIED,
 }
+_LOWEST: Final = {"min_side": 0, "max_aspect": 1}
 _KINDS: Final = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
 
 
@@ -115,6 +117,8 @@ def _typed(path: Path, name: str, value: Any, hint: Any, known: str) -> Any:
     if not (texts or (kind is str and isinstance(value, str)) or (kind is int and whole)
             or (kind is float and (whole or isinstance(value, float)))):  # fmt: skip
         raise UsageError(f"--rules {path}: {name} = {value!r} must be {_KINDS[kind]}; known rules are {known}")
+    if name in _LOWEST and not _LOWEST[name] <= value < math.inf:  # nor what is not a number
+        raise UsageError(f"--rules {path}: {name} = {value!r} must be a number from {_LOWEST[name]} on")
     words = value if texts else [value]
     strange = [word for word in words if name in _WORDS and word not in _WORDS[name]]
     if strange:
@@ -127,11 +131,15 @@ def _scores(path: Path, given: Any) -> dict[str, ScoreRange]:
     form = '[scores."<scorer>.<label>"] with min and max, both numbers and one of them optional'
     ranges: dict[str, ScoreRange] = {}
     for name, ends in given.items() if isinstance(given, dict) else [("scores", given)]:
-        numbers = isinstance(ends, dict) and all(type(end) in (int, float) for end in ends.values())
+        numbers = isinstance(ends, dict) and all(
+            type(end) in (int, float) and math.isfinite(end) for end in ends.values()
+        )
         scorer, dot, label = name.partition(".")
         if not (numbers and ends and ends.keys() <= {"min", "max"} and scorer and dot and label):
             raise UsageError(f"--rules {path}: {name} = {ends!r} is no range of a score; write {form}")
         ranges[name] = ScoreRange(**ends)
+        if ends.keys() == {"min", "max"} and ends["min"] > ends["max"]:
+            raise UsageError(f"--rules {path}: {name} = {ends!r} holds no score; its min must not be above its max")
     return ranges
 
 

@@ -6,7 +6,7 @@ have spaces, and special (who is in the picture) taken out of general.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Literal, get_args
@@ -78,10 +78,6 @@ class TagReader:
     def excluded(self, tag: str) -> str:
         """The tag as words if its pictures are left out, else ""."""
         return self._excluded[tag]
-
-    def exclusion(self, tags: Iterable[str]) -> str | None:
-        """The first tag for which the picture is left out, as words; None where there is none."""
-        return next(filter(None, map(self.excluded, tags)), None)
 
     def words(self, category: str, tag: str) -> str:
         """The tag as training text has it; "" where it has not."""

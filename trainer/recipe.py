@@ -1,6 +1,7 @@
 """A command line -> one resolved training job, checked against the run folder it goes on from. Knows nothing of Ray."""
 
 import json
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def _selection(dataset: str, stage: StageConfig) -> Selection:
     try:
         selection = Selection.load(dataset, stage.selection)
     except FileNotFoundError:
-        mend = f"run: python pipeline/curate.py --dataset {dataset} --stage {stage.selection}"
+        mend = f"run: python pipeline/curate.py --dataset {shlex.quote(dataset)} --stage {stage.selection}"
         raise UsageError(f"{dataset} has no selection {stage.selection!r}; {mend}") from None
     if selection.count < 1:
         raise UsageError(f"the selection {stage.selection!r} of {dataset} is empty")

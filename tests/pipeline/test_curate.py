@@ -21,6 +21,7 @@ from pipeline.curation import judge_work, quality_table, read_inputs
 from pipeline.explain import explain
 from pipeline.jobs import ShardsFailed, UsageError
 from pipeline.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.rerun import curate_command
 from pipeline.selection import Curation, ShardWork, content_digest
 from pipeline.shards import Store
 from pipeline.stage_rules import Rules, ScoreRange, tag_rules, with_artists
@@ -86,7 +87,7 @@ class Dataset:
     def curate(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> None:
         curation = self.curation(rules, name, renew)
         self.done = []
-        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, "512")
+        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, {"stage": "512"})
 
     def _one_by_one(
         self, work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str
@@ -174,9 +175,12 @@ def test_a_row_of_unknown_rating_is_left_out_where_some_ratings_are(dataset: Dat
     assert dataset.reasons() == {"danbooru:1": "rating"}
 
 
-def score(dataset: Dataset, scorer: str, shard: str, ids: list[str], **labels: list[float | None]) -> None:
+def score(
+    dataset: Dataset, scorer: str, shard: str, ids: list[str], model: str = "m", **labels: list[float | None]
+) -> None:
     table = pa.table({"id": ids} | {label: pa.array(values, pa.float32()) for label, values in labels.items()})
-    dataset.store.write_table(f"scores/{scorer}/{shard}.parquet", table, table.schema)
+    made_from = json.dumps({"model": model})
+    dataset.store.write_table(f"scores/{scorer}/{shard}.parquet", table, table.schema, made_from=made_from)
 
 
 def test_scores_admit_what_lies_between_both_ends_and_nothing_without_a_score(dataset: Dataset) -> None:
@@ -202,6 +206,22 @@ def test_scores_that_are_missing_name_the_job_and_unknown_labels_the_known_ones(
     score(dataset, "aesthetic", "a", ["danbooru:1"], fine=[1.0])
     with pytest.raises(UsageError, match="no label 'good'; its labels are fine"):
         dataset.curate(rules)
+
+
+def test_scores_of_two_models_under_one_name_are_refused_where_they_are_asked_for(dataset: Dataset) -> None:
+    """As a score.py with another model leaves them that was stopped."""
+    for shard, name, model in (("a", "danbooru:1", "old"), ("b", "danbooru:2", "new"), ("c", "danbooru:3", "new")):
+        dataset.add(shard, image(name))
+        score(dataset, "aesthetic", shard, [name], model, good=[1.0])
+    dataset.curate()
+    rules = replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)})
+    with pytest.raises(
+        UsageError, match=r"scores of 2 models, such as in a and b; .*run: python pipeline/score\.py --"
+    ):
+        dataset.curate(rules)
+    score(dataset, "aesthetic", "a", ["danbooru:1"], "new", good=[1.0])
+    dataset.curate(rules)
+    assert len(dataset.selected()) == 3
 
 
 def test_scores_or_captions_of_other_rows_fail_their_shard_and_name_the_mend(dataset: Dataset) -> None:
@@ -289,6 +309,30 @@ def test_a_picture_of_both_sites_keeps_danboorus_tags_and_gets_pixivs_numbers(da
     assert dataset.rows("selections/test/rejected")["pixiv:7_p1"]["detail"] == "of danbooru:1"
     assert selected["danbooru:1"]["general"] == ["blue sky", "sky"]
     assert [(row["bookmarks"], row["views"]) for row in selected.values()] == [(900, 8000), (900, 8000)]
+
+
+def test_a_larger_picture_of_pixiv_stays_and_gets_the_tags_of_its_best_copy_on_danbooru(dataset: Dataset) -> None:
+    page = image("pixiv:7_p0", width=800, height=800, favourites=900, score=8000, tags_general=["空"])
+    own = image("pixiv:8_p0", tags_general=["海"])
+    small = image("danbooru:1", pixiv_id=7, phash=page["phash"], tags_general=["wrong"], tags_artist=["wrong"])
+    post = small | image("danbooru:2", width=400, height=400, tags_general=["blue_sky", "1girl"], tags_meta=["highres"])
+    post |= {"phash": page["phash"], "pixiv_id": 7}
+    dataset.add("danbooru", image("danbooru:3"), small, post)
+    dataset.add("pixiv", own, page)
+    dataset.curate()
+    selected = dataset.selected()
+    assert selected.keys() == {"danbooru:3", "pixiv:7_p0", "pixiv:8_p0"}
+    kept = selected["pixiv:7_p0"]
+    assert [kept[part] for part in ("special", "artist", "general", "meta")] == [
+        ["1girl"], [], ["blue sky", "sky"], ["highres"],
+    ]  # fmt: skip
+    assert (kept["bookmarks"], kept["views"]) == (900, 8000)
+    assert selected["pixiv:8_p0"]["general"] == ["海"]
+
+    dataset.add("danbooru", image("danbooru:3"), small, post | {"tags_general": ["night"]})
+    dataset.curate()
+    assert dataset.done == ["judging danbooru", "writing danbooru", "writing pixiv"]
+    assert dataset.selected()["pixiv:7_p0"]["general"] == ["night"]
 
 
 def test_the_selection_is_the_same_whatever_the_order_in_which_shards_are_done(tmp_path: Path) -> None:
@@ -397,6 +441,23 @@ def test_quality_borders_stay_until_the_dataset_outgrows_them(dataset: Dataset) 
     assert dataset.curation(replace(RULES, preset="noobai")).quality.words[2] == "good quality"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b'{"rows": 1', b"\xff", b"[]", b"{}", b'{"rows": null, "words": [], "settled_before": null, "cells": []}',
+     b'{"rows": 1, "words": ["a"], "settled_before": "?", "cells": []}',
+     b'{"rows": 1, "words": ["a"], "settled_before": null, "cells": [7]}'],
+)  # fmt: skip
+def test_damaged_quality_borders_are_refused_with_the_mend_that_helps(dataset: Dataset, damage: bytes) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.curate()
+    dataset.store.write("selections/test/quality.json", damage)
+    with pytest.raises(UsageError, match=r"quality\.json is damaged .* --new-quality$"):
+        dataset.curation()
+    dataset.curate(renew=True)
+    dataset.curate()
+    assert dataset.done == []
+
+
 def test_a_plan_says_what_would_be_done_and_writes_nothing(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,6 +509,39 @@ def test_explain_has_each_rule_with_its_value_the_borders_and_what_a_copy_is_of(
     assert explained(dataset, "danbooru:1").endswith("in: it is in selections/test")
 
 
+def test_explain_says_so_where_the_selection_does_not_know_the_row_yet(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.curate()
+    dataset.add("a", image("danbooru:2"), image("danbooru:1"))
+    for name in ("danbooru:1", "danbooru:2"):
+        line = explained(dataset, name).splitlines()[-1]
+        assert "admitted; selections/test does not know it: its a was made from other images; run: python" in line
+        assert line.endswith(f"--dataset {dataset.store.root} --stage 512 --name test")
+    dataset.curate()
+    for name in ("danbooru:1", "danbooru:2"):
+        assert explained(dataset, name).endswith("in: it is in selections/test")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "options"),
+    [
+        ("512", None, "--stage 512"),
+        ("512", {"stage": "512", "preset": None, "rules": None}, "--stage 512"),
+        ("512", {"stage": "demo"}, "--stage demo --name 512"),
+        ("mine", {"stage": "512", "preset": "noobai", "rules": "my rules.toml"},
+         "--stage 512 --preset noobai --rules 'my rules.toml' --name mine"),
+        ("mine", None, "--stage STAGE --name mine"),
+    ],
+)  # fmt: skip
+def test_a_selection_is_made_again_as_it_was_asked_for(
+    tmp_path: Path, name: str, asked: dict[str, str] | None, options: str
+) -> None:
+    store = Store(str(tmp_path))
+    if asked:
+        store.write(f"selections/{name}/run.json", json.dumps(asked).encode())
+    assert curate_command(store, name) == f"python pipeline/curate.py --dataset {tmp_path} {options}"
+
+
 def test_explain_knows_what_ingest_refused_and_refuses_what_nobody_knows(dataset: Dataset) -> None:
     dataset.add("a", image("danbooru:1"))
     broken = {"key": "danbooru:5", "reason": "truncated", "detail": "at byte 7", "sha256": None}
@@ -473,6 +567,32 @@ def test_compare_counts_by_reason_and_names_ids(dataset: Dataset) -> None:
     assert list(compare(dataset.store, "wild", "wild"))[::2] == ["only in wild: 0", "in both, with another text: 0"]
     with pytest.raises(UsageError, match="no finished selection 'calm'; run: python"):
         list(compare(dataset.store, "tame", "calm"))
+
+
+def test_compare_names_five_of_a_kind_and_counts_a_row_of_several_changed_texts_once(dataset: Dataset) -> None:
+    def image_of(number: int) -> Row:
+        return image(f"danbooru:{number}", width=90 + 20 * (number % 2), tags_artist=["x"], tags_general=["x"])
+
+    for shard in range(3):
+        dataset.add(str(shard), *map(image_of, range(4 * shard, 4 * shard + 4)))
+    dataset.curate(replace(RULES, min_side=50), "all")
+    (Path(dataset.store.root) / "x.txt").write_text("x -> y")
+    dataset.curate(replace(RULES, aliases=f"{dataset.store.root}/x.txt"), "large")
+    assert list(compare(dataset.store, "all", "large")) == [
+        "only in all: 6",
+        "  6 too small: danbooru:0, danbooru:2, danbooru:4, danbooru:6, danbooru:8 ...",
+        "only in large: 0",
+        "in both, with another text: 6",
+        "  6 artist: danbooru:1, danbooru:3, danbooru:5, danbooru:7, danbooru:9 ...",
+        "  6 general: danbooru:1, danbooru:3, danbooru:5, danbooru:7, danbooru:9 ...",
+    ]
+    dataset.store.remove("images/2.parquet")
+    dataset.curate(RULES, "large")
+    assert list(compare(dataset.store, "all", "large"))[:3] == [
+        "only in all: 8",
+        "  4 too small: danbooru:0, danbooru:2, danbooru:4, danbooru:6",
+        "  4 its shard is gone: danbooru:8, danbooru:9, danbooru:10, danbooru:11",
+    ]
 
 
 def test_what_a_shard_is_made_from_names_every_ingredient(dataset: Dataset) -> None:

@@ -175,7 +175,7 @@ def test_help_comes_from_any_folder_without_ray(
         (["curate", "--name", "a/b", "--dataset", "none"], ["--name a/b must be the name of a folder"]),
         (["curate", "--diff", "a", "b", "--dataset", "none"], ["no finished selection 'a'", "--name a"]),
         (["curate", "--dataset", "none"], ["none has no images", "pipeline/ingest.py --raw PATH --dataset"]),
-        (["caption", "--dataset", "none"], ["none has no images", "pipeline/ingest.py --raw PATH --dataset none"]),
+        (["caption", "--dataset", "none"], ["none has no images", "pipeline/ingest.py --raw PATH --dataset"]),
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line_with_the_mend_and_writes_nothing(
@@ -423,6 +423,8 @@ def test_rules_from_a_file_make_another_selection_that_can_be_planned_compared_a
     explained = run_job(*mine, "--explain", name, broken[0], environment=without_ray)
     succeeded(explained)
     assert "refuses ratings: " in explained.stdout
+    again = run_job(*there, "--name", "mine", "--explain", name, environment=without_ray)
+    assert "refuses ratings: " in again.stdout, "by the rules that it was made with"
     assert f"refused by ingest: {broken[1]}" in explained.stdout
     assert "knows no picture x:1" in refused(run_job(*mine, "--explain", "x:1", environment=without_ray), 2)
 

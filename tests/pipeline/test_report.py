@@ -323,6 +323,18 @@ def test_the_next_command_is_shown_until_all_is_there(
     assert len(findings.pictures) >= 5
 
 
+def test_a_selection_of_another_name_is_made_again_by_its_stage(store: Store) -> None:
+    write_dataset(store, shards=1, rows=10)
+    Path(store.path("selections/demo")).rename(store.path("selections/mine"))
+    store.remove("selections/mine/selection.json")
+    store.write("selections/mine/run.json", b'{"stage": "512"}')
+    [command] = [step.command for step in funnel(survey(store)) if step.command]
+    assert command.endswith(f"curate.py --dataset {store.root} --stage 512 --name mine")
+    write(store, "selections/mine/part-0", [selected(post(0), 10)], SELECTION)
+    with pytest.raises(UsageError, match=r"names row 10, .* --stage 512 --name mine$"):
+        survey(store)
+
+
 def test_a_dataset_that_ingest_refused_as_a_whole_has_a_report(store: Store) -> None:
     write(store, "images/one", [], IMAGES)
     write(store, "rejected/one", [refused("raw#0", "empty"), refused("raw#1", "empty")], REJECTED)

@@ -138,7 +138,7 @@ def save_onnx(
         [helper.make_tensor_value_info(output, kind, [batch, weights_CL.shape[1]])],
         [numpy_helper.from_array(np.int64(axes), "axes"), numpy_helper.from_array(weights_CL, "weights")],
     )
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
@@ -463,25 +463,51 @@ def test_scores_are_bound_to_the_ids_and_a_broken_picture_has_none_and_a_reason(
 
 
 def test_only_what_another_model_or_other_images_change_is_scored_again(
-    run_job: RunJob, dataset: Path, tmp_path: Path
+    run_job: RunJob, call_job: RunJob, dataset: Path, tmp_path: Path
 ) -> None:
     model, folder = save_onnx_folder(tmp_path / "marks"), dataset / "scores" / "marks"
     command = ("pipeline/score.py", "--dataset", dataset, "--model", model)
+    assert "would do: scoring 2 of 2 shards: 2 new (a, b)" in succeeded(call_job(*command, "--plan"))
+    assert not folder.exists()
     assert "2 actors, each with 1 CPU" in succeeded(run_job(*command))
     first = times(folder)
-    assert "2 shards of images, 2 of them scored before" in succeeded(run_job(*command, "--batch-size", 3))
+    assert "scoring 0 of 2 shards\n" in succeeded(run_job(*command, "--batch-size", 3))
     assert times(folder) == first
 
     write_images(dataset, {"b": [[image_row(50, picture(50))]]})
-    assert "1 of them scored before, 1 made from another model or other images" in succeeded(run_job(*command))
+    assert "would do: scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(call_job(*command, "--plan"))
+    assert times(folder) == first
+    assert "scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(run_job(*command))
     second = times(folder)
     assert second[folder / "a.parquet"] == first[folder / "a.parquet"]
     assert pq.read_table(folder / "b.parquet")["id"].to_pylist() == ["danbooru:50"]
 
     save_onnx_folder(model, config={"id2label": {"0": "x", "1": "y", "2": "z"}})
-    assert "0 of them scored before, 2 made from another model" in succeeded(run_job(*command, "--actors", 1))
+    for asked in ((), ("--plan",)):
+        assert "scores of another model; give --name marks to replace them" in refused(call_job(*command, *asked))
+    assert times(folder) == second
+    replaced = succeeded(run_job(*command, "--name", "marks", "--actors", 1))
+    assert "scoring 2 of 2 shards: 2 changed: model" in replaced
     assert all(pq.read_schema(path).names == ["id", "x", "y", "z"] for path in folder.glob("*.parquet"))
     assert all(later > second[path] for path, later in times(folder).items())
+
+
+def test_scores_of_another_model_are_there_until_theirs_takes_their_place(
+    run_job: RunJob, dataset: Path, tmp_path: Path
+) -> None:
+    """Two folders of one name, and a second model that cannot score the first shard."""
+    command = ("pipeline/score.py", "--dataset", dataset, "--name", "final", "--model")
+    succeeded(run_job(*command, save_onnx_folder(tmp_path / "a" / "final")))
+    before = written(dataset / "scores" / "final")
+    other = save_onnx_folder(tmp_path / "b" / "final", config={"id2label": {"0": "x", "1": "y", "2": "z"}})
+    images = dataset / "images" / "a.parquet"
+    content = bytearray(images.read_bytes())
+    content[4:2000] = bytes(1996)  # the first pictures; the footer stays
+    images.write_bytes(content)
+    assert run_job(*command, other).returncode == 1
+    after = written(dataset / "scores" / "final")
+    assert after["a.parquet"] == before["a.parquet"]
+    assert after["b.parquet"] != before["b.parquet"]
 
 
 def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_address: str, tmp_path: Path) -> None:
@@ -516,7 +542,8 @@ def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_addr
     job.wait()
     assert 0 < len(list(scored.glob("*.parquet"))) < shards
     again = succeeded(run_job("pipeline/score.py", "--dataset", tmp_path / "killed", "--model", model))
-    assert f"{shards} shards of images, 0 of them" not in again
+    assert f"of {shards} shards: " in again
+    assert f"scoring {shards} of " not in again
     assert written(scored) == written(tmp_path / "whole" / "scores" / "marks")
 
 

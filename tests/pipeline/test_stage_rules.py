@@ -55,6 +55,12 @@ def test_a_file_overrides_the_named_fields_and_the_command_its_preset(tmp_path: 
         ("[scores.aesthetic]\nmin = 0.5", "write [scores."),
         ('[scores."a.b"]\nminimum = 0.5', "write [scores."),
         ('[scores."a.b"]\nmin = "high"', "write [scores."),
+        ("min_side = -5", "min_side = -5 must be a number from 0 on"),
+        ("max_aspect = 0.5", "max_aspect = 0.5 must be a number from 1 on"),
+        ("max_aspect = nan", "from 1 on"),
+        ("max_aspect = inf", "from 1 on"),
+        ('[scores."a.b"]\nmin = nan', "write [scores."),
+        ('[scores."a.b"]\nmin = 2\nmax = 1.5', "its min must not be above its max"),
         ("min_side = ", "give a TOML file such as"),
     ],
 )
