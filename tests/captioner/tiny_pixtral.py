@@ -59,7 +59,9 @@ def save_tiny_pixtral(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     LlavaForConditionalGeneration(config).float().save_pretrained(folder)
     processor = PixtralProcessor(
-        image_processor=PixtralImageProcessor(size={"longest_edge": 1024}, patch_size={"height": PATCH, "width": PATCH}),
+        image_processor=PixtralImageProcessor(
+            size={"longest_edge": 1024}, patch_size={"height": PATCH, "width": PATCH}
+        ),
         tokenizer=tokenizer,
         patch_size=PATCH,
         chat_template=_CHAT,
