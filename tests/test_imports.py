@@ -13,6 +13,9 @@ ONLY_IN = {
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
+    "vllm": {"captioner/engines/vllm.py"},
+    "mistral_common": {"captioner/engines/vllm.py"},
+    "aiohttp": {"captioner/engines/openai.py", "pipeline/s3.py"},
     "s3fs": {"pipeline/s3.py"},
     "jinja2": {"pipeline/report_page.py", "trainer/gallery.py"},
 }
