@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -252,6 +253,13 @@ def real_illustrations() -> Path:
     if not folder.exists():
         pytest.skip("no folder of real illustrations beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Pixtral; needs the captioner's environment."""
+    save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_pixtral"]
+    return save(tmp_path_factory.mktemp("tiny-pixtral"))
 
 
 @pytest.fixture(scope="session")
