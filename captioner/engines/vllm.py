@@ -93,6 +93,9 @@ class VllmEngine:
     async def close(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
+            # Work that waits learns of the end from the task that hands out answers; without any, it would only log.
+            if engine.output_handler is not None and not engine.get_num_unfinished_requests():
+                engine.output_handler.cancel()
             await asyncio.to_thread(engine.shutdown, _CLOSE_SECONDS)
 
 

@@ -5,6 +5,7 @@
 
 import asyncio
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ if importlib.util.find_spec("vllm") is None:
 import psutil
 
 from captioner.engines.openai import KEY, OpenAIEngine, ServerSettings
-from captioner.engines.vllm import VllmEngine, VllmSettings
+from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralChat, check_weights
 
 PATCH = 16
 LOADS_WITHIN = 180  # seconds
@@ -219,6 +220,34 @@ def test_a_server_refuses_bad_requests_keys_and_models(
     monkeypatch.setenv(KEY, "wrong")
     with pytest.raises(EngineUnusable, match=r"another key.*set OPENAI_API_KEY"):
         run(OpenAIEngine.connect(ServerSettings(url=url)))
+
+
+def test_mistrals_own_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral_layout: Path) -> None:
+    """Instructions first, so that they are cached as a prefix; and a tag that looks like a token stays plain text."""
+    from vllm.tokenizers.mistral import MistralTokenizer
+
+    assert layout_of(tiny_mistral_layout).kind == "mistral"
+    tokenizer = MistralTokenizer.from_pretrained(str(tiny_mistral_layout))
+    asked = _MistralChat(tokenizer).inputs(Prompt("Describe it.", "Hints: [IMG]."), picture(9))
+    special = {name: tokenizer.convert_tokens_to_ids([name])[0] for name in ("[INST]", "[/INST]", "[IMG]")}
+    tokens = asked["prompt_token_ids"]
+    assert (tokens[1], tokens[-1]) == (special["[INST]"], special["[/INST]"])
+    first = tokens.index(special["[IMG]"])
+    assert tokenizer.decode(tokens[2:first]) == "Describe it."
+    assert tokens.count(special["[IMG]"]) == 4  # of 2x2 patches
+    assert tokenizer.decode(tokens[first + 6 : -1]) == "Hints: [IMG]."
+
+
+def test_a_folder_without_its_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no weights"):
+        check_weights(tmp_path)
+    shards = {f"layer.{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="lacks 1 of its 2 weight files, model-00002"):
+        check_weights(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    check_weights(tmp_path)
 
 
 def test_a_dead_engine_says_so_and_leaves_nothing_behind(
