@@ -27,6 +27,11 @@ demo: setup
 
 test: setup lint
 	@.venv/bin/python -m pytest
+	@if $(MAKE) --no-print-directory captioner; then \
+		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py; \
+	else \
+		echo "make test: SKIPPED tests/captioner/test_vllm.py: .venv-captioner could not be set up, see above"; \
+	fi
 
 lint: setup
 	@.venv/bin/python -m ruff check .

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ _LONGEST_LOOP: Final = 40
 _TIMES_ROUND: Final = 5
 # Pixtral's largest picture, 1024x1024, has this many tokens, and a picture is never split over two batches.
 _LARGEST_PICTURE: Final = 4160
-_CLOSE_SECONDS: Final = 10.0
+_CLOSE_SECONDS: Final = 10.0  # for its processes to end by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,12 @@ class VllmEngine:
         """ValueError for a model that is no Pixtral, EngineUnusable for one that vLLM cannot load; both name a mend."""
         self.model = settings.model
         self._layout = layout_of(settings.model)
-        vllm = _import_vllm(is_folder=Path(settings.model).is_dir())
+        folder = Path(settings.model)
+        if folder.is_dir():
+            check_weights(folder)
+        vllm = _import_vllm(is_folder=folder.is_dir())
         try:
-            self._engine = vllm.AsyncLLMEngine.from_engine_args(_engine_args(settings, self._layout))
+            self._engine: Any = vllm.AsyncLLMEngine.from_engine_args(_engine_args(settings, self._layout))
         except Exception as error:
             raise EngineUnusable(_not_loaded(settings, error)) from error
         self._numbers = itertools.count()
@@ -69,6 +73,8 @@ class VllmEngine:
 
         assert image.mode == "RGB", "vLLM checks neither alpha nor palettes of a decoded picture"
         number = str(next(self._numbers))
+        if self._engine is None:
+            raise EngineDied(f"the engine of {self.model} was closed")
         try:
             if self._chat:
                 inputs = await asyncio.to_thread(self._chat.inputs, prompt, image)
@@ -79,13 +85,18 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's process for {self.model} ended; its last words are above") from error
         except Exception as error:
-            if self._engine.errored:
+            if self._engine is None or self._engine.errored:
                 raise EngineDied(f"vLLM's process for {self.model} ended: {_line(error)}") from error
             raise RequestFailed(Failure.REFUSED, _line(error)) from error
         return _completion(outputs[-1])
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown, _CLOSE_SECONDS)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            # Work that waits learns of the end from the task that hands out answers; without any, it would only log.
+            if engine.output_handler is not None and not engine.get_num_unfinished_requests():
+                engine.output_handler.cancel()
+            await asyncio.to_thread(engine.shutdown, _CLOSE_SECONDS)
 
 
 class _MistralChat:
@@ -103,6 +114,19 @@ class _MistralChat:
         request = ChatCompletionRequest(messages=[UserMessage(content=content)])
         tokens = self._tokenizer.encode_chat_completion(request).tokens
         return {"prompt_token_ids": tokens, "multi_modal_data": {"image": image}}
+
+
+def check_weights(folder: Path) -> None:
+    """ValueError for a model folder without its weights: vLLM would say so after half a minute and 100 lines."""
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    missing = sorted(name for name in named if not (folder / name).exists())
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of its {len(named)} weight files, {missing[0]}; download it again"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no weights (*.safetensors): download them from where its config came from")
 
 
 def _import_vllm(*, is_folder: bool) -> Any:

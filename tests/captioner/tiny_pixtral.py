@@ -1,15 +1,18 @@
-"""A random Pixtral of about a megabyte in Hugging Face's layout: real files for the real engine, made in seconds.
+"""A random Pixtral of about a megabyte, in both layouts: real files for the real engine, made in seconds.
 
-    .venv-captioner/bin/python tests/captioner/tiny_pixtral.py FOLDER
+    .venv-captioner/bin/python tests/captioner/tiny_pixtral.py FOLDER [mistral]
 
 What it says is nonsense in ASCII, but it depends on picture, prompt and seed as a trained model's words do.
 """
 
+import json
 import string
 import sys
 from pathlib import Path
 
+import mistral_common
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -90,5 +93,53 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tiny_mistral_layout(folder: Path, seed: int = 0) -> Path:
+    """The same in Mistral's own layout: params.json, consolidated.safetensors, and a tokenizer cut from tekken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size, inner, heads, kv_heads, head, layers, words = 64, 128, 2, 1, 32, 2, 2048
+    vision = {
+        "hidden_size": size, "num_channels": 3, "image_size": 1024, "patch_size": PATCH, "rope_theta": 1e4,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "adapter_bias": True,
+        "image_token_id": 10, "max_image_size": 1024,
+    }  # fmt: skip
+    params = {
+        "dim": size, "n_layers": layers, "head_dim": head, "hidden_dim": inner, "n_heads": heads,
+        "n_kv_heads": kv_heads, "norm_eps": 1e-5, "vocab_size": words, "rope_theta": 1e6,
+        "max_position_embeddings": 8192, "vision_encoder": vision,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    tekken = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240911.json").read_text())
+    tekken["config"]["default_vocab_size"] = words
+    tekken["vocab"] = tekken["vocab"][: words - tekken["config"]["default_num_special_tokens"]]
+    tekken["multimodal"] = {"image_patch_size": PATCH, "max_image_size": 1024}
+    (folder / "tekken.json").write_text(json.dumps(tekken))
+
+    def layer(prefix: str, queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+        shapes = {
+            "attention.wq": (queries, size), "attention.wk": (keys, size), "attention.wv": (keys, size),
+            "attention.wo": (size, queries), "attention_norm": (size,), "ffn_norm": (size,),
+            "feed_forward.w1": (inner, size), "feed_forward.w2": (size, inner), "feed_forward.w3": (inner, size),
+        }  # fmt: skip
+        return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_embeddings": (words, size), "norm": (size,), "output": (words, size),
+        "vision_encoder.patch_conv": (size, 3, PATCH, PATCH), "vision_encoder.ln_pre": (size,),
+        "vision_language_adapter.w_in": (size, size), "vision_language_adapter.w_out": (size, size),
+    }  # fmt: skip
+    for number in range(layers):
+        shapes |= layer(f"layers.{number}", heads * head, kv_heads * head)
+        shapes |= layer(f"vision_encoder.transformer.layers.{number}", size, size)
+    torch.manual_seed(seed)
+    weights = {  # those with one axis are norms
+        f"{name}.weight": torch.randn(shape) * 0.3 if len(shape) > 1 else torch.ones(shape)
+        for name, shape in shapes.items()
+    }
+    weights |= {f"vision_language_adapter.{name}.bias": torch.zeros(size) for name in ("w_in", "w_out")}
+    save_file(weights, folder / "consolidated.safetensors")
+    return folder
+
+
 if __name__ == "__main__":
-    print(save_tiny_pixtral(Path(sys.argv[1])))
+    save = save_tiny_mistral_layout if sys.argv[2:] == ["mistral"] else save_tiny_pixtral
+    print(save(Path(sys.argv[1])))
