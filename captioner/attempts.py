@@ -30,6 +30,7 @@ class Outcome:
     finish_reason: str | None = None  # of the last attempt
     tokens_in: int = 0  # of all attempts: what was computed and paid
     tokens_out: int = 0
+    said: str = ""  # the model's own words in the last attempt that it answered
 
 
 async def caption(
@@ -66,6 +67,7 @@ async def caption(
                 finish_reason=completion.finish_reason,
                 tokens_in=outcome.tokens_in + completion.tokens_in,
                 tokens_out=outcome.tokens_out + completion.tokens_out,
+                said=completion.text,
             )
         if answer.reason is None:
             return replace(outcome, answer=answer)

@@ -26,6 +26,7 @@ class EngineTurns:
 
     def __init__(self, start: Callable[[], Awaitable[VisionEngine]], at_once: int, restart_after: int = 0) -> None:
         self.started = 0  # engines
+        self.seconds_starting = 0.0
         self._start = start
         self._restart_after = restart_after
         self._engine: VisionEngine | None = None
@@ -91,11 +92,14 @@ class EngineTurns:
         await self.close()
         self._is_lost, self._given = False, 0
         self.started += 1
+        since = time.monotonic()
         try:
             self._engine = await self._start()
         except EngineUnusable as error:
             self._unusable = error
             raise
+        finally:
+            self.seconds_starting += time.monotonic() - since
         return self._engine
 
     def _change(self, under_way: int = 0, ready: int = 0, feeding: int = 0) -> None:

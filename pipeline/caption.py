@@ -9,13 +9,16 @@ import argparse
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.fingerprints import Footer, changes, footers, made_from
 from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.shards import Store
+
+if TYPE_CHECKING:
+    from pipeline.model_captions import CaptionTask
 
 _ENGINES = ("tags", "vllm", "openai")
 _AT_ONCE = {"vllm": 128, "openai": 32}
@@ -40,6 +43,7 @@ class CaptionJob:
     restart_after: int  # images
     retry_rejected: bool
     dollars_per_hour: float | None
+    trial: int | None  # rows
 
     @property
     def folder(self) -> str:
@@ -71,6 +75,10 @@ def parse_args() -> CaptionJob:
     )  # fmt: skip
     parser.add_argument("--retry-rejected", action="store_true", help="ask again for rows that the model failed on")
     parser.add_argument("--dollars-per-hour", type=float, metavar="X", help="of one engine: shows what the job costs")
+    parser.add_argument(
+        "--try", dest="trial", type=int, metavar="N",
+        help="caption N rows spread over the dataset, write ROOT/caption-trial.html and nothing else",
+    )  # fmt: skip
     job = CaptionJob(**vars(parser.parse_args()))
     check_flags(job)
     return job
@@ -82,15 +90,17 @@ def check_flags(job: CaptionJob) -> None:
         raise UsageError(
             f"--name {job.name!r} names a folder of the dataset: letters, digits, _ . - only, not 'partial'"
         )
-    if job.engine == "tags" and (job.model or job.url or job.retry_rejected):
-        raise UsageError("--model, --url and --retry-rejected are for models: give --engine vllm or --engine openai")
+    if job.engine == "tags" and (job.model or job.url or job.retry_rejected or job.trial):
+        raise UsageError(
+            "--model, --url, --retry-rejected and --try are for models: give --engine vllm or --engine openai"
+        )
     if job.engine == "vllm" and (not job.model or job.url):
         raise UsageError("--engine vllm takes --model FOLDER or NAME and no --url, which is for --engine openai")
     if job.engine == "openai" and (not job.url or job.tensor_parallel != 1):
         raise UsageError("--engine openai takes --url and no --tensor-parallel, which is the server's own")
-    counts = (job.engines, job.tensor_parallel, job.at_once, job.tries, job.timeout)
+    counts = (job.engines, job.tensor_parallel, job.at_once, job.tries, job.timeout, job.trial)
     if any(number is not None and number <= 0 for number in counts):
-        raise UsageError("--engines, --tensor-parallel, --at-once, --tries and --timeout must be above 0")
+        raise UsageError("--engines, --tensor-parallel, --at-once, --tries, --timeout and --try must be above 0")
     if job.max_side < 64 or job.restart_after < 0 or (job.dollars_per_hour or 0) < 0:
         raise UsageError("--max-side is 64 or more, --restart-after and --dollars-per-hour 0 or more")
 
@@ -104,6 +114,9 @@ def main() -> None:
         raise UsageError(
             f"{job.dataset} has no images; run: python pipeline/ingest.py --raw PATH --dataset {job.dataset}"
         )
+    if job.trial:
+        try_captions(job, dataset, images)
+        return
     failed, more = with_tags(job, dataset, images) if job.engine == "tags" else with_model(job, dataset, images)
     done = {shard: footer.rows for shard, footer in images.items() if shard not in failed}
     reasons = sum((dataset.tally(f"{job.folder}/{shard}.parquet", "reason") for shard in done), Counter[str]())
@@ -144,14 +157,10 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
     from captioner.attempts import MODEL_FAILURES
     from pipeline.caption_costs import Meter
     from pipeline.captioning import ImageShard
-    from pipeline.engine_choice import EngineChoice, known_settings
-    from pipeline.model_captions import Captioner, CaptionTask
+    from pipeline.model_captions import Captioner
 
-    choice = EngineChoice(
-        engine=job.engine, model=job.model, url=job.url, tensor_parallel=job.tensor_parallel,
-        at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout, tries=job.tries,
-    )  # fmt: skip
-    settings = known_settings(choice, job.prompt, job.temperatures, job.max_tokens, job.max_side)
+    task = caption_task(job, dataset)
+    settings = task.settings
     now = {shard: settings.made_from(footer.digest) for shard, footer in images.items()}
     todo = changes(made_from(dataset, job.folder, images), now)
     if job.retry_rejected:
@@ -169,14 +178,44 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
     with cluster("caption"):
         pool = plan_engines(job.engines, job.tensor_parallel, len(todo), use_gpus=job.engine == "vllm")
         print(f"caption: {settings.engine} {settings.model}; {pool}", flush=True)
-        task = CaptionTask(
-            dataset=dataset.root, folder=job.folder, choice=choice, settings=settings,
-            restart_after=job.restart_after, retry_rejected=job.retry_rejected, threads=pool.cpus,
-        )  # fmt: skip
         parts = {shard: ImageShard(shard, images[shard].rows, images[shard].digest) for shard in sorted(todo)}
         meter = Meter(sum(part.rows for part in parts.values()), pool.actors, job.dollars_per_hour)
-        failed = map_shards_with(partial(Captioner, task), parts, lambda part: part.rows, "caption", pool, meter)
+        failed = map_shards_with(
+            partial(Captioner, replace(task, threads=pool.cpus)), parts, lambda part: part.rows, "caption", pool, meter
+        )
     return failed, {"model": settings.model, "this_job": meter.record()}
+
+
+def try_captions(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> None:
+    """Write the page, and print what it says of time and money."""
+    from pipeline.caption_trial import estimate, render, run_trial, spread
+
+    assert job.trial
+    task, rows = caption_task(job, dataset), {shard: footer.rows for shard, footer in images.items()}
+    trial = run_trial(task, spread(rows, job.trial))
+    lines = estimate(trial, sum(rows.values()), job.engines or 1, task.choice.at_once, job.dollars_per_hour)
+    dataset.write("caption-trial.html", render(trial, task.settings, job.dataset, lines).encode())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in trial.costs.rejected.most_common())
+    print("\n".join(f"caption: {line}" for line in lines))
+    print(
+        f"caption: {len(trial.rows)} tried, {trial.costs.rejected.total()} rejected", f"({reasons})" if reasons else ""
+    )
+    print(f"caption: see {dataset.path('caption-trial.html')}", flush=True)
+
+
+def caption_task(job: CaptionJob, dataset: Store) -> "CaptionTask":
+    from pipeline.engine_choice import EngineChoice, known_settings
+    from pipeline.model_captions import CaptionTask
+
+    choice = EngineChoice(
+        engine=job.engine, model=job.model, url=job.url, tensor_parallel=job.tensor_parallel,
+        at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout, tries=job.tries,
+    )  # fmt: skip
+    return CaptionTask(
+        dataset=dataset.root, folder=job.folder, choice=choice,
+        settings=known_settings(choice, job.prompt, job.temperatures, job.max_tokens, job.max_side),
+        restart_after=job.restart_after, retry_rejected=job.retry_rejected,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

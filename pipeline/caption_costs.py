@@ -98,8 +98,8 @@ class Meter:
 
     def _line(self) -> str:
         now = self._now
-        if not now.answered:
-            return "engine starts"
+        if not now.answered or (self._first and now.answered == self._first[1] and now.rows < self._rows):
+            return "first answers" if now.answered else "engine starts"
         rate, seconds = self._rate(), max(self._seconds, 1e-3)
         left = (self._rows - now.rows) / rate
         parts = [

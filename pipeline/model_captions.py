@@ -114,15 +114,16 @@ class Captioner:
             self._costs.kept += len(rows)
         fresh: list[Row] = []
 
-        def keep(row: Row) -> None:
-            fresh.append(row)
+        def keep(outcome: Outcome) -> None:
+            fresh.append(row := caption_row(outcome, task.settings))
             rows[row["id"]] = row
             if len(fresh) == _ROWS_PER_FILE:
                 unfinished.write(fresh)
                 fresh.clear()
 
         try:
-            self.answer(waiting(self.store, part.shard, requests, rows, drawn_before), keep)
+            todo = {number: request for number, request in enumerate(requests) if request.id not in rows}
+            self.answer(with_pictures(self.store, part.shard, todo, drawn_before), keep)
         except BaseException:
             unfinished.write(fresh)
             raise
@@ -131,21 +132,21 @@ class Captioner:
         self.store.write_table(name, table, CAPTIONS, made_from=json.dumps(made_from))
         unfinished.remove()
 
-    def answer(self, waiting: Iterable[Waiting], keep: Callable[[Row], None]) -> None:
+    def answer(self, waiting: Iterable[Waiting], keep: Callable[[Outcome], None]) -> None:
         """Caption these rows; `keep` gets each, in the order in which they are finished, and also all that are finished
         when this ends in an exception.
 
         JobStopped where the engine is unusable or fails too often, EngineDied where it died too often.
         """
-        finished: SimpleQueue[Future[Row]] = SimpleQueue()
-        under_way: set[Future[Row]] = set()
+        finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
+        under_way: set[Future[Outcome]] = set()
         deaths: set[int] = set()
 
-        def done(future: Future[Row]) -> None:
+        def done(future: Future[Outcome]) -> None:
             self._room.release()
             finished.put(future)
 
-        def take(future: Future[Row]) -> None:
+        def take(future: Future[Outcome]) -> None:
             under_way.discard(future)
             keep(future.result())
 
@@ -174,6 +175,11 @@ class Captioner:
             for future in list(under_way):
                 if future.done() and not future.cancelled() and not future.exception():
                     take(future)
+
+    @property
+    def seconds_starting(self) -> float:
+        """What starting the engine has taken."""
+        return self._turns.seconds_starting
 
     def report(self) -> Costs:
         """What was done until now."""
@@ -204,7 +210,7 @@ class Captioner:
             return {}
         return {row["id"]: row for row in self.store.read_table(name).to_pylist()}
 
-    async def _answer(self, row: Waiting, deaths: set[int]) -> Row:
+    async def _answer(self, row: Waiting, deaths: set[int]) -> Outcome:
         image = await self._loop.run_in_executor(
             self._decoders, prepare, row.picture, self.task.settings.max_side
         )  # fmt: skip
@@ -213,7 +219,7 @@ class Captioner:
         else:
             outcome = await self._ask(row, image, deaths)
         self._count(outcome, row.drawn_before)
-        return caption_row(outcome, self.task.settings)
+        return outcome
 
     async def _ask(self, row: Waiting, image: Image.Image, deaths: set[int]) -> Outcome:
         choice, settings = self.task.choice, self.task.settings
@@ -265,12 +271,11 @@ class Captioner:
             raise JobStopped(self._stopped)
 
 
-def waiting(
-    store: Store, shard: str, requests: Sequence[Request], finished: Mapping[str, Row], drawn_before: Mapping[str, int]
+def with_pictures(
+    store: Store, shard: str, requests: Mapping[int, Request], drawn_before: Mapping[str, int]
 ) -> Iterator[Waiting]:
-    """The rows of a shard that are not finished, with their pictures."""
-    numbers = [number for number, request in enumerate(requests) if request.id not in finished]
-    for number, picture in read_pictures(store, f"images/{shard}.parquet", numbers):
+    """Some rows of a shard, by their number, which grows."""
+    for number, picture in read_pictures(store, f"images/{shard}.parquet", list(requests)):
         request = requests[number]
         yield Waiting(request, picture, drawn_before.get(request.id, 0))
 

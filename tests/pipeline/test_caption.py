@@ -337,6 +337,33 @@ def test_retry_asks_only_for_rows_that_the_model_failed_on_with_new_seeds(
     assert not list((root / "captions").glob("*.parquet")), "other captions lie beside these"
 
 
+def test_a_trial_shows_rows_of_the_whole_dataset_and_writes_nothing_but_its_page(
+    run_job: RunJob, server: Server, tmp_path: Path
+) -> None:
+    root = write_images(tmp_path, {"a": range(60), "b": range(60, 80)}, row4=BROKEN)
+    attack = "I'm sorry, <script>alert(1)</script> I can't help."
+    server.behaviour = lambda number, nth: attack if number == 36 else None
+    before = {path for path in root.rglob("*") if path.is_file()}
+    out = succeeded(run_job(*command(root, server, "--try", 10, "--engines", 2, "--dollars-per-hour", 0.5)))
+    assert set(server.asked) == {12, 20, 28, 36, 44, 52, 60, 68, 76}
+    assert {path for path in root.rglob("*") if path.is_file()} - before == {root / "caption-trial.html"}
+    assert re.search(r"All 80 images with 2 engines: 0:0\d:\d\d, \$0\.0\d\.", out)
+
+    page = (root / "caption-trial.html").read_text()
+    assert page.count("<article>") == 10
+    assert page.count('<img src="data:image/webp') == 9
+    assert "<script" not in page
+    assert "I&#39;m sorry, &lt;script&gt;" in page
+    assert "default-src 'none'; img-src data:" in page
+    for number in (12, 76):
+        article = next(part for part in page.split("<article>") if f">danbooru:{number}<" in part)
+        assert good_caption(number) in article
+        assert hint(number) in article
+    refused = next(part for part in page.split("<article>") if ">danbooru:36<" in part)
+    assert f'<p class="refused">{Reason.REFUSAL.value}</p>' in refused
+    assert tag_caption(36) in refused
+
+
 def test_tags_do_not_replace_what_a_model_was_paid_for(call_job: RunJob, tmp_path: Path) -> None:
     store = Store(str(write_images(tmp_path, {"a": range(3)})))
     table = pa.Table.from_pylist([], CAPTIONS)
