@@ -28,9 +28,9 @@ demo: setup
 test: setup lint
 	@.venv/bin/python -m pytest
 	@if $(MAKE) --no-print-directory captioner; then \
-		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py; \
+		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py tests/pipeline/test_caption_vllm.py; \
 	else \
-		echo "make test: SKIPPED tests/captioner/test_vllm.py: .venv-captioner could not be set up, see above"; \
+		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see above"; \
 	fi
 
 lint: setup

@@ -34,7 +34,7 @@ class Inputs:
         return sum(footer.rows for footer in self.images.values())
 
 
-def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
+def read_inputs(dataset: Store, rules: Rules, captioned: bool = True, captions_folder: str = "captions") -> Inputs:
     """UsageError unless there are images, each shard of them with the scores that the rules ask for and, where they
     are asked for, with captions."""
     images = footers(dataset, "images", dataset.shards("images"))
@@ -47,9 +47,11 @@ def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
         raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
     scorers = sorted({name.partition(".")[0] for name in rules.scores})
     scores = {scorer: footers(dataset, f"scores/{scorer}", images) for scorer in scorers}
-    captions = footers(dataset, "captions", images)
+    captions = footers(dataset, captions_folder, images)
     if captioned:
-        _check_complete(images, captions, "captions", f"python pipeline/caption.py --dataset {dataset.root}")
+        name = captions_folder.removeprefix("captions").removeprefix("/")
+        mend = f"python pipeline/caption.py --dataset {dataset.root}" + (f" --name {name}" if name else "")
+        _check_complete(images, captions, captions_folder, mend)
     for scorer in scorers:
         mend = f"python pipeline/score.py --dataset {dataset.root} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
