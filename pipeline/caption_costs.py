@@ -59,7 +59,8 @@ class Meter:
                 "engine": self._now.waited_for_engine,
             },
         }
-        return Standing(self._now.rows, self._line(), counts)
+        # An actor that Ray started again finds rows that its former life has told of.
+        return Standing(min(self._now.rows, self._rows), self._line(), counts)
 
     def record(self) -> dict[str, Any]:
         """For run.json."""

