@@ -13,6 +13,7 @@ setup: .venv/.ready
 .venv/.ready: deploy/setup.sh deploy/venv.sh deploy/constraints.txt pyproject.toml
 	@sh deploy/setup.sh "$(PYTHON)"
 	@touch .venv/.ready
+	@echo "setup: .venv is ready"
 
 # vLLM has an environment of its own: .venv-captioner/bin/python pipeline/caption.py --engine vllm ...
 captioner: .venv-captioner/.ready

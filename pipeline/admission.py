@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.quality import Posts, QualityTable, era_words
-from pipeline.records import TAG_CATEGORIES
+from pipeline.records import TAG_CATEGORIES, Rating
 from pipeline.stage_rules import Rules
 from pipeline.tag_columns import TagColumn, first_excluded
 from pipeline.tags import TagReader, as_words
@@ -57,8 +57,8 @@ def checks(
     posts = posts_of(images)
     yield _words("source", "source", posts.source, rules.sources)
     yield _excluded_tag(images, reader)
-    # A row of unknown rating is admitted: Pixiv's dumps often have none.
-    yield _words("ratings", "rating", posts.rating, rules.ratings, unknown=True)
+    # A row of unknown rating, as often in Pixiv's dumps, is admitted where every rating is.
+    yield _words("ratings", "rating", posts.rating, rules.ratings, unknown=set(rules.ratings) >= set(Rating))
     yield from _shape(images, rules)
     yield _artists(images, posts, rules)
     for name, words, asked in (

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,11 +33,12 @@ def parse_args() -> IngestJob:
     parser.add_argument(
         "--map", nargs="+", default=[], metavar="COLUMN=FIELD", help="a raw column and the field of its site that it is"
     )
+    reasons = sorted({reason for reasons in ADMISSIBLE.values() for reason in reasons})
     parser.add_argument(
-        "--admit", nargs="+", default=[], choices=ADMISSIBLE, metavar="REASON",
-        help=f"take rows that are refused otherwise: {', '.join(map(repr, ADMISSIBLE))}",
+        "--admit", nargs="+", default=[], choices=reasons, metavar="REASON",
+        help=f"take rows that are refused otherwise: {', '.join(map(repr, reasons))}",
     )  # fmt: skip
-    parser.add_argument("--max-megapixels", type=float, default=100, help="larger pictures are refused; default: 100")
+    parser.add_argument("--max-megapixels", type=float, default=100, help="larger pictures are refused; at most 100")
     parser.add_argument(
         "--rows-per-shard", type=int, metavar="N", help="cut raw files of more rows into several shards"
     )
@@ -49,8 +51,8 @@ def parse_args() -> IngestJob:
     for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1: got {value}")
-    if args.max_megapixels <= 0:
-        raise UsageError(f"--max-megapixels must be above 0: got {args.max_megapixels:g}")
+    if not 0 < args.max_megapixels <= 100:  # the trainer's own limit
+        raise UsageError(f"--max-megapixels must be above 0, at most 100: got {args.max_megapixels:g}")
     return IngestJob(
         raw=tuple(args.raw),
         source=args.source,
@@ -110,8 +112,10 @@ def main() -> None:
                     memory = max(raw.memory for raw in todo.values())
                     failed |= map_shards(todo, run_one, lambda raw: raw.rows, "ingest", memory)
     done = [raw for name, raw in plan.shards.items() if name not in failed]
-    kept = sum(dataset.rows(f"images/{raw.shard}.parquet") for raw in done)
-    reasons = sum((dataset.tally(f"rejected/{raw.shard}.parquet", "reason") for raw in done), Counter[str]())
+    with ThreadPoolExecutor(8) as readers:
+        kept = sum(readers.map(lambda raw: dataset.rows(f"images/{raw.shard}.parquet"), done))
+        refused = readers.map(lambda raw: dataset.tally(f"rejected/{raw.shard}.parquet", "reason"), done)
+        reasons = sum(refused, Counter[str]())
     rows = sum(raw.rows for raw in done)
     not_done = plan.unreadable | {plan.shards[name].path: why for name, why in failed.items()}
     write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=not_done)

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the job failed, 2 the command or its input is wrong.
 """
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import os
@@ -76,6 +77,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave("stopped; run the same command to go on", 130)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _leave(f"error: {error}; give a path of the right kind that this user may write to", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave(f"failed: {error}; make room and run the same command again", 1)
     except S3Refused as error:
         _leave(f"error: {error}", 2)
     except S3Unavailable as error:

@@ -3,6 +3,7 @@
 Knows nothing of Ray. Footers and ids are read by threads: on S3 each is a wait of its own.
 """
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -46,10 +47,12 @@ class Plan:
             largest = max(parts, key=lambda raw: raw.largest_group)
             yield f"  largest row group {_size(largest.largest_group)}, of {largest.path}"
         if self.repeated:
-            yield f"  {self.repeated:,} rows repeat the id of another, as {self.example}: one of each is kept"
+            yield f"  {self.repeated:,} rows repeat the id of another, as {self.example}: ingest or curation keeps one"
         for path, why in sorted(self.unreadable.items()):
             yield f"  unreadable, left out: {path} ({why})"
-        yield f"  {len(parts) - len(self.todo)} of them finished before, {len(self.todo)} to do{self._room(dataset)}"
+        tiers = f", {len(self.tiers)} smaller tiers to do" if self.tiers else ""
+        finished = len(parts) - len(self.todo)
+        yield f"  {finished} of them finished before, {len(self.todo)} to do{tiers}{self._room(dataset)}"
         for why, count in sorted(Counter([*self.todo.values(), *self.tiers.values()]).items()):
             yield f"    {count} x {why}"
 
@@ -93,6 +96,9 @@ def _inspect_all(paths: list[str], source: str, rules: IngestRules) -> tuple[lis
 
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(progress(threads.map(inspect, paths), len(paths), "reading footers", "files"))
+    for pair in rules.renamed:
+        if not any(isinstance(raw, RawShard) and pair in raw.renamed for raw in found):
+            raise UsageError(f"--map {'='.join(pair)}: no file has a column {pair[0]!r}; mend the name or leave it out")
     unreadable = {path: why for path, why in zip(paths, found, strict=True) if isinstance(why, str)}
     return [raw for raw in found if isinstance(raw, RawShard)], unreadable
 
@@ -100,9 +106,10 @@ def _inspect_all(paths: list[str], source: str, rules: IngestRules) -> tuple[lis
 def _inspect(path: str, source: str, rules: IngestRules) -> RawShard:
     with Store(path).open() as file:
         parquet = pq.ParquetFile(file)
-        schema, columns = parquet.schema_arrow, rules.columns(parquet.schema_arrow.names)
+        schema = parquet.schema_arrow
+        columns = rules.columns(schema.names)
         named = pa.schema([schema.field(column).with_name(field) for column, field in columns.items()])
-        source = recognise(named.names or schema.names, source)
+        source = recognise(named.names, source, unread=schema.names)
         groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
         return RawShard(
             path=path,
@@ -114,6 +121,8 @@ def _inspect(path: str, source: str, rules: IngestRules) -> RawShard:
             largest_group=max((group.total_byte_size for group in groups), default=0),
             layout=describe(named, source),
             digest=footer_digest(file),
+            stamp=Store(path).stamp(),
+            renamed=tuple((column, field) for column, field in rules.renamed if column in schema.names),
         )
 
 
@@ -141,8 +150,8 @@ def _check_chunks(files: list[RawShard], shards: Mapping[str, RawShard], dataset
     for name in dataset.shards("images"):
         if name not in shards and (name in names or re.sub(r"-\d{5}$", "", name) in names):
             raise UsageError(
-                f"{dataset.root} has shard {name}, the same rows cut another way; give the --rows-per-shard of then, "
-                "or another --dataset"
+                f"{dataset.root} has shard {name}, perhaps the same rows cut another way; give the --rows-per-shard "
+                "that it was made with, or none, or rename the raw file, or remove the shard from images/ and rejected/"
             )
 
 
@@ -155,9 +164,10 @@ def _unfinished(
     with ThreadPoolExecutor(_THREADS) as threads:
         recorded = list(threads.map(lambda raw: dataset.metadata(f"images/{raw.shard}.parquet"), present))
     for raw, made in zip(present, recorded, strict=True):
-        if made.get("footer") == raw.digest:
+        written_again = made.get("raw") == raw.path and made.get("stamp") != raw.stamp
+        if made.get("footer") == raw.digest and not written_again:
             if made.get("fingerprint") != rules.fingerprint(raw):
-                todo[raw.shard] = "made with other settings"
+                todo[raw.shard] = _other_settings(made.get("settings", "{}"), rules.settings(raw))
         elif made.get("raw") == raw.path:
             todo[raw.shard] = "the raw file has changed since"
         else:
@@ -174,6 +184,14 @@ def _unfinished(
             if raw.shard not in todo and made.get("fingerprint") != rules.tier_fingerprint(raw):
                 tiers[raw.shard] = f"{folder} from images"
     return todo, tiers
+
+
+def _other_settings(before: str, now: str) -> str:
+    """Which of the settings that a finished shard was made with are others now."""
+    old, new = json.loads(before), json.loads(now)
+    other = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    changed = ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in other)
+    return f"made with other settings: {changed or 'another version of ingest'}"
 
 
 def _repeated_ids(files: list[RawShard], rules: IngestRules) -> tuple[int, str]:

@@ -99,6 +99,13 @@ def exists(path: str) -> bool:
         return True
 
 
+def etag(path: str) -> str:
+    """What S3 calls another one when a file was written again."""
+    files = connect(path)
+    with named_errors(path):
+        return str(files.info(path)["ETag"])
+
+
 def list_folder(path: str) -> list[str]:
     """The full names of a folder's entries; FileNotFoundError where there is no such folder."""
     files = connect(path)

@@ -42,6 +42,8 @@ class Store:
     def __post_init__(self) -> None:
         if self.is_remote:
             s3.check(self.root)
+        elif "://" in self.root:
+            raise s3.S3Refused(f"{self.root} is neither a path here nor s3://bucket/prefix; give one of the two")
         else:
             object.__setattr__(self, "root", os.path.abspath(os.path.expanduser(self.root)))
 
@@ -56,6 +58,13 @@ class Store:
     def exists(self, name: str = "") -> bool:
         path = self.path(name)
         return s3.exists(path) if self.is_remote else os.path.exists(path)
+
+    def stamp(self, name: str = "") -> str:
+        """What is another one when a file was written again."""
+        if self.is_remote:
+            return s3.etag(self.path(name))
+        found = os.stat(self.path(name))
+        return f"{found.st_size}-{found.st_mtime_ns}"
 
     def shards(self, folder: str = "") -> list[str]:
         """Names without `.parquet` of the finished shards of a folder, sorted; none if there is no such folder."""
@@ -111,13 +120,14 @@ class Store:
             Path(self.path(name)).unlink(missing_ok=True)
 
     def remove_partial(self, folder: str, shards: Collection[str]) -> None:
-        """Remove what a killed process left of these shards, half written. On S3 nothing is left."""
+        """Remove what a killed process left of these shards, half written; what a live one is writing stays. On S3
+        nothing is left."""
         if self.is_remote or not self.exists(folder):
             return
         for entry in os.scandir(self.path(folder)):
             unfinished = _PARTIAL.fullmatch(entry.name)
             if unfinished and unfinished[1] in shards:
-                os.unlink(entry.path)
+                _remove_unless_in_use(entry.path)
 
     def tally(self, name: str, column: str) -> Counter[str]:
         """How often each text of a column occurs in a parquet file; nulls are not counted."""
@@ -149,15 +159,16 @@ class Store:
         target = self.path(name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"  # as _PARTIAL
-        try:
-            yield temporary
-            with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says that it is in use
+            try:
+                yield temporary
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+                os.replace(temporary, target)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
 
 
 @contextmanager
@@ -182,9 +193,13 @@ def _upload_file() -> Iterator[str]:
 def _remove_orphans(folder: str) -> None:
     """Once per process: remove the files of uploads whose processes were killed; at up to a shard each they add up."""
     for path in glob.glob(f"{glob.escape(folder)}/{_UPLOAD}*"):
-        with suppress(OSError), open(path, "rb") as file:  # in use, or another user's
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+        _remove_unless_in_use(path)
+
+
+def _remove_unless_in_use(path: str) -> None:
+    with suppress(OSError), open(path, "rb") as file:  # locked, or another user's
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
 
 
 def _is_shard(name: str) -> bool:
@@ -194,9 +209,10 @@ def _is_shard(name: str) -> bool:
 def find_parquet(path: str) -> list[str]:
     """Every parquet file at a path, sorted: itself, or all below a folder or s3:// prefix but for temporary ones."""
     store = Store(path)
-    if path.endswith(".parquet"):
-        return [store.root] if store.exists() else []
-    found = s3.find(store.root) if store.is_remote else _files_below(store.root)
+    if store.is_remote:
+        found = s3.find(store.root)
+    else:
+        found = [store.root] if os.path.isfile(store.root) else _files_below(store.root)
     return sorted(entry for entry in found if _is_shard(PurePosixPath(entry).name))
 
 

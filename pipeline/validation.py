@@ -6,6 +6,7 @@ whatever the size of the file and of its row groups.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.fingerprints import digest
 from pipeline.images import Limits, Picture, Refused, decode, downsize, perceptual_hash
 from pipeline.records import IMAGES, REJECTED, TAG_CATEGORIES, TIER, Post, Rejected
 from pipeline.shards import Store
-from pipeline.sources import FIELDS, read_row
+from pipeline.sources import ADMISSIBLE, FIELDS, read_row
 from pipeline.sources.fields import image_bytes
 
 # Raised where the same raw file and settings give other rows than before: then all shards are made anew.
@@ -44,8 +46,15 @@ class IngestRules:
     downsize_format: Literal["JPEG", "WEBP"] = "JPEG"
 
     def columns(self, found: Collection[str]) -> dict[str, str]:
-        """The raw columns to read, each with the field that it is; a column that another one stands for is left out."""
+        """The raw columns to read, each with the field that it is; a column that another one stands for is left out.
+
+        ValueError where two columns are one field.
+        """
+        if len(set(found)) < len(found):
+            raise ValueError(f"ambiguous: a column comes twice in {sorted(found)}")
         named = {column: name for column, name in self.renamed if column in found}
+        if len(set(named.values())) < len(named):
+            raise ValueError(f"ambiguous: --map makes one field of several of its columns, {sorted(named)}")
         taken = set(named.values())
         return {column: named.get(column, column) for column in found if column in named or column in FIELDS - taken}
 
@@ -56,12 +65,15 @@ class IngestRules:
 
     def fingerprint(self, raw: "RawShard") -> str:
         """Of all that decides what images/<shard> holds."""
-        decisive = asdict(self)
-        del decisive["downsize"], decisive["downsize_format"]
-        return _digest([CODE_VERSION, raw.source, raw.digest, raw.first_row, raw.rows, decisive])
+        return digest([CODE_VERSION, raw.source, raw.digest, raw.first_row, raw.rows, self.settings(raw)])
+
+    def settings(self, raw: "RawShard") -> str:
+        """The rules that can touch this file, as JSON, by the flags that set them."""
+        admitted = sorted(set(self.admit) & set(ADMISSIBLE[raw.source]))
+        return json.dumps({"--admit": admitted, "--map": raw.renamed, "limits": asdict(self.limits)})
 
     def tier_fingerprint(self, raw: "RawShard") -> str:
-        return _digest([self.fingerprint(raw), self.downsize, self.downsize_format])
+        return digest([self.fingerprint(raw), self.downsize, self.downsize_format])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,8 @@ class RawShard:
     largest_group: int  # bytes of the file's largest row group, uncompressed
     layout: str  # the variant of the source's layout, in words
     digest: str  # of the file's footer: tells it from another file that would become the same shard
+    stamp: str  # size and time, or what S3 calls its ETag: tells that the file at this path was written again
+    renamed: tuple[tuple[str, str], ...]  # those of IngestRules.renamed that the file has
 
     @property
     def memory(self) -> int:
@@ -100,7 +114,12 @@ def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
     """Write images/<shard> and rejected/<shard>: every row of the raw shard is in one of them; and the smaller tier
     where the rules ask for it. The images are committed last, so that a finished shard has all of its files."""
     store, rejected = Store(dataset), list[dict[str, Any]]()
-    made = {"raw": raw.path, "footer": raw.digest, "fingerprint": rules.fingerprint(raw)}
+    made = {"raw": raw.path, "footer": raw.digest, "stamp": raw.stamp, "settings": rules.settings(raw)}
+    made |= {"fingerprint": rules.fingerprint(raw)}
+    # Of the images that were there before, and so perhaps of other rows.
+    for folder in store.folders(""):
+        if re.fullmatch(r"images-\d+", folder):
+            store.remove(f"{folder}/{raw.shard}.parquet")
     with ExitStack() as files:
         append = files.enter_context(_row_groups(store, f"images/{raw.shard}.parquet", IMAGES, made))
         append_smaller = _tier(files, store, raw, rules) if rules.downsize else None
@@ -121,6 +140,7 @@ def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
     with ExitStack() as files:
         append = _tier(files, store, raw, rules)
         for row in _rows(store.path(f"images/{raw.shard}.parquet"), columns=["id", "image", "format"]):
+            assert not isinstance(row, Exception), row  # we wrote it
             picture = decode(row["image"], rules.limits)
             assert isinstance(picture, Picture), (row["id"], picture)  # it was decoded before, within the same limits
             append(_smaller(row, picture, rules))
@@ -149,10 +169,13 @@ def _smaller(row: Mapping[str, Any], picture: Picture, rules: IngestRules) -> di
 
 
 def _check_all(raw: RawShard, rules: IngestRules) -> Iterator[tuple[Mapping[str, Any], Checked | Rejected]]:
-    """Every raw row and what became of it."""
+    """Every raw row, an empty one where it cannot be read, and what became of it."""
     seen: set[str] = set()
     last_row = raw.first_row + raw.rows
     for index, row in enumerate(_rows(raw.path, raw.first_row, last_row, rules), raw.first_row):
+        if isinstance(row, Exception):
+            yield {}, Rejected(f"{raw.path}#{index}", "unreadable row", f"{type(row).__name__}: {row}")
+            continue
         outcome = _check(row, raw, index, seen, rules)
         if isinstance(outcome, Checked):
             seen.add(outcome.row["id"])  # not before: a sound copy may follow a broken one
@@ -165,8 +188,11 @@ def _rows(
     last: int | None = None,
     rules: IngestRules | None = None,
     columns: list[str] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Rows `first` to `last` of a parquet file, a few at a time; of a raw file with columns as the rules have them."""
+) -> Iterator[dict[str, Any] | Exception]:
+    """Rows `first` to `last` of a parquet file, a few at a time; of a raw file with columns as the rules have them.
+
+    A row with a value that Python has none for, such as a date after the year 9999, is the error.
+    """
     with Store(path).open() as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         columns = list(rules.columns(parquet.schema_arrow.names)) if rules else columns
@@ -181,7 +207,17 @@ def _rows(
             for batch in parquet.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
                 wanted = batch.slice(min(batch.num_rows, max(0, first - start)), max(0, last - max(first, start)))
                 start += batch.num_rows
-                yield from (rules.named(wanted) if rules else wanted).to_pylist()
+                yield from _as_rows(rules.named(wanted) if rules else wanted)
+
+
+def _as_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+    try:
+        rows: list[dict[str, Any] | Exception] = batch.to_pylist()
+        return rows
+    except Exception as error:  # of many kinds, from invalid UTF-8 to times out of range
+        if batch.num_rows == 1:
+            return [error]
+        return [row for number in range(batch.num_rows) for row in _as_rows(batch.slice(number, 1))]
 
 
 def _check(
@@ -247,7 +283,3 @@ def _row_groups(
 
 def _sha256(image: bytes) -> str | None:
     return hashlib.sha256(image).hexdigest() if image else None
-
-
-def _digest(decisive: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -13,32 +13,31 @@ from pipeline.sources.fields import IMAGE_COLUMNS, image_layout
 _SITES: dict[str, ModuleType] = {"danbooru": danbooru, "pixiv": pixiv}
 SOURCES = tuple(_SITES)
 FIELDS: frozenset[str] = danbooru.FIELDS | pixiv.FIELDS | frozenset(IMAGE_COLUMNS)  # all that any reader looks at
-ADMISSIBLE = ("deleted", "banned", "made by AI", "placeholder picture")  # refusals that a user may lift
+ADMISSIBLE = {name: site.ADMISSIBLE for name, site in _SITES.items()}  # refusals that a user may lift
 
 
-def recognise(columns: Collection[str], source: str = "auto") -> str:
-    """The source whose layout these columns have.
+def recognise(columns: Collection[str], source: str = "auto", unread: Collection[str] = ()) -> str:
+    """The source whose layout these columns have; `unread` are a file's other columns.
 
     Raises ValueError, naming the columns that are missing and those that were found, where they are no such layout.
     """
     found = set(columns)
+    listed = sorted({*columns, *unread})
     telling = {name: len(found & site.TELLTALE_COLUMNS) for name, site in _SITES.items()}
     likeliest = max(telling, key=lambda name: telling[name])
     if source == "auto":
         source = likeliest
         if not telling[source]:
             raise ValueError(
-                f"neither Danbooru's nor Pixiv's layout: found the columns {sorted(found)}, missing for danbooru "
+                f"neither Danbooru's nor Pixiv's layout: found the columns {listed}, missing for danbooru "
                 f"{danbooru.missing_columns(found)}, for pixiv {pixiv.missing_columns(found)}; "
                 "name them with --map column=field"
             )
     elif telling[likeliest] > telling[source]:
-        raise ValueError(f"{likeliest}'s layout, not {source}'s: found {sorted(found)}; leave --source out")
+        raise ValueError(f"{likeliest}'s layout, not {source}'s: found {listed}; leave --source out")
     missing = _SITES[source].missing_columns(found)
     if missing:
-        raise ValueError(
-            f"not {source}'s layout: missing {missing}, found {sorted(found)}; name them with --map column=field"
-        )
+        raise ValueError(f"not {source}'s layout: missing {missing}, found {listed}; name them with --map column=field")
     return source
 
 

@@ -14,6 +14,7 @@ from pipeline.sources.fields import (
     is_set,
     moment,
     number,
+    spelling,
     tally,
     value_layout,
     words,
@@ -32,6 +33,7 @@ _CATEGORISED = tuple((f"tag_string_{category}", f"tags_{category}") for category
 _UNCATEGORISED = ("tag_string", "tags")
 _TAG_COLUMNS = ("tag_string_general", "tags_general", *_UNCATEGORISED)
 ID_COLUMNS = ("id",)
+ADMISSIBLE = ("deleted", "banned", "unknown rating")
 FIELDS = frozenset(
     {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext"}
     | {"is_deleted", "is_banned", *_UNCATEGORISED}
@@ -82,6 +84,9 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         reason = flag.removeprefix("is_")
         if is_set(row.get(flag)) and reason not in admit:
             return Rejected(key, reason, f"{flag} is set")
+    rating = spelling(row.get("rating"))
+    if rating and rating not in _RATINGS and "unknown rating" not in admit:
+        return Rejected(key, "unknown rating", f"rating {row['rating']!r}")
     extension = str(row.get("file_ext") or "").lower()
     if extension in _UNUSABLE_FILES:
         return Rejected(key, "not a still picture", f"file_ext {extension}")
@@ -90,7 +95,7 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         id=key,
         source="danbooru",
         image=image_bytes(row),
-        rating=_RATINGS.get(str(row.get("rating")).lower()),
+        rating=_RATINGS.get(rating),
         score=tally(row.get("score")),
         favourites=tally(row.get("fav_count")),
         created_at=moment(first(row, "created_at", "timestamp")),

@@ -53,11 +53,23 @@ def first(row: Mapping[str, Any], *names: str) -> Any:
 
 
 def number(value: Any) -> int | None:
-    """A whole number from a number or its text; None where unreadable."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    """A whole number from a number or its text, also "3.0", as pandas has it of columns with holes; None where
+    unreadable."""
+    for read in (int, lambda text: int(float(text))):
+        try:
+            return read(value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return None
+
+
+def spelling(value: Any) -> str:
+    """A word or a number as one spelling; "" where there is none."""
+    counted = number(value)
+    if counted is not None:
+        return str(counted)
+    missing = value is None or value != value  # NaN
+    return "" if missing else str(value).strip().lower()
 
 
 def identity(value: Any) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, tally
+from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, spelling, tally
 from pipeline.tags import is_popularity
 
 TELLTALE_COLUMNS = {
@@ -18,14 +18,15 @@ TELLTALE_COLUMNS = {
 _APP_API = {"x_restrict", "illust_ai_type", "total_bookmarks", "total_view", "create_date", "sanity_level"}
 _WEB_API = {"xRestrict", "aiType", "bookmarkCount", "viewCount", "createDate", "sl", "illustType", "userName"}
 ID_COLUMNS = ("id", "page", "image.path")
+ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")
 FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", *_APP_API, *_WEB_API})
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. sanity_level above 2 marks all-ages works that are suggestive.
-_RATINGS = {0: Rating.GENERAL, 1: Rating.EXPLICIT, 2: Rating.EXPLICIT}
+_RATINGS = {"0": Rating.GENERAL, "1": Rating.EXPLICIT, "2": Rating.EXPLICIT}
 _MADE_BY_AI = 2
 
-# 12345678_p3.png: the page, where no column has it.
-_PAGE_IN_NAME = re.compile(r"_p(\d+)\b")
+# 12345678_p3.png, 12345678_p3_master1200.jpg: the page, where no column has it.
+_PAGE_IN_NAME = re.compile(r"_p(\d+)(?!\d)")
 
 
 def missing_columns(found: set[str]) -> list[str]:
@@ -58,6 +59,8 @@ def _page(row: Mapping[str, Any]) -> int:
     if page is None:
         named = _PAGE_IN_NAME.search(image_path(row))
         page = int(named[1]) if named else 0
+    if not 0 <= page < 2**31:
+        raise ValueError(f"page is {page}")
     return page
 
 
@@ -69,6 +72,9 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         return Rejected(key, "not a still picture", "type ugoira")
     if number(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI and "made by AI" not in admit:
         return Rejected(key, "made by AI", "illust_ai_type 2")
+    restriction = spelling(first(row, "x_restrict", "xRestrict"))
+    if restriction and restriction not in _RATINGS and "unknown rating" not in admit:
+        return Rejected(key, "unknown rating", f"x_restrict {restriction}")
     path = image_path(row)
     if path.rsplit("/", 1)[-1].startswith("limit_") and "placeholder picture" not in admit:
         return Rejected(key, "placeholder picture", path)
@@ -76,7 +82,7 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         id=key,
         source="pixiv",
         image=image_bytes(row),
-        rating=_rating(row),
+        rating=_rating(row, restriction),
         score=tally(first(row, "total_view", "viewCount")),
         favourites=tally(first(row, "total_bookmarks", "bookmarkCount")),
         created_at=moment(first(row, "create_date", "createDate")),
@@ -86,9 +92,8 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
     )
 
 
-def _rating(row: Mapping[str, Any]) -> Rating | None:
-    restriction = number(first(row, "x_restrict", "xRestrict"))
-    rating = None if restriction is None else _RATINGS.get(restriction)
+def _rating(row: Mapping[str, Any], restriction: str) -> Rating | None:
+    rating = _RATINGS.get(restriction)
     suggestive = (number(first(row, "sanity_level", "sl")) or 0) > 2
     return Rating.SENSITIVE if rating is Rating.GENERAL and suggestive else rating
 

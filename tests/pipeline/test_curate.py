@@ -156,7 +156,7 @@ def test_a_row_is_refused_by_the_first_rule_that_it_breaks(
 
 
 def test_a_row_of_unknown_rating_and_one_at_every_limit_are_admitted(dataset: Dataset) -> None:
-    rules = replace(RULES, ratings=("general",), artists=("some one",), eras=("mid",))
+    rules = replace(RULES, artists=("some one",), eras=("mid",))
     dataset.add(
         "a",
         image("danbooru:1", rating=None, width=100, height=400, tags_artist=["x"]),
@@ -166,6 +166,12 @@ def test_a_row_of_unknown_rating_and_one_at_every_limit_are_admitted(dataset: Da
     dataset.curate(rules)
     assert dataset.selected().keys() == {"danbooru:1", "pixiv:2_p0"}
     assert dataset.reasons() == {"pixiv:3_p0": "artist not asked for"}
+
+
+def test_a_row_of_unknown_rating_is_left_out_where_some_ratings_are(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1", rating=None), image("danbooru:2"))
+    dataset.curate(replace(RULES, ratings=("general",)))
+    assert dataset.reasons() == {"danbooru:1": "rating"}
 
 
 def score(dataset: Dataset, scorer: str, shard: str, ids: list[str], **labels: list[float | None]) -> None:

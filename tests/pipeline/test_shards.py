@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.s3 import S3Refused
 from pipeline.shards import Store, find_parquet
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary())])
@@ -28,6 +29,27 @@ def test_a_table_comes_back_as_it_was_written(root: str) -> None:
     assert store.folders("images") == store.folders("nowhere") == []
     assert store.tally("images/one.parquet", "id") == {"a": 1, "b": 1}
     assert find_parquet(root) == [store.path("images/one.parquet")]
+
+
+def test_only_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / ".one.parquet.0123abcd").touch()
+    (tmp_path / "images" / ".other.parquet.0123abcd").touch()
+    with store.writing_table("images/one.parquet", SCHEMA) as write:
+        store.remove_partial("images", ["one"])
+        write(ROWS)
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"one.parquet", ".other.parquet.0123abcd"}
+
+
+def test_parquet_is_found_in_a_folder_that_is_called_like_a_file(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write_table("all.parquet/part-0.parquet", ROWS, SCHEMA)
+    assert find_parquet(str(tmp_path / "all.parquet")) == [str(tmp_path / "all.parquet" / "part-0.parquet")]
+
+
+def test_a_place_of_another_kind_is_refused() -> None:
+    with pytest.raises(S3Refused, match="gs://bucket/x is neither a path here nor s3://"):
+        Store("gs://bucket/x")
 
 
 def test_an_interrupted_write_leaves_no_file(root: str) -> None:

@@ -23,6 +23,10 @@ def _post(outcome: Post | Rejected) -> Post:
         (1, Rating.SENSITIVE),
         ("questionable", Rating.QUESTIONABLE),
         ("E", Rating.EXPLICIT),
+        (" q ", Rating.QUESTIONABLE),
+        (3.0, Rating.EXPLICIT),
+        ("3.0", Rating.EXPLICIT),
+        (float("nan"), None),
         (None, None),
     ],
 )
@@ -66,6 +70,7 @@ def test_dates(spelling: object, moment: datetime | None) -> None:
         ({"is_deleted": True}, "deleted"),
         ({"is_banned": True}, "banned"),
         ({"file_ext": "MP4"}, "not a still picture"),
+        ({"rating": "R-18"}, "unknown rating"),
     ],
 )
 def test_unusable_danbooru_posts_say_why(field: dict[str, object], reason: str) -> None:
@@ -80,6 +85,7 @@ def test_unusable_danbooru_posts_say_why(field: dict[str, object], reason: str) 
         ({"type": "ugoira"}, "not a still picture"),
         ({"illust_ai_type": 2}, "made by AI"),
         ({"aiType": 2}, "made by AI"),
+        ({"x_restrict": 7}, "unknown rating"),
         ({"image": {"bytes": b"x", "path": "img/limit_unknown_360.png"}}, "placeholder picture"),
     ],
 )

@@ -103,13 +103,14 @@ def test_an_id_that_comes_again_in_another_file_is_told_before_any_work(tmp_path
 
 
 def test_a_pixiv_page_without_a_column_of_its_own_is_read_from_the_file_name(tmp_path: Path, dataset: Store) -> None:
+    names = ["9_p0.png", "9_p1_master1200.jpg", "img/9_p12_square1200.jpg"]
     rows = [
-        {"id": 9, "image": {"bytes": png(seed=page), "path": f"9_p{page}.png"}, "tags": "x", "x_restrict": 0}
-        for page in range(3)
+        {"id": 9, "image": {"bytes": png(seed=number), "path": name}, "tags": "x", "x_restrict": 0}
+        for number, name in enumerate(names)
     ]
     plan = ingest([write_raw(tmp_path / "r" / "one.parquet", rows)], dataset)
     assert plan.repeated == 0
-    assert ids(dataset) == ["pixiv:9_p0", "pixiv:9_p1", "pixiv:9_p2"]
+    assert ids(dataset) == ["pixiv:9_p0", "pixiv:9_p1", "pixiv:9_p12"]
 
 
 def test_pictures_that_are_only_paths_are_a_layout_without_pictures(tmp_path: Path, dataset: Store) -> None:
@@ -121,7 +122,7 @@ def test_pictures_that_are_only_paths_are_a_layout_without_pictures(tmp_path: Pa
 def test_columns_of_other_names_are_read_as_the_fields_they_are_said_to_be(tmp_path: Path, dataset: Store) -> None:
     rows = [{"nr": 1, "picture": png(), "labels": "a b", "likes": 7, "image": "unused"}]
     file = write_raw(tmp_path / "r" / "one.parquet", rows)
-    with pytest.raises(UsageError, match="--map column=field"):
+    with pytest.raises(UsageError, match=r"found the columns .*'labels', 'likes', 'nr', 'picture'.*--map column=field"):
         plan_shards([file], "auto", None, dataset, RULES)
     names = {"nr": "id", "picture": "image", "labels": "tag_string", "likes": "fav_count"}
     ingest([file], dataset, replace(RULES, renamed=tuple(names.items())))
@@ -140,8 +141,14 @@ def test_what_is_finished_is_not_done_again_and_what_changed_is(tmp_path: Path, 
     write_raw(path, posts(range(5)))
     assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed since"}
     assert len(ids(dataset)) == 9
+    write_raw(path, [row | {"rating": "q"} for row in posts(range(5))])
+    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed since"}
+    assert dataset.tally("images/danbooru-r-one.parquet", "rating") == {"questionable": 5}
+    untouched = replace(RULES, admit=("made by AI",))
+    assert ingest([file, other], dataset, untouched).todo == {}, "Pixiv's reason changes nothing of Danbooru's"
     strict = replace(RULES, limits=Limits(min_side=41))
-    assert set(ingest([file, other], dataset, strict).todo.values()) == {"made with other settings"}
+    [why] = set(ingest([file, other], dataset, strict).todo.values())
+    assert "other settings: limits was {" in why
     assert ids(dataset) == []
 
 
@@ -214,6 +221,8 @@ def test_the_smaller_tier_has_the_rows_of_the_images_in_one_pass_or_afterwards(t
     assert later.read("images-48/danbooru-r-one.parquet") == dataset.read("images-48/danbooru-r-one.parquet")
     assert ingest([file], later, rules).tiers == {}
     assert ingest([file], later, replace(rules, downsize_format="WEBP")).tiers != {}
+    ingest([file], later, replace(RULES, limits=Limits(min_side=50)))
+    assert later.shards("images-48") == [], "a tier of other rows does not stay"
 
 
 def test_a_reason_that_is_admitted_refuses_nothing(tmp_path: Path, dataset: Store) -> None:
@@ -224,6 +233,35 @@ def test_a_reason_that_is_admitted_refuses_nothing(tmp_path: Path, dataset: Stor
     ingest([file], dataset, replace(RULES, admit=("banned",)))
     assert ids(dataset) == ["danbooru:1"]
     assert dataset.tally("rejected/danbooru-r-one.parquet", "reason") == {"deleted": 1}
+
+
+def test_a_row_with_a_value_that_nobody_can_read_costs_only_itself(tmp_path: Path, dataset: Store) -> None:
+    table = pa.Table.from_pylist(posts(range(3)))
+    beyond = pa.array([0, 2**62, 0]).cast(pa.timestamp("us"))
+    text = pa.array([b"a", b"b", b"\xff\xfe"]).view(pa.string())
+    table = table.append_column("created_at", beyond).set_column(2, "tag_string_general", text)
+    path = tmp_path / "r" / "one.parquet"
+    path.parent.mkdir()
+    pq.write_table(table, path)
+    ingest([str(path)], dataset)
+    assert ids(dataset) == ["danbooru:0"]
+    refused = dataset.read_table("rejected/danbooru-r-one.parquet").to_pylist()
+    assert [(row["key"], row["reason"]) for row in refused] == [(f"{path}#{n}", "unreadable row") for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "renamed", "said"),
+    [
+        (posts(range(1)), {"nope": "image"}, "no file has a column 'nope'"),
+        ([{"id": 1, "a": b"", "b": b"", "tag_string": ""}], {"a": "image", "b": "image"}, "several of its columns"),
+    ],
+)
+def test_a_mapping_that_fits_nothing_is_refused(
+    tmp_path: Path, dataset: Store, rows: list[dict[str, Any]], renamed: dict[str, str], said: str
+) -> None:
+    file = write_raw(tmp_path / "r" / "one.parquet", rows)
+    with pytest.raises(UsageError, match=said):
+        plan_shards([file], "auto", None, dataset, replace(RULES, renamed=tuple(renamed.items())))
 
 
 def test_faults_that_the_decoder_survived_are_kept_with_the_row(tmp_path: Path, dataset: Store) -> None:
