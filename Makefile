@@ -5,21 +5,34 @@ DEMO ?= demo
 SEED ?= 0
 export DATA DEMO SEED STEPS
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup captioner lint clean
 
 setup: .venv/.ready
 
 # Anything that decides what is installed is named here, so that nothing else causes a reinstall.
-.venv/.ready: deploy/setup.sh deploy/constraints.txt pyproject.toml
+.venv/.ready: deploy/setup.sh deploy/venv.sh deploy/constraints.txt pyproject.toml
 	@sh deploy/setup.sh "$(PYTHON)"
 	@touch .venv/.ready
 	@echo "setup: .venv is ready"
+
+# vLLM has an environment of its own: .venv-captioner/bin/python pipeline/caption.py --engine vllm ...
+captioner: .venv-captioner/.ready
+
+.venv-captioner/.ready: deploy/setup-captioner.sh deploy/venv.sh deploy/constraints-captioner.txt \
+		deploy/torchvision_operators.py pyproject.toml
+	@sh deploy/setup-captioner.sh "$(PYTHON)"
+	@touch .venv-captioner/.ready
 
 demo: setup
 	@sh deploy/demo.sh
 
 test: setup lint
 	@.venv/bin/python -m pytest
+	@if $(MAKE) --no-print-directory captioner; then \
+		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py tests/pipeline/test_caption_vllm.py; \
+	else \
+		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see above"; \
+	fi
 
 lint: setup
 	@.venv/bin/python -m ruff check .
@@ -27,4 +40,4 @@ lint: setup
 	@.venv/bin/python -m mypy
 
 clean:
-	rm -rf .venv "$(DEMO)"
+	rm -rf .venv .venv-captioner "$(DEMO)"

@@ -4,24 +4,8 @@
 set -eu
 python=${1:-python3}
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "setup: $python is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2
-    exit 2
-}
-
-can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
-apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1; }
-
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or a set-up was interrupted
-    # Debian ships venv apart from Python.
-    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        can_install && apt-get update -qq && apt_install python3-venv || {
-            echo "setup: Python has no venv; as root: apt-get install python3-venv" >&2
-            exit 2
-        }
-    fi
-    "$python" -m venv --clear .venv
-fi
+. deploy/venv.sh
+make_venv .venv "$python"
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 

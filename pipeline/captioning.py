@@ -1,18 +1,21 @@
-"""One shard of images -> one shard of captions. Runs in a Ray task; knows nothing of Ray."""
+"""One shard of images -> one shard of captions that are put together from the tags. Runs in a Ray task; knows nothing
+of Ray. What a row of captions is, is said here for a model's captions too."""
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
-from captioner.engines import ENGINES
+from captioner.attempts import Outcome
+from captioner.engines.tags import TagEngine
 from captioner.requests import Request
+from pipeline.engine_choice import CaptionSettings
 from pipeline.records import CAPTIONS, TAG_CATEGORIES
 from pipeline.shards import Store
 from pipeline.tags import TagReader
 
-_COLUMNS = ["id", *(f"tags_{category}" for category in TAG_CATEGORIES)]
+TAG_COLUMNS: Final = ["id", *(f"tags_{category}" for category in TAG_CATEGORIES)]
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,38 @@ class ImageShard:
     digest: str  # of its footer
 
 
-def caption_shard(part: ImageShard, dataset: str, engine_name: str) -> None:
-    """Write captions/<shard>: the rows of images/<shard>, in their order, each with a caption or the reason for having
+def caption_shard(part: ImageShard, dataset: str, folder: str) -> None:
+    """Write <folder>/<shard>: the rows of images/<shard>, in their order, each with a caption or the reason for having
     none."""
     store = Store(dataset)
-    engine = ENGINES[engine_name]()
-    images = store.read_table(f"images/{part.shard}.parquet", _COLUMNS).to_pylist()
+    images = store.read_table(f"images/{part.shard}.parquet", TAG_COLUMNS).to_pylist()
     reader = TagReader()
-    answers = {answer.id: answer for answer in engine.caption([_request(row, reader) for row in images])}
-    rows = [
-        {
-            "id": row["id"],
-            "caption": answers[row["id"]].caption,
-            "reason": answers[row["id"]].reason,
-            "engine": engine.name,
-            "model": engine.model,
-            "prompt_version": engine.prompt_version,
-        }
-        for row in images
-    ]
+    answers = TagEngine().caption([request_of(row, reader) for row in images])
+    table = pa.RecordBatch.from_pylist([caption_row(Outcome(answer)) for answer in answers], CAPTIONS)
     made = json.dumps({"images": part.digest})
-    store.write_table(
-        f"captions/{part.shard}.parquet", pa.RecordBatch.from_pylist(rows, CAPTIONS), CAPTIONS, made_from=made
-    )
+    store.write_table(f"{folder}/{part.shard}.parquet", table, CAPTIONS, made_from=made)
 
 
-def _request(row: dict[str, Any], reader: TagReader) -> Request:
+def request_of(row: dict[str, Any], reader: TagReader) -> Request:
+    """Of a row of IMAGES."""
     return Request(row["id"], reader.text_parts({category: row[f"tags_{category}"] for category in TAG_CATEGORIES}))
+
+
+def caption_row(outcome: Outcome, settings: CaptionSettings | None = None) -> dict[str, Any]:
+    """A row of CAPTIONS. `settings` are those of the model that was asked, if one was: the caption is its own where it
+    was not refused."""
+    answer = outcome.answer
+    own = settings is not None and answer.reason is None
+    return {
+        "id": answer.id,
+        "caption": answer.caption,
+        "reason": None if answer.reason is None else str(answer.reason),
+        "engine": settings.engine if settings and own else TagEngine.name,
+        "model": settings.model if settings and own else TagEngine.model,
+        "prompt_version": settings.prompt_version if settings and own else TagEngine.prompt_version,
+        "attempts": outcome.attempts if settings else None,
+        "finish_reason": outcome.finish_reason,
+        "tokens_in": outcome.tokens_in if settings else None,
+        "tokens_out": outcome.tokens_out if settings else None,
+        "notes": [str(note) for note in answer.notes],
+    }

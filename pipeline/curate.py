@@ -37,6 +37,7 @@ class CurateJob:
     preset: str | None
     rules: str | None
     name: str | None  # of the selection; None: the stage's
+    captions: str | None  # captions/<name>/; None: captions/
     new_quality: bool
     plan: bool
     explain: list[str] | None
@@ -55,6 +56,7 @@ def parse_args() -> CurateJob:
         "--rules", metavar="FILE", help="TOML that overrides rules, as pipeline/rules/example.toml does"
     )
     parser.add_argument("--name", help="of the selection; default: that of the stage")
+    parser.add_argument("--captions", metavar="NAME", help="take captions/<name>/, as caption.py --name wrote it")
     parser.add_argument(
         "--new-quality", action="store_true",
         help="compute the quality borders anew; without, they are kept while the dataset grows by up to a tenth",
@@ -74,8 +76,10 @@ def parse_args() -> CurateJob:
 def main() -> None:
     job = parse_args()
     dataset, name = Store(job.dataset), job.name or job.stage
-    if "/" in name or name.startswith("."):
-        raise UsageError(f"--name {name} must be the name of a folder, without /")
+    for flag, folder in (("--name", name), ("--captions", job.captions or "")):
+        if "/" in folder or folder.startswith("."):
+            raise UsageError(f"{flag} {folder} must be the name of a folder, without /")
+    captions = f"captions/{job.captions}" if job.captions else "captions"
     if job.diff:
         from pipeline.compare import compare
 
@@ -87,9 +91,9 @@ def main() -> None:
         asked = asked_for(dataset, name)
         rules = stage_rules(asked.get("stage", job.stage), asked.get("preset"), asked.get("rules"))
     rules = with_artists(rules)
-    tags, inputs = tag_rules(rules), read_inputs(dataset, rules, captioned=not job.explain)
+    tags, inputs = tag_rules(rules), read_inputs(dataset, rules, captioned=not job.explain, captions_folder=captions)
     quality, borders = quality_table(dataset, f"selections/{name}", inputs, rules.preset, job.new_quality)
-    curation = Curation(dataset.root, name, rules, tags, quality)
+    curation = Curation(dataset.root, name, rules, tags, quality, captions)
     if job.explain:
         from pipeline.explain import explain
 
@@ -100,7 +104,12 @@ def main() -> None:
     else:
         dataset.write(f"{curation.folder}/quality.json", borders.encode())
         with ExitStack() as stack:
-            curate(curation, inputs, on_ray(stack), {"stage": job.stage, "preset": job.preset, "rules": job.rules})
+            curate(
+                curation,
+                inputs,
+                on_ray(stack),
+                {"stage": job.stage, "preset": job.preset, "rules": job.rules, "captions": job.captions},
+            )
 
 
 def print_plan(curation: Curation, inputs: Inputs) -> None:
@@ -185,6 +194,7 @@ def finish(
         raise UsageError(f"no row is left for {curation.name}: {dict(reasons)}; loosen its rules with --rules FILE")
     record = {
         "rules": asdict(curation.rules),
+        "captions": curation.captions,
         "selected": selected,
         "rejected": dict(sorted(reasons.items())),
         "shards": {shard: count for shard, count in kept.items() if count},

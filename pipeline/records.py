@@ -6,6 +6,8 @@
       images-<side>/<shard>.parquet        TIER: the same rows, the short side at most <side> pixels
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
+      captions/<name>/<shard>.parquet      the same of another engine or prompt
+      captions/[<name>/]partial/<shard>/   CAPTIONS: finished rows of a shard that is not
       scores/<name>/<shard>.parquet        scores_schema(labels): one per row of images/<shard>, in its order;
                                            null where the picture could not be decoded again
       scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
@@ -90,10 +92,16 @@ CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("caption", pa.string()),  # null where there is none
-        pa.field("reason", pa.string()),  # why there is no caption
-        pa.field("engine", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),  # why there is none of the model that was asked: then it is of the tags
+        pa.field("engine", pa.string(), nullable=False),  # what wrote this caption
         pa.field("model", pa.string(), nullable=False),
         pa.field("prompt_version", pa.string(), nullable=False),
+        # Of the model that was asked; null where none was, as in files of earlier versions.
+        pa.field("attempts", pa.int32()),
+        pa.field("finish_reason", pa.string()),  # of the last attempt: "stop", "length" ...; null if there is no answer
+        pa.field("tokens_in", pa.int32()),  # of all attempts together
+        pa.field("tokens_out", pa.int32()),
+        pa.field("notes", _TAGS),  # what was mended in the caption
     ],
     metadata={"hdm.format": "captions", "hdm.version": str(SCHEMA_VERSION)},
 )

@@ -6,7 +6,7 @@ import shlex
 from pipeline.shards import Store
 from pipeline.stage_rules import RULES
 
-_OPTIONS = ("stage", "preset", "rules")  # what curate.py keeps in run.json of what it was asked for
+_OPTIONS = ("stage", "preset", "rules", "captions")  # what curate.py keeps in run.json of what it was asked for
 
 
 def asked_for(store: Store, name: str) -> dict[str, str]:

@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 # Arrow and numpy let go of the interpreter lock; on S3 most of the time is waiting.
 _THREADS = 4
 _BATCH_ROWS = 16_384
+# Rows that are read at once from a row group, whose pictures may be large.
+_PICTURES_AT_ONCE = 8
+_READ_AHEAD = 4_000_000  # bytes
 
 
 def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -32,6 +35,23 @@ def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa
             if rows >= _BATCH_ROWS or group == file.metadata.num_row_groups - 1:
                 yield from file.iter_batches(_BATCH_ROWS, groups, list(columns))
                 groups, rows = [], 0
+
+
+def read_pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The bytes of some rows, whose numbers are sorted, a page of the column at a time: row groups without them are
+    not read. JobFailed where the file cannot be read."""
+    streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
+        end = 0
+        for group in range(file.metadata.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            rows = [number for number in wanted if row <= number < end]
+            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
+                yield from ((number, batch["image"][number - row].as_py()) for number in rows
+                            if row <= number < row + batch.num_rows)  # fmt: skip
+                row += batch.num_rows
+                if row > rows[-1]:
+                    break
 
 
 def row_count(store: Store, name: str) -> int:

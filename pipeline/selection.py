@@ -38,6 +38,7 @@ class Curation:
     rules: Rules
     tags: TagRules
     quality: QualityTable
+    captions: str = "captions"  # folder
 
     @property
     def folder(self) -> str:
@@ -206,8 +207,8 @@ def select_shard(part: ShardWork, curation: Curation) -> None:
     store = Store(curation.dataset)
     wanted = ["id", "sha256", "score", *POST_COLUMNS, *TAG_COLUMNS]
     images = store.read_table(f"images/{part.shard}.parquet", wanted)
-    captions = store.read_table(f"captions/{part.shard}.parquet", ["id", "caption"])
-    _check_rows(captions["id"], images["id"], f"captions/{part.shard}.parquet", "pipeline/caption.py")
+    captions = store.read_table(f"{curation.captions}/{part.shard}.parquet", ["id", "caption"])
+    _check_rows(captions["id"], images["id"], f"{curation.captions}/{part.shard}.parquet", "pipeline/caption.py")
     judged = store.read_table(f"{curation.folder}/judged/{part.shard}.parquet")
     reasons, details = (judged[column].to_pylist() for column in ("reason", "detail"))
     for row, refusal in part.copies.refused.items():

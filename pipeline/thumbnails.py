@@ -3,20 +3,15 @@
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-
-import pyarrow.parquet as pq
+from collections.abc import Mapping
 
 from pipeline.census import Place
 from pipeline.images import Limits, Refused, decode
-from pipeline.scan import in_order, readable
+from pipeline.scan import in_order, read_pictures
 from pipeline.shards import Store
 
 _SIDE = 176  # pixels of the longer side: shown at about half of it, for dense screens
 _QUALITY = 60
-# Rows that are read at once from a row group, whose pictures may be large.
-_PICTURES_AT_ONCE = 8
-_READ_AHEAD = 4_000_000  # bytes
 # Each holds one page of a picture column, and Arrow makes one page of a row group with fewer than 1024 rows.
 _THREADS = 2
 
@@ -43,26 +38,10 @@ def _of_shard(store: Store, tier: str, shard: str, wanted: Mapping[int, str]) ->
     """Data URIs by id; `wanted` gives the id of each row. Only row groups with such rows are read, up to the last."""
     drawn: dict[str, str] = {}
     folder = tier if store.exists(f"{tier}/{shard}.parquet") else "images"
-    for row, picture in _pictures(store, f"{folder}/{shard}.parquet", sorted(wanted)):
+    for row, picture in read_pictures(store, f"{folder}/{shard}.parquet", sorted(wanted)):
         uri = data_uri(picture)
         drawn |= {wanted[row]: uri} if uri else {}
     return drawn
-
-
-def _pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """The bytes of some rows, a page of the column at a time."""
-    streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
-    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
-        end = 0
-        for group in range(file.metadata.num_row_groups):
-            row, end = end, end + file.metadata.row_group(group).num_rows
-            rows = [number for number in wanted if row <= number < end]
-            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
-                yield from ((number, batch["image"][number - row].as_py()) for number in rows
-                            if row <= number < row + batch.num_rows)  # fmt: skip
-                row += batch.num_rows
-                if row > rows[-1]:
-                    break
 
 
 def data_uri(picture: bytes) -> str | None:

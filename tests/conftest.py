@@ -274,5 +274,19 @@ def real_illustrations() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_pixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Pixtral; needs the captioner's environment."""
+    save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_pixtral"]
+    return save(tmp_path_factory.mktemp("tiny-pixtral"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in Mistral's own layout."""
+    save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_mistral_layout"]
+    return save(tmp_path_factory.mktemp("tiny-mistral-layout"))
+
+
+@pytest.fixture(scope="session")
 def transient_faults() -> tuple[str, ...]:
     return TRANSIENT

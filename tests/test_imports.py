@@ -13,8 +13,11 @@ ONLY_IN = {
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
+    "vllm": {"captioner/engines/vllm.py"},
+    "mistral_common": {"captioner/engines/vllm.py"},
+    "aiohttp": {"captioner/engines/openai.py", "pipeline/s3.py"},
     "s3fs": {"pipeline/s3.py"},
-    "jinja2": {"pipeline/report_page.py", "trainer/gallery.py"},
+    "jinja2": {"pipeline/caption_trial.py", "pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.
 SHARED_WITH_TRAINER = {"pipeline.cluster", "pipeline.images", "pipeline.jobs", "pipeline.records", "pipeline.shards"}

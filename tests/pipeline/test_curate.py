@@ -390,6 +390,22 @@ def test_a_rerun_makes_again_only_what_depends_on_the_change(
     assert "4 changed: tag files (1, 2, 3 ...)" in capsys.readouterr().out
 
 
+def test_captions_of_another_engine_are_chosen_by_name_and_recorded(dataset: Dataset) -> None:
+    dataset.add("1", image("danbooru:1"))
+    dataset.curate()
+    with pytest.raises(UsageError, match=r"no captions/second.* --name second"):
+        read_inputs(dataset.store, with_artists(RULES), captions_folder="captions/second")
+    row = {"id": "danbooru:1", "caption": "By another.", "engine": "", "model": "", "prompt_version": ""}
+    dataset.store.write_table("captions/second/1.parquet", pa.Table.from_pylist([row], CAPTIONS), CAPTIONS)
+    curation = replace(dataset.curation(), captions="captions/second")
+    inputs = read_inputs(dataset.store, curation.rules, captions_folder="captions/second")
+    dataset.done = []
+    job.curate(curation, inputs, dataset._one_by_one, {"stage": "512"})
+    assert dataset.done == ["writing 1"]
+    assert dataset.store.read_table("selections/test/1.parquet")["caption"].to_pylist() == ["By another."]
+    assert dataset.record()["captions"] == "captions/second"
+
+
 def test_a_new_scorer_or_score_redoes_what_asks_for_it(dataset: Dataset) -> None:
     names = ["danbooru:1", "danbooru:2"]
     for shard, name in zip("ab", names, strict=True):
