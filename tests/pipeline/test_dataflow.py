@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
-from pipeline.dataflow import Pool, map_shards, map_shards_with, plan_pool
-from pipeline.jobs import UsageError
+from pipeline.dataflow import Pool, map_shards, map_shards_with, plan_engines, plan_pool
+from pipeline.jobs import JobStopped, Standing, UsageError
 
 
 # The works are made inside functions: what belongs to a test module cannot be imported by Ray's processes.
@@ -81,3 +82,70 @@ def test_a_pool_has_an_actor_for_each_cpu_and_none_without_a_shard_and_more_are_
     assert plan_pool(1, 99, use_gpus=True) == Pool(1, 1, 0)
     with pytest.raises(UsageError, match=r"4 actors do not fit.* Ray has 3"):
         plan_pool(4, 99, use_gpus=False)
+
+
+def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    big, small = {"CPU": 32.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in (big, small)])
+    assert plan_engines(None, 1, 99, use_gpus=True) == Pool(5, 8, 1, at_once=2)
+    assert plan_engines(None, 2, 99, use_gpus=True) == Pool(2, 8, 2, at_once=2)
+    assert plan_engines(3, 1, 2, use_gpus=True) == Pool(2, 8, 1, at_once=2)
+    assert plan_engines(None, 1, 99, use_gpus=False) == Pool(1, 8, 0, at_once=2)
+    with pytest.raises(UsageError, match="--engines 3: Ray has GPUs for 2 of 2 each"):
+        plan_engines(3, 2, 99, use_gpus=True)
+    with pytest.raises(UsageError, match="--tensor-parallel 8: no machine"):
+        plan_engines(None, 8, 99, use_gpus=True)
+
+
+def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
+    """Each shard is a row; the report counts those of this life."""
+
+    def make() -> Callable[[str], None]:
+        class Work:
+            def __init__(self) -> None:
+                self.rows = 0
+
+            def __call__(self, shard: str) -> None:
+                if shard == "stops":
+                    raise JobStopped("no other will do")
+                if shard == "dies once" and not (folder / "died").exists():
+                    (folder / "died").touch()
+                    os._exit(1)
+                self.rows += 1
+
+            def report(self) -> int:
+                return self.rows
+
+            def close(self) -> None:
+                (folder / f"closed.{os.getpid()}").touch()
+
+        return Work()
+
+    return make
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_actors_are_watched_over_their_lives_and_told_of_the_end(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watch(reports: list[int]) -> Standing:
+        seen.append(sum(reports))
+        return Standing(seen[-1], "", {"hdm_test_rows": {"done": seen[-1], "never": 0}})
+
+    shards = {name: name for name in ("a", "b", "dies once", "c")}
+    pool = Pool(1, 1, 0, at_once=2)
+    assert map_shards_with(watched_work(tmp_path), shards, lambda shard: 1, "test", pool, watch) == {}
+    assert 1 <= seen[-1] <= 4  # what a life did after its last report is not told of
+    assert len(list(tmp_path.glob("closed.*"))) == 1
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_work_that_says_so_stops_all_and_its_line_is_the_jobs(tmp_path: Path) -> None:
+    shards = {name: name for name in ("a", "stops", "b")}
+    with pytest.raises(JobStopped, match=r"^no other will do$"):
+        map_shards_with(
+            watched_work(tmp_path), shards, lambda shard: 1, "test", Pool(1, 1, 0), lambda reports: Standing(0, "", {})
+        )
+    assert len(list(tmp_path.glob("closed.*"))) == 1
