@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -22,6 +21,8 @@ from pipeline.shards import Store
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM has an environment of its own: make captioner", allow_module_level=True)
+
+import psutil  # which vLLM brings along
 
 ROOT = Path(__file__).parents[2]
 ROWS = 20  # of each shard
