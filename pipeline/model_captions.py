@@ -86,7 +86,8 @@ class Captioner:
         self._stopped = ""  # why
         self._working = 0  # shards
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._looping = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._looping.start()
 
     def __call__(self, part: ImageShard) -> None:
         """Write <folder>/<shard>: the rows of images/<shard>, in their order. What is finished is kept whatever
@@ -201,6 +202,9 @@ class Captioner:
             time.sleep(0.05)
         asyncio.run_coroutine_threadsafe(self._turns.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._looping.join(timeout=_CLOSE_SECONDS)
+        if not self._looping.is_alive():
+            self._loop.close()
 
     def _finished_before(self, name: str, made_from: Mapping[str, str]) -> dict[str, Row]:
         """Rows by id of the finished shard, where its rejected ones are to be asked again."""

@@ -87,7 +87,11 @@ class Store:
     def open(self, name: str = "") -> BinaryIO:
         """Open for reading, with seeking."""
         path = self.path(name)
-        return s3.open_file(path) if self.is_remote else open(path, "rb")
+        if self.is_remote:
+            return s3.open_file(path)
+        # Arrow's own: its threads would need the interpreter for a file of Python's, and abort where that is ending.
+        opened: BinaryIO = pa.OSFile(path, "rb")
+        return opened
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
