@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ from pipeline.jobs import JobFailed
 from pipeline.records import TEXT_CATEGORIES
 from trainer.captions import CaptionConfig, TextParts, full_text, training_text
 from trainer.flow import Stream, sample_generator, sample_key
+from trainer.layout import Layout
+from trainer.layout import Selection as Selection
 from trainer.order import Order, streams_of
 from trainer.row_groups import RowGroup, RowGroups, read_row_group, selection_rows
-from trainer.samples import Layout
-from trainer.samples import Selection as Selection
+
+# Of this process.
+_ROW_GROUPS = RowGroups()
 
 # Of the random numbers of held-out samples: no stage is trained with it.
 _HELD_OUT_SEED = 0x68656C64
@@ -109,7 +112,7 @@ def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64])
         here = epoch_B == epoch
         key_B[here] = sample_key(data.order.seed, int(epoch), place_B[here])
     group_B, row_B = data.layout.locate(data.order.samples(positions))
-    groups = _row_groups().take(data.layout, Counter(group_B.tolist()), data.cached_row_groups)
+    groups = _ROW_GROUPS.take(data.layout, Counter(group_B.tolist()), data.cached_row_groups)
     places = zip(group_B.tolist(), row_B.tolist(), key_B.tolist(), strict=True)
     return join([_training_sample(data, groups, *place) for place in places])
 
@@ -137,27 +140,22 @@ def join(batches: Sequence[Batch]) -> Batch:
     )
 
 
-@lru_cache(maxsize=1)
-def _row_groups() -> RowGroups:
-    """Of this process."""
-    return RowGroups()
-
-
 def _training_sample(data: TrainingData, groups: dict[int, RowGroup], group: int, nth: int, key: int) -> Batch:
-    """Training row `nth` of a row group, or the next one that can be read: first of the same row group, from its end on
-    from its beginning, then of the row groups after it. A function of the place alone, as all of a sample is."""
+    """Training row `nth` of a row group or, where it cannot be read, the next one that can: of the same row group, in
+    which the first row follows the last, then of those after it. Which one that is depends on the place alone."""
     failures: list[tuple[str, str]] = []
     across, down, mirroring = sample_generator(key, Stream.CROP).random(3)
     for other in range(group, group + _MOST_ROW_GROUPS):
-        found = _row_group(data, groups, other % len(data.layout.counts_G))
+        number = other % len(data.layout.counts_G)
+        found = groups.get(number) or _ROW_GROUPS.take(data.layout, {number: 0}, data.cached_row_groups)[number]
         rows = found.training_rows(data.layout.hold_out)
         # Not always the first of another row group: it would stand for every picture of one that is lost.
         for row in np.roll(rows, -nth % max(1, len(rows))).tolist():
             cut = _crop(found, row, data.crop.resolution, across, down)
             if isinstance(cut, Crop):
-                parts = _text_parts(found, row)
-                if mirroring < data.crop.flip and not _NOT_TO_MIRROR.search(full_text(parts)):
-                    cut = _mirrored(cut)
+                parts = text_parts(found.row(row))
+                if mirroring < data.crop.flip and may_be_mirrored(parts):
+                    cut = mirrored(cut)
                 text = training_text(parts, sample_generator(key, Stream.CAPTION), data.crop.captions)
                 return _one(found, row, cut, text, key, failures[:1])
             failures.append((_id(found, row), cut))
@@ -174,14 +172,9 @@ def _held_out_sample(data: TrainingData, number: int) -> Batch:
         cut = _crop(found, row, data.crop.resolution, 0.5, 0.5)
         if isinstance(cut, Crop):
             key = int(sample_key(_HELD_OUT_SEED, 0, found.hash_R[row : row + 1])[0])
-            return _one(found, row, cut, full_text(_text_parts(found, row)), key, failures[:1])
+            return _one(found, row, cut, full_text(text_parts(found.row(row))), key, failures[:1])
         failures.append((_id(found, row), cut))
     raise _nothing_readable(failures)
-
-
-def _row_group(data: TrainingData, groups: dict[int, RowGroup], group: int) -> RowGroup:
-    """Of those at hand, or one that is needed in another's place."""
-    return groups.get(group) or _row_groups().take(data.layout, {group: 0}, data.cached_row_groups)[group]
 
 
 def _nothing_readable(failures: list[tuple[str, str]]) -> JobFailed:
@@ -197,7 +190,12 @@ def _crop(group: RowGroup, row: int, side: int, across: float, down: float) -> C
     return f"{cut.reason.value} ({cut.detail})" if isinstance(cut, Refused) else cut
 
 
-def _mirrored(cut: Crop) -> Crop:
+def may_be_mirrored(parts: TextParts) -> bool:
+    """Whether nothing that is known of the picture has a side or is writing."""
+    return not _NOT_TO_MIRROR.search(full_text(parts))
+
+
+def mirrored(cut: Crop) -> Crop:
     """The crop of the mirrored picture that shows the same, mirrored."""
     side = cut.pixels_HWC.shape[1]
     return replace(cut, pixels_HWC=cut.pixels_HWC[:, ::-1], x0=cut.width - cut.x0 - side)
@@ -214,17 +212,13 @@ def _id(group: RowGroup, row: int) -> str:
     return name
 
 
-def _text_parts(group: RowGroup, row: int) -> TextParts:
-    return _parts(group.texts.slice(row, 1).to_pylist()[0])
-
-
 # --- Texts without pictures -------------------------------------------------------------------------------------------
 
 
 def selection_texts(selection: Selection) -> list[str]:
     """Every row's whole text, nothing dropped, in the selection's order."""
     return [
-        full_text(_parts(row))
+        full_text(text_parts(row))
         for shard in selection.shards
         for row in selection_rows(selection.dataset, selection.name, shard).to_pylist()
     ]
@@ -234,7 +228,7 @@ def example_texts(selection: Selection, count: int) -> list[str]:
     """Whole texts of `count` rows spread over the first shard: what a prompt for this selection looks like."""
     rows = selection_rows(selection.dataset, selection.name, selection.shards[0])
     spread = np.linspace(0, rows.num_rows - 1, min(count, rows.num_rows)).astype(int)
-    return [full_text(_parts(row)) for row in rows.take(spread).to_pylist()]
+    return [full_text(text_parts(row)) for row in rows.take(spread).to_pylist()]
 
 
 def selection_tags(selection: Selection) -> set[str]:
@@ -243,6 +237,7 @@ def selection_tags(selection: Selection) -> set[str]:
     return {tag for table in tables for tag in table["general"].combine_chunks().flatten().unique().to_pylist()}
 
 
-def _parts(row: dict[str, Any]) -> TextParts:
+def text_parts(row: dict[str, Any]) -> TextParts:
+    """Of a row of SELECTION."""
     tags = {category: tuple(row[category]) for category in TEXT_CATEGORIES}
     return TextParts(**tags, caption=row["caption"], quality=row["quality"], era=row["era"], rating=row["rating"])

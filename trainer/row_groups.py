@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.shards import Store
-from trainer.samples import Layout, Selection, held_out, id_hash, stale
+from trainer.layout import Layout, Selection, held_out, id_hash, stale
 
 Value = TypeVar("Value")
 
@@ -37,6 +37,11 @@ class RowGroup:
 
     def training_rows(self, hold_out: float) -> NDArray[np.int64]:
         return np.flatnonzero(~held_out(self.hash_R, hold_out))
+
+    def row(self, at: int) -> dict[str, Any]:
+        """Of SELECTION."""
+        row: dict[str, Any] = self.texts.slice(at, 1).to_pylist()[0]
+        return row
 
 
 class RowGroups:
@@ -68,7 +73,10 @@ class RowGroups:
             raise
 
     def forget(self) -> None:
+        """Everything that was read."""
         self._held.clear()
+        selection_rows.cache_clear()
+        _footer.cache_clear()
 
 
 def read_row_group(layout: Layout, group: int) -> RowGroup:
