@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -113,9 +114,9 @@ class Log:
                 self._said = True
                 why = (str(error).strip().splitlines() or [""])[0]
                 said = f"{type(error).__name__}: {why}"
-                print(
-                    f"log: {self.folder} could not be written ({said}); training goes on", file=sys.stderr, flush=True
-                )
+                with suppress(OSError):  # stderr may be a file on the same full disk
+                    print(f"log: {self.folder} could not be written ({said}); training goes on", file=sys.stderr)
+                    sys.stderr.flush()
 
     def _go_on(self, start_step: int) -> None:
         self.before = spent(self.folder / METRICS_FILE)
@@ -245,7 +246,7 @@ class _TensorBoard:
             # Readers take the files of a folder in the order of their names.
             number = 1 + len(list(self._folder.glob("events.out.tfevents.*")))
             self._file = self._folder / f"events.out.tfevents.{number:06d}"
-        new = not self._file.exists()
+        new = not (self._file.exists() and self._file.stat().st_size)  # empty after a first write that failed
         _append(self._file, (self._beginning() if new else b"") + _record(Event(step=step, summary=summary)))
 
     def _beginning(self) -> bytes:

@@ -1,6 +1,6 @@
 """Validation losses against closed forms, and pictures of fixed prompts drawn by one worker or several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,15 @@ from trainer.text import build_local_text_encoder, load_text_encoder
 
 CHANNELS, SIDE = 4, 16  # of latents
 ONES_C = torch.ones(CHANNELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Such small products take many times as long where threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def inputs(count: int = 3, latents: float = 0.0) -> Inputs:

@@ -150,6 +150,16 @@ def test_a_full_disk_is_counted_said_once_and_leaves_no_half_of_anything(
     assert [image.step for image in events(tmp_path / "tensorboard").Images("validation/grid")] == [3]
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_files_that_can_still_be_begun(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, LogConfig(), {})
+    with full_beyond(10):
+        log.metrics({"step": 1, "loss": 1.0})
+    assert log.failures == 2
+    log.metrics({"step": 2, "loss": 2.0})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 2, "loss": 2.0}]
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(2, 2.0)]
+
+
 def test_a_folder_that_cannot_be_made_costs_only_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file")
     log = Log(tmp_path / "run", 0, LogConfig(), {})
