@@ -11,6 +11,7 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "diffusers": {"trainer/vae.py"},
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "vllm": {"captioner/engines/vllm.py"},
