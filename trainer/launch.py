@@ -117,12 +117,11 @@ def _train_worker(config: dict[str, Any]) -> None:
         asked = time.time()
         batch = next(batches)
         waited += time.time() - asked
-        loss = loop.step(encode(batch, codec, encoder, training.stage, device))
+        loss = loop.step([encode(batch, codec, encoder, training.stage, device)]).loss
         taken = loop.steps_taken
         last = taken == training.stop_step
         saving = taken % training.stage.checkpoint_every == 0 or last
         if taken % training.stage.log_every == 0 or saving:
-            loss = _mean_over_workers(loss)
             if not torch.isfinite(loss):  # on every worker alike, and before a sound checkpoint makes room for this one
                 raise FloatingPointError(f"the loss is {float(loss)} at step {taken}: lower the learning rate")
             if leader:
@@ -155,6 +154,7 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         XUT(training.model).to(device),
         LoopConfig(
             resolution=stage.resolution,
+            batch_size=stage.batch_size,
             selection_rate=stage.selection_rate,
             total_steps=training.stop_step,
             ema_decay=stage.ema_decay,
@@ -168,21 +168,13 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         found = checkpoint.newest(Path(training.run))
         assert found is not None, training.run
         assert found.step == training.start_step, (found, training.start_step)
-        loop.model.load_state_dict(found.tensors("model"))
-        loop.ema.load_state_dict(found.tensors("ema"))
-        checkpoint.load_optimizer(loop.optimizer, found.tensors("optimizer"))
-        loop.steps_taken = found.step
+        loop.load({name: found.tensors(name) for name in loop.tensors()}, found.step)
     return loop
 
 
 def save(training: Training, loop: Loop) -> None:
-    tensors = {
-        "model": loop.model.state_dict(),
-        "ema": loop.ema.state_dict(),
-        "optimizer": checkpoint.optimizer_tensors(loop.optimizer),
-    }
     state = training.record() | {"versions": versions()}
-    checkpoint.save(Path(training.run), loop.steps_taken, tensors, state)
+    checkpoint.save(Path(training.run), loop.steps_taken, loop.tensors(), state)
 
 
 def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig, device: torch.device) -> Inputs:
@@ -196,13 +188,6 @@ def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig,
         frame_B4=torch.from_numpy(batch.frame_B4).to(device),
         keys_B=torch.from_numpy(batch.keys_B).to(device),
     )
-
-
-def _mean_over_workers(value: torch.Tensor) -> torch.Tensor:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value
 
 
 def _forget_steps_after(step: int, metrics: Path) -> None:

@@ -37,7 +37,11 @@ class Muon(Optimizer):
     """Nesterov momentum, orthogonal steps, decoupled weight decay. Takes matrices only.
 
     A step is scaled by sqrt(max(1, rows / columns)), as its authors do, so that one rate serves every shape and width.
+    As with torch's fused optimizers, weights and momenta stay as they are where `found_inf`, a 0-dim tensor on the
+    device, is not 0; the host does not wait for it.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[Any], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -63,9 +67,17 @@ class Muon(Optimizer):
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-        rows, columns = ahead.shape[1:]
-        steps = orthogonalise(ahead) if rows <= columns else orthogonalise(ahead.mT).mT
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, steps.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        before_MRC, gradient_MRC = torch.stack(momenta), torch.stack(gradients)
+        momentum_MRC = torch.lerp(before_MRC, gradient_MRC, 1 - group["momentum"])
+        ahead_MRC = torch.lerp(gradient_MRC, momentum_MRC, group["momentum"])
+        rows, columns = ahead_MRC.shape[1:]
+        step_MRC = orthogonalise(ahead_MRC) if rows <= columns else orthogonalise(ahead_MRC.mT).mT
+        kept: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            skip = self.found_inf.bool()
+            momentum_MRC = torch.where(skip, before_MRC, momentum_MRC)
+            step_MRC = torch.where(skip, 0.0, step_MRC)  # not a product: 0 times nan is nan
+            kept = torch.where(skip, 1.0, kept)
+        torch._foreach_copy_(momenta, momentum_MRC.unbind())
+        torch._foreach_mul_(parameters, kept)
+        torch._foreach_add_(parameters, step_MRC.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)

@@ -7,12 +7,12 @@ papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from trainer.muon import Muon
@@ -106,7 +106,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for its groups, AdamW for the others, behind one list of groups and one state dict."""
+    """Muon for its groups, AdamW for the others, behind one list of groups, one state dict and one `found_inf`."""
+
+    found_inf: Tensor | None = None
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts: tuple[tuple[Optimizer, int, int], ...] = ()
@@ -120,7 +122,52 @@ class MuonAndAdamW(Optimizer):
         for part, first, last in self.parts:
             # Handed over at every step: load_state_dict replaces both.
             part.param_groups, part.state = self.param_groups[first:last], self.state
+            part.found_inf = self.found_inf  # type: ignore[attr-defined]
             part.step()
+
+
+def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """One step; where `skip`, a 0-dim bool on the device of the parameters, is true, nothing of it is left.
+
+    Weights, moments and counts are then bit-equal to those before, whatever the gradients, and the host does not wait
+    to know. `found_inf` is how torch.amp tells fused optimizers, whose kernels return at once; Muon here knows it too.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state of `build_optimizer(model, ...)` by parameter's name, dot, state's name. Not copies."""
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, with copies; rates and groups stay this optimizer's own.
+
+    ValueError for tensors of another model or another kind of optimizer.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    loaded: dict[Tensor, dict[str, Tensor]] = {}
+    for group in optimizer.param_groups:
+        keys = ("momentum",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            # A parameter that never had a gradient has no state; one that has some of it has all.
+            found = {key: tensors[name] for key in keys if (name := f"{names[parameter]}.{key}") in tensors}
+            fits = all(t.shape == (() if key == "step" else parameter.shape) for key, t in found.items())
+            if found and len(found) == len(keys) and fits:
+                loaded[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
+    strange = tensors.keys() - {f"{names[p]}.{key}" for p, state in loaded.items() for key in state}
+    if strange:
+        raise ValueError(
+            f"this optimizer state is of another model or kind of optimizer: {len(strange)} of its tensors do not fit, "
+            f"{min(strange)} among them; go on with the settings that it was saved with"
+        )
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -29,11 +29,23 @@ def test_the_average_follows_its_closed_form_through_the_warm_up() -> None:
         torch.testing.assert_close(ema.weights[name], torch.full_like(ema.weights[name], expected))
 
 
+def test_a_skipped_update_changes_neither_averages_nor_count() -> None:
+    module = nn.Linear(3, 2)
+    ema, unskipped = EMA(module, 0.9), EMA(module, 0.9)
+    for value, skip in [(1.0, False), (2.0, True), (3.0, False)]:
+        set_weights(module, value)
+        ema.update(module, torch.tensor(skip))
+        if not skip:
+            unskipped.update(module)
+    assert ema.updates == 2
+    assert all(torch.equal(ema.weights[name], unskipped.weights[name]) for name in ema.weights)
+
+
 def test_averages_of_bf16_weights_keep_what_bf16_would_round_away() -> None:
     module = nn.Linear(4, 4).bfloat16()
     set_weights(module, 1.0)
     ema = EMA(module, decay=0.999)
-    ema.updates = 10**6
+    ema.updates.fill_(10**6)
     set_weights(module, 1.0078125)
     ema.update(module)
     average = ema.weights["weight"]

@@ -42,6 +42,22 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     assert torch.equal(parameter, before)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_found_inf_changes_neither_weights_nor_momentum(bad: float) -> None:
+    parameters = [torch.nn.Parameter(random(4, 6, seed=seed)) for seed in range(2)]
+    optimizer = Muon(parameters, weight_decay=0.5)
+    states = []
+    for gradient, found_inf in [(1.0, 0.0), (bad, 1.0), (-2.0, 0.0)]:
+        for parameter in parameters:
+            parameter.grad = random(4, 6, seed=9) * gradient
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        momenta = [optimizer.state[parameter]["momentum"] for parameter in parameters]
+        states.append([tensor.detach().clone() for tensor in (*parameters, *momenta)])
+    assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
+
+
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"matrices only: got a parameter of shape \(5,\)"):
         Muon([torch.nn.Parameter(torch.zeros(5))])

@@ -16,8 +16,11 @@ from trainer.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
+    load_optimizer_tensors,
+    optimizer_tensors,
     parameter_roles,
     set_learning_rate,
+    step_unless,
 )
 from trainer.positions import full_position_map
 
@@ -187,6 +190,49 @@ def test_muon_moves_hidden_matrices_by_an_orthogonal_step() -> None:
             # The Newton-Schulz iteration of Muon ends between 0.7 and 1.2, where the gradient has full rank.
             assert 0.5 < singular.median() < 1.3
             assert singular.max() < 1.3
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_of_gradients_that_are_not_finite_can_be_left_out(kind: str) -> None:
+    model = model_of_width(32)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind))  # type: ignore[arg-type]
+    train(model, optimizer, steps=2)
+    before = copy.deepcopy((model.state_dict(), optimizer_tensors(optimizer, model)))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    step_unless(torch.tensor(True), optimizer)
+    after = (model.state_dict(), optimizer_tensors(optimizer, model))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    train(model, optimizer, steps=1)
+    step_unless(torch.tensor(False), optimizer)
+    assert not torch.equal(model.patch_out.weight, before[0]["patch_out.weight"])
+
+
+def test_state_is_saved_under_the_names_of_the_parameters() -> None:
+    model = model_of_width(32)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="muon"))
+    assert optimizer_tensors(optimizer, model) == {}, "before the first step there is none"
+    train(model, optimizer, steps=1)
+    tensors = optimizer_tensors(optimizer, model)
+    of_adamw = {"exp_avg", "exp_avg_sq", "step"}
+    wanted = {
+        f"{name}.{key}"
+        for name, role in parameter_roles(model).items()
+        for key in ({"momentum"} if role == "hidden" else of_adamw)
+    }
+    assert tensors.keys() == wanted
+
+
+def test_the_state_of_a_wider_model_or_a_part_of_it_is_refused() -> None:
+    wide, narrow = model_of_width(64), model_of_width(32)
+    optimizer = build_optimizer(wide, OptimizerConfig())
+    train(wide, optimizer, steps=1)
+    tensors = optimizer_tensors(optimizer, wide)
+    with pytest.raises(ValueError, match=r"of its tensors do not fit, adaln\.attn\.hidden\.bias\.exp_avg among them"):
+        load_optimizer_tensors(build_optimizer(narrow, OptimizerConfig()), narrow, tensors)
+    del tensors["patch_out.bias.exp_avg"]
+    with pytest.raises(ValueError, match=r"2 of its tensors do not fit, patch_out\.bias\.exp_avg_sq"):
+        load_optimizer_tensors(optimizer, wide, tensors)
 
 
 def test_an_unknown_kind_is_refused() -> None:
