@@ -17,8 +17,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from pipeline.jobs import JobFailed, UsageError, progress, versions
-from trainer import checkpoint
+from pipeline.jobs import JobFailed, UsageError, progress
+from trainer.checkpoint import Checkpoints, load_optimizer, optimizer_tensors, training_state
 from trainer.data import Batch, load_batch
 from trainer.latents import Codec, load_codec
 from trainer.loop import Inputs, Loop, LoopConfig
@@ -163,12 +163,12 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         codec.loss_weight_C,
     )
     if training.start_step:
-        found = checkpoint.newest(Path(training.run))
+        found = Checkpoints.of_stage(training.run, training.stage_name).newest()
         assert found is not None, training.run
         assert found.step == training.start_step, (found, training.start_step)
         loop.model.load_state_dict(found.tensors("model"))
         loop.ema.load_state_dict(found.tensors("ema"))
-        checkpoint.load_optimizer(loop.optimizer, found.tensors("optimizer"))
+        load_optimizer(loop.optimizer, found.tensors("optimizer"))
         loop.steps_taken = found.step
     return loop
 
@@ -177,10 +177,19 @@ def save(training: Training, loop: Loop) -> None:
     tensors = {
         "model": loop.model.state_dict(),
         "ema": loop.ema.state_dict(),
-        "optimizer": checkpoint.optimizer_tensors(loop.optimizer),
+        "optimizer": optimizer_tensors(loop.optimizer),
     }
-    state = training.record() | {"versions": versions()}
-    checkpoint.save(Path(training.run), loop.steps_taken, tensors, state)
+    position = loop.steps_taken * training.stage.batch_size
+    state = training_state(
+        stage_name=training.stage_name,
+        epoch=position // training.selection.count,
+        position=position,
+        first_epoch=0,
+        seed=training.stage.seed,
+        config=training.record(),
+        selection=training.selection.digest,
+    )
+    Checkpoints.of_stage(training.run, training.stage_name).save(loop.steps_taken, tensors, state)
 
 
 def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig, device: torch.device) -> Inputs:
