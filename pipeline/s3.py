@@ -131,6 +131,13 @@ def find(path: str) -> list[str]:
         return [f"s3://{entry}" for entry in files.find(path)]
 
 
+def sizes(path: str) -> dict[str, int]:
+    """The full names of all files below a path, or of the file there, with their bytes: one request for each 1,000."""
+    files = connect(path)
+    with named_errors(path):
+        return {f"s3://{entry}": info["size"] for entry, info in files.find(path, detail=True).items()}
+
+
 def open_file(path: str) -> BinaryIO:
     """Open for reading, with seeking: one HEAD now, then one GET for each read beyond what was read ahead.
 

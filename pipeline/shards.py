@@ -8,6 +8,7 @@ import fcntl
 import glob
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections import Counter
@@ -24,7 +25,8 @@ import pyarrow.parquet as pq
 from pipeline import s3
 
 _PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
-_UPLOAD = "hdm-upload-"
+_PASSING = "hdm-passing-"
+_COPIED_AT_ONCE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Store:
 
     S3 settings come from the environment of each process, as for every AWS tool: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION,
     AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_MAX_ATTEMPTS. HDM_S3_ANONYMOUS is 1, or the names of
-    public buckets with commas between them: these are read without keys. A file on its way to S3 lies in TMPDIR, one
-    for each file that is being written. Errors of S3 are s3.S3Refused and s3.S3Unavailable, of one line each.
+    public buckets with commas between them: these are read without keys. A file on its way to S3, or the copy of one
+    there, lies in TMPDIR while it is in use. Errors of S3 are s3.S3Refused and s3.S3Unavailable, of one line each.
     """
 
     root: str
@@ -98,8 +100,25 @@ class Store:
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
-        with self._committed(name) as path, open(path, "wb") as file:
+        with self.committed(name) as path, open(path, "wb") as file:
             file.write(data)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[str]:
+        """A local path that has the content of a file while the block lasts: its own, or a copy's from S3."""
+        if not self.is_remote:
+            yield self.path(name)
+            return
+        with _passing_file() as path:
+            with self.open(name) as source, open(path, "wb") as copy:
+                shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
+            yield path
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file below a folder, by its name relative to that; none if there is no such folder."""
+        root = self.path(folder)
+        found = s3.sizes(root) if self.is_remote else _sizes_below(root)
+        return {path.removeprefix(f"{root.rstrip('/')}/"): size for path, size in found.items()}
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open(name) as file:
@@ -149,14 +168,14 @@ class Store:
         schema = schema.with_metadata((schema.metadata or {}) | {k.encode(): v.encode() for k, v in metadata.items()})
         # Pictures are compressed already: zstd would spend time on them and win nothing.
         compression = {column.name: "none" if pa.types.is_binary(column.type) else "zstd" for column in schema}
-        with self._committed(name) as path, pq.ParquetWriter(path, schema, compression=compression) as writer:
+        with self.committed(name) as path, pq.ParquetWriter(path, schema, compression=compression) as writer:
             yield lambda rows: writer.write(rows.cast(schema))
 
     @contextmanager
-    def _committed(self, name: str) -> Iterator[str]:
+    def committed(self, name: str) -> Iterator[str]:
         """A local path to write to; the file is committed under `name` when the block ends without an exception."""
         if self.is_remote:
-            with _upload_file() as path:
+            with _passing_file() as path:
                 yield path
                 s3.put(path, self.path(name))
             return
@@ -176,12 +195,12 @@ class Store:
 
 
 @contextmanager
-def _upload_file() -> Iterator[str]:
-    """A new file for what goes to S3, removed at the end. Its lock says that it is in use."""
+def _passing_file() -> Iterator[str]:
+    """A new file for what goes to S3 or comes from there, removed at the end. Its lock says that it is in use."""
     folder = tempfile.gettempdir()
     _remove_orphans(folder)
     while True:
-        file = tempfile.NamedTemporaryFile(prefix=_UPLOAD, dir=folder, delete=False)  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(prefix=_PASSING, dir=folder, delete=False)  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
@@ -195,8 +214,8 @@ def _upload_file() -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _remove_orphans(folder: str) -> None:
-    """Once per process: remove the files of uploads whose processes were killed; at up to a shard each they add up."""
-    for path in glob.glob(f"{glob.escape(folder)}/{_UPLOAD}*"):
+    """Once per process: remove the files whose processes were killed; at up to a shard each they add up."""
+    for path in glob.glob(f"{glob.escape(folder)}/{_PASSING}*"):
         _remove_unless_in_use(path)
 
 
@@ -222,3 +241,11 @@ def find_parquet(path: str) -> list[str]:
 
 def _files_below(folder: str) -> list[str]:
     return [f"{where}/{name}" for where, _, names in os.walk(folder, followlinks=True) for name in names]
+
+
+def _sizes_below(folder: str) -> dict[str, int]:
+    sizes = {}
+    for path in _files_below(folder):
+        with suppress(FileNotFoundError):  # another process removed it
+            sizes[path] = os.stat(path).st_size
+    return sizes

@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from trainer import checkpoint
+from pipeline.shards import Store
+from trainer.checkpoint import newest_of_run
 from trainer.ema import EMA
 from trainer.flow import draw_noise, sample_key
 from trainer.latents import Codec, load_codec
@@ -69,26 +72,31 @@ class PictureModel:
     device: torch.device
     steps_taken: int
     record: dict[str, Any]  # what the run was trained with
-    run: Path
+    run: str  # folder or s3://bucket/prefix
     precision: str = "fp32"  # of the model's forward pass: "bf16" as in training on a GPU
 
     @classmethod
-    def load(cls, run: Path, device: torch.device) -> "PictureModel":
-        """ValueError for a run folder without a finished checkpoint, or with a damaged one."""
-        run = run.resolve()
-        found = checkpoint.newest(run)
+    def load(cls, run: str | Path, device: torch.device) -> "PictureModel":
+        """The checkpoint that was saved last, of whichever stage. `run`: a folder or s3://bucket/prefix.
+
+        ValueError for a run without a finished checkpoint, or with a damaged one.
+        """
+        run = Store(str(run)).root
+        found = newest_of_run(run)
         if found is None:
             raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
-        record = found.state()
+        record = found.state()["config"]
         config = XUTConfig.from_dict(record["model"])
         model = XUT(config).to(device).eval()
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))
         model.load_state_dict(found.tensors("model") | average.weights)
+        with _local_folder(text_encoder_of(run, record["stage"]["text_encoder"])) as folder:
+            encoder = load_text_encoder(folder, device, layers=config.text_layers)
         return cls(
             model,
             load_codec(record["stage"]["codec"], device),
-            load_text_encoder(text_encoder_of(run, record["stage"]["text_encoder"]), device, layers=config.text_layers),
+            encoder,
             record["stage"]["text_tokens"],
             device,
             found.step,
@@ -156,6 +164,21 @@ class PictureModel:
         latents_BCHW = euler(guided(velocity, settings.guidance), draw_noise(keys_B, shape), settings.steps)
         pixels_B3HW: Tensor = self.codec.decode(latents_BCHW)
         return list(pixels_B3HW.permute(0, 2, 3, 1).cpu().numpy())
+
+
+@contextmanager
+def _local_folder(folder: str) -> Iterator[str]:
+    """The folder itself or, of one on S3, a copy of its files for as long as the block lasts."""
+    if not folder.startswith("s3://"):
+        yield folder
+        return
+    store = Store(folder)
+    with tempfile.TemporaryDirectory(prefix="hdm-text-encoder-") as copy:
+        for name in store.sizes():
+            path = Path(copy, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.read(name))
+        yield copy
 
 
 def save_picture(out: Path, pixels: Pixels, prompt: str, seed: int, settings: Settings) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.jobs import UsageError, local_path
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.data import CropConfig, Selection, example_texts, selection_texts
 from trainer.latents import load_codec
 from trainer.model.xut import XUTConfig
@@ -23,6 +23,7 @@ class Training:
     """One training job, resolved: what every worker needs to know."""
 
     stage: StageConfig
+    stage_name: str
     model: XUTConfig
     selection: Selection
     run: str  # absolute path of the run folder, seen by every worker
@@ -60,7 +61,7 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
         raise UsageError(f"--steps must be at least 1: got {total}")
     selection = _selection(dataset, stage)
     folder = local_path("--run", run).resolve()
-    found = checkpoint.newest(folder)
+    found = Checkpoints.of_stage(folder, stage_name).newest()
     text_encoder = text_encoder_of(folder, stage.text_encoder)
     if stage.text_encoder == "local" and found is None:
         # Made anew until there is a checkpoint that was trained with it: the selection may be another one by now.
@@ -74,6 +75,7 @@ def resolve(stage_name: str, dataset: str, run: str, workers: int, steps: int | 
     model = PRESETS[stage.model](in_channels=channels, patch_size=stage.patch_size, text_dim=text_dim)
     training = Training(
         stage=stage,
+        stage_name=stage_name,
         model=model,
         selection=selection,
         run=str(folder),
@@ -106,21 +108,21 @@ def _selection(dataset: str, stage: StageConfig) -> Selection:
     return selection
 
 
-def text_encoder_of(run: Path, name: str) -> str:
+def text_encoder_of(run: str | Path, name: str) -> str:
     """Where a stage's text encoder is: "local" lies in the run folder itself, so that the folder can be moved."""
-    return str(run / "text_encoder") if name == "local" else name
+    return f"{run}/text_encoder" if name == "local" else name
 
 
 # Of a stage, when a run goes on: what decides neither a step's result nor its place in the data.
 _MAY_CHANGE = {"samples", "log_every", "checkpoint_every"}
 
 
-def _check_same_run(found: checkpoint.Checkpoint | None, training: Training) -> None:
+def _check_same_run(found: Checkpoint | None, training: Training) -> None:
     """A run goes on only with the model, the stage and the selection that it began with: a step's position in the data
     follows from the batch size, an optimizer's state from its kind."""
     if found is None:
         return
-    before, now = found.state(), json.loads(json.dumps(training.record()))
+    before, now = found.state()["config"], json.loads(json.dumps(training.record()))
     changed = [f"model.{name}" for name, value in now["model"].items() if before["model"].get(name) != value]
     fixed = now["stage"].keys() - _MAY_CHANGE
     changed += sorted(f"stage.{name}" for name in fixed if before["stage"].get(name) != now["stage"][name])

@@ -30,7 +30,7 @@ class SampleJob:
 
 def parse_args() -> SampleJob:
     parser = Parser(prog="sample.py", description=__doc__)
-    parser.add_argument("--run", default=default_run(), metavar="DIR", help="folder that trainer/run.py wrote")
+    parser.add_argument("--run", default=default_run(), metavar="DIR", help="of trainer/run.py, or its copy at s3://")
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="default: examples kept with the run")
     parser.add_argument("--out", default="pictures", metavar="DIR", help="default: pictures")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what the picture should not be like")
@@ -67,9 +67,7 @@ def main() -> None:
 
     out = local_path("--out", job.out)
     try:
-        model = PictureModel.load(
-            local_path("--run", job.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         settings = Settings(
             width=_whole_tokens(model, "width", job.width),
             height=_whole_tokens(model, "height", job.height),

@@ -28,7 +28,7 @@ STEPS, BATCH = 1200, 96
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=Path)
+    parser.add_argument("--run", required=True)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--samples", type=int, default=192)
     args = parser.parse_args()

@@ -193,7 +193,7 @@ def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_us
 ) -> None:
     def write(name: str, then: str) -> int:
         script = (
-            f"import os, sys\nfrom pipeline.shards import Store\nwith Store(sys.argv[1])._committed({name!r}): {then}"
+            f"import os, sys\nfrom pipeline.shards import Store\nwith Store(sys.argv[1]).committed({name!r}): {then}"
         )
         return subprocess.run([sys.executable, "-c", script, store.root], env=here, check=False, timeout=60).returncode
 
@@ -201,7 +201,7 @@ def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_us
     assert write("killed", "os.kill(os.getpid(), 9)") == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with store._committed("in-use") as in_use:
+    with store.committed("in-use") as in_use:
         assert [str(path) for path in tmp_path.iterdir()] == [in_use]
         assert write("another", "pass") == 0
         assert [str(path) for path in tmp_path.iterdir()] == [in_use]

@@ -31,6 +31,23 @@ def test_a_table_comes_back_as_it_was_written(root: str) -> None:
     assert find_parquet(root) == [store.path("images/one.parquet")]
 
 
+def test_the_files_below_a_folder_are_listed_with_their_sizes_and_none_of_a_folder_of_a_longer_name(root: str) -> None:
+    store = Store(f"{root}/sizes")
+    for name, size in (("run/a/one.bin", 3), ("run/empty", 0), ("run-2/other", 5)):
+        store.write(name, bytes(size))
+    assert store.sizes("run") == {"a/one.bin": 3, "empty": 0}
+    assert store.sizes() == {"run/a/one.bin": 3, "run/empty": 0, "run-2/other": 5}
+    assert store.sizes("nowhere") == {}
+
+
+def test_a_local_copy_has_the_files_content(root: str) -> None:
+    store = Store(f"{root}/copied")
+    store.write("one.bin", b"0123456789")
+    with store.local_copy("one.bin") as path:
+        assert Path(path).read_bytes() == b"0123456789"
+    assert Path(path).exists() is not store.is_remote
+
+
 def test_only_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "images").mkdir()
@@ -71,7 +88,7 @@ def test_an_interrupted_rewrite_keeps_the_old_file(root: str) -> None:
     store.write("record.json", b"old")
 
     def interrupted() -> None:
-        with store._committed("record.json") as path:
+        with store.committed("record.json") as path:
             Path(path).write_bytes(b"new")
             raise RuntimeError
 
