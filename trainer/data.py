@@ -100,6 +100,13 @@ class Batch:
     keys_B: NDArray[np.int64]  # of every random draw that belongs to a sample
     replaced: list[tuple[str, str]]  # ids that could not be read, so that another is in their place, and why
 
+    def part(self, where: slice) -> "Batch":
+        """Some of the samples; `replaced` stays that of all."""
+        return Batch(
+            self.ids[where], self.pixels_BHW3[where], self.frame_B4[where], self.texts[where], self.keys_B[where],
+            self.replaced,
+        )  # fmt: skip
+
 
 def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
     """Read, crop and describe the samples at these positions of training; equal on every machine and worker.

@@ -1,138 +1,253 @@
-"""The only trainer file that imports ray: wires selection -> batches -> loop -> checkpoint into a Ray Train job."""
+"""The only trainer file that imports ray: a Ray Train job whose workers get their samples from loader actors.
+
+Plain actors and not Ray Data: its order is not reproducible, its iterators hold no position (ray issues 37633, 48224),
+and its executor, a Python loop in the worker's process, made a training step on two cores three times as long.
+"""
 
 import ctypes
-import json
+import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import Queue
+from typing import Any, Final
 
 import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.jobs import JobFailed, UsageError, progress, versions
-from trainer import checkpoint
-from trainer.data import Batch, TrainingData, load_batch
-from trainer.latents import Codec, load_codec
-from trainer.loop import Inputs, Loop, LoopConfig
-from trainer.model.xut import XUT
-from trainer.order import micro_batches
-from trainer.recipe import Training
-from trainer.stages import StageConfig
-from trainer.text import TextEncoder, load_text_encoder
+from pipeline.jobs import JobFailed, UsageError, progress
+from trainer.data import Batch, TrainingData, held_out_batch, join, load_batch
+from trainer.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
+from trainer.order import micro_batches, streams_of
+from trainer.recipe import Training, check_device
+from trainer.run_log import LogConfig, check_writers
+from trainer.team import Team
+from trainer.worker import Source, Worker
+
+_LOOK_SECONDS: Final = 1.0  # between looks at what the workers tell
+_AHEAD: Final = (
+    3  # micro batches for each loader, beside those that wait in the worker: bounded, however fast they read
+)
+_WAITING: Final = 2  # micro batches in the worker
+_MOST_LOADERS: Final = 8  # of a worker
 
 
-def train(training: Training) -> list[dict[str, float]]:
-    """Run the job on the connected Ray and return the metrics that were logged. JobFailed where a worker raises."""
-    scaling = _scaling(training.workers)
-    queue = Queue()
-    metrics: list[dict[str, float]] = []
-    watcher = threading.Thread(target=_show_progress, args=(queue, training, metrics), daemon=True)
-    watcher.start()
+@dataclass(frozen=True)
+class Trained:
+    """How a job ended."""
+
+    steps: int  # taken in all
+    lines: list[Line]  # that were logged
+    was_stopped: bool  # by SIGTERM, after a checkpoint
+
+
+def train(training: Training) -> Trained:
+    """Run the job on the connected Ray. JobFailed where the workers give up.
+
+    On SIGTERM, as before a spot machine goes, the workers save a checkpoint and end; a second one ends at once.
+    """
+    scaling = _scaling(training)
+    check_writers(LogConfig(wandb="homemade-diffusion" if training.wandb else None))
+    data = _data(training)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"training": training, "queue": queue},
+        train_loop_config={"training": training, "data": ray.put(data), "board": board},
         scaling_config=scaling,
-        run_config=RunConfig(name="ray", storage_path=training.run),
+        run_config=RunConfig(
+            name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
+        ),
     )
+    with _Watcher(board, training) as watcher:
+        try:
+            trainer.fit()
+        except (RayError, ray.train.TrainingFailedError) as error:
+            cause = watcher.failure or str(error).strip().splitlines()[-1]
+            raise JobFailed(f"training stopped: {cause}; run the same command to go on") from error
+    if watcher.failure:
+        raise JobFailed(watcher.failure)
+    return Trained(ray.get(board.ended_at.remote()), watcher.lines, watcher.was_stopped)
+
+
+def _data(training: Training) -> TrainingData:
+    """UsageError where the pictures are not those of the selection any more."""
+    stage = training.stage
     try:
-        trainer.fit()
-    except (RayError, ray.train.TrainingFailedError) as error:
-        cause = str(error).strip().splitlines()[-1]
-        raise JobFailed(f"training stopped: {cause}; run the same command to go on from the last checkpoint") from error
-    finally:
-        queue.put(None)
-        watcher.join(timeout=30)
-        queue.shutdown()
-    return metrics
+        return TrainingData.load(
+            training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams,
+            window=stage.window, hold_out=stage.hold_out, workers=training.workers, first_epoch=training.first_epoch,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-# Of one worker: enough to hide a slow read, and bounded however fast the reading is.
-_BATCHES_AHEAD = 8
-
-
-def _batches(training: Training, rank: int, workers: int) -> Iterator[Batch]:
-    """This worker's share of every global batch, in order, read and cropped ahead of it by Ray tasks on any node.
-
-    Plain tasks and not Ray Data: its order is not reproducible, its iterators hold no position (ray issues 37633,
-    48224), and its executor, a Python loop in this process, made a training step on two cores three times as long.
-    """
-    load = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(load_batch)
-    batch_size = training.stage.batch_size
-    data = ray.put(TrainingData.load(training.selection, training.crop(), batch_size=batch_size, workers=workers))
-    ahead: deque[Any] = deque()
-    for step in range(training.start_step, training.stop_step):
-        [positions] = micro_batches(step, batch_size, rank, workers, batch_size // workers)
-        ahead.append(load.remote(data, positions))
-        if len(ahead) > _BATCHES_AHEAD:
-            yield ray.get(ahead.popleft())
-    while ahead:
-        yield ray.get(ahead.popleft())
-
-
-def _cpus_of_workers(workers: int) -> float:
-    """Logical CPUs that the training workers hold together: at least one is left to read and crop, or nothing would."""
-    available = float(ray.cluster_resources().get("CPU", 1))
-    return min(float(workers), available - 1)
-
-
-def _scaling(workers: int) -> ScalingConfig:
-    cpus = float(ray.cluster_resources().get("CPU", 1))
+def _scaling(training: Training) -> ScalingConfig:
+    """Each worker's share of the cluster: a GPU, where there are any, and CPUs of which some are left to read."""
+    cpus, gpus = (float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+    check_device(training, int(gpus))
     if cpus < 2:
         raise UsageError(
             f"training needs 2 CPUs, one of them to read pictures, and Ray has {cpus:.0f}; start it with more"
         )
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < workers:
-        raise UsageError(f"--workers {workers} but the cluster has {gpus} GPUs; use --workers {gpus}")
-    share = _cpus_of_workers(workers) / workers
-    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": share})
+    if 0 < gpus < training.workers:
+        raise UsageError(f"--workers {training.workers} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
+    share = min(1.0, (cpus - 1) / training.workers)
+    return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": share})
+
+
+# --- What driver and workers tell each other --------------------------------------------------------------------------
+
+
+class _Board:
+    """An actor beside the driver. It outlives workers that are started again."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line | str] = []  # figures, or a remark
+        self.stops = False
+        self.failure = ""
+        self.steps = 0
+
+    def tell(self, line: Line | str) -> None:
+        self.lines.append(line)
+
+    def since(self, number: int) -> tuple[list[Line | str], str]:
+        """What was told after the first `number`, and why the workers gave up."""
+        return self.lines[number:], self.failure
+
+    def stop(self) -> None:
+        self.stops = True
+
+    def is_stopping(self) -> bool:
+        return self.stops
+
+    def give_up(self, why: str) -> None:
+        """Workers that are started again need not try."""
+        self.failure = self.failure or why
+
+    def end(self, steps: int) -> None:
+        self.steps = steps
+
+    def ended_at(self) -> int:
+        return self.steps
+
+
+class _Watcher:
+    """In the driver, beside `fit`: shows how far the workers are, and hands SIGTERM on to them."""
+
+    def __init__(self, board: Any, training: Training) -> None:
+        self.board, self.training = board, training
+        self.lines: list[Line] = []
+        self.failure = ""
+        self.was_stopped = False
+        self._seen = 0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._gauges = {
+            name: Gauge(GAUGE_PREFIX + name, f"{metric.description} ({metric.unit})", tag_keys=("stage",))
+            for name, metric in METRICS.items()
+        }
+
+    def __enter__(self) -> "_Watcher":
+        self._handler = signal.signal(signal.SIGTERM, self._stop)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+        self._ends.set()
+        self._thread.join(timeout=30)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.was_stopped:
+            signal.default_int_handler(number, frame)
+        self.was_stopped = True  # the thread tells the board: a handler must not wait
+
+    def _watch(self) -> None:
+        told = False
+        name = f"train {self.training.stage_name}"
+        with progress(iter(()), self.training.stop_step, name, "steps") as bar:
+            bar.update(self.training.start_step)
+            while True:
+                ends = self._ends.wait(_LOOK_SECONDS)
+                if self.was_stopped and not told:
+                    told = True
+                    ray.get(self.board.stop.remote())
+                    bar.write("run: asked to stop: the workers save a checkpoint first", file=sys.stderr)
+                lines, self.failure = ray.get(self.board.since.remote(self._seen))
+                self._seen += len(lines)
+                for line in lines:
+                    self._show(line, bar)
+                if ends:
+                    return
+
+    def _show(self, line: Line | str, bar: Any) -> None:
+        if isinstance(line, str):
+            bar.write(f"run: {line}", file=sys.stderr)
+            return
+        for name in line.keys() & self._gauges.keys():
+            if (value := line[name]) is not None:
+                self._gauges[name].set(value, tags={"stage": self.training.stage_name})
+        if (step := line.get("step")) is not None:
+            self.lines.append(line)
+            bar.set_postfix_str(progress_text(line), refresh=False)
+            bar.update(int(step) - bar.n)
+
+
+class _Bulletin:
+    """A worker's side of the board; it never waits for the driver's node."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._asked = board.is_stopping.remote()
+        self._stops = False
+
+    def stop_is_asked(self) -> bool:
+        """As it was a step ago."""
+        if not self._stops and ray.wait([self._asked], timeout=0)[0]:
+            self._stops = ray.get(self._asked)
+            self._asked = self._board.is_stopping.remote()
+        return self._stops
+
+    def tell(self, line: Line) -> None:
+        self._board.tell.remote(line)
+
+    def remark(self, text: str) -> None:
+        self._board.tell.remote(text)
+
+
+# --- A worker ---------------------------------------------------------------------------------------------------------
 
 
 def _train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker; again, in new processes, when one was lost."""
     training: Training = config["training"]
+    board = config["board"]
+    if ray.get(board.since.remote(0))[1]:
+        return
     context = ray.train.get_context()
-    leader = context.get_world_rank() == 0
     if not torch.cuda.is_available():
         # Ray sets OMP_NUM_THREADS to the worker's logical CPUs; reading pictures needs few of the real ones.
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
         _keep_freed_memory()
-    device = ray.train.torch.get_device()
-    codec = load_codec(training.stage.codec, device)
-    encoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
-    loop = build_loop(training, codec, device)
-    batches = _batches(training, context.get_world_rank(), context.get_world_size())
-    if leader:
-        _forget_steps_after(training.start_step, Path(training.run) / "metrics.jsonl")
-    started = time.time()
-    waited = 0.0
-    for _ in range(training.start_step, training.stop_step):
-        asked = time.time()
-        batch = next(batches)
-        waited += time.time() - asked
-        loss = loop.step([encode(batch, codec, encoder, training.stage, device)]).loss
-        taken = loop.steps_taken
-        last = taken == training.stop_step
-        saving = taken % training.stage.checkpoint_every == 0 or last
-        if taken % training.stage.log_every == 0 or saving:
-            if not torch.isfinite(loss):  # on every worker alike, and before a sound checkpoint makes room for this one
-                raise FloatingPointError(f"the loss is {float(loss)} at step {taken}: lower the learning rate")
-            if leader:
-                seconds = time.time() - started
-                speed = (taken - training.start_step) * training.stage.batch_size / seconds
-                line = {"step": taken, "loss": float(loss), "images_per_s": speed, "data_wait_share": waited / seconds}
-                _append(Path(training.run) / "metrics.jsonl", line)
-                config["queue"].put(line)
-        if leader and saving:
-            save(training, loop)
-    ray.train.report({"step": loop.steps_taken})
+    team = Team.assemble()
+    source = _source(ray.get(config["data"]), training, team)
+    try:
+        steps = Worker(training, team, ray.train.torch.get_device(), source, _Bulletin(board)).run()
+    except (JobFailed, UsageError, ValueError) as error:
+        ray.get(board.give_up.remote(str(error)))
+        raise
+    if team.leads:
+        ray.get(board.end.remote(steps))
 
 
 def _keep_freed_memory() -> None:
@@ -146,83 +261,93 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
-    """The model as it was at `start_step`: from the run's newest checkpoint, or new at step 0."""
+# --- Samples ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """An actor, on any node, that reads the samples of some streams."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def load(self, positions: range) -> Batch:
+        return load_batch(self.data, positions)
+
+    def held_out(self, numbers: Sequence[int]) -> Batch:
+        return held_out_batch(self.data, numbers)
+
+
+def _source(data: TrainingData, training: Training, team: Team) -> Source:
+    loaders = _start_loaders(data, training, team)
+    return Source(
+        data=data,
+        batches=lambda training: _fetched(_asked_for(loaders, training, team)),
+        held_out=lambda numbers: ray.get(loaders[0].held_out.remote(numbers)),
+    )
+
+
+def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[Any]:
+    """As many as there are CPUs for beside the training, and streams; each has its own streams of this worker's."""
+    resources = ray.cluster_resources()
+    left = max(1.0, resources.get("CPU", 1.0) - team.size * _scaling(training).resources_per_worker["CPU"])
+    streams = data.order.streams // team.size
+    count = max(1, min(streams, _MOST_LOADERS, int(left / team.size)))
+    kept = replace(data, cached_row_groups=-(-streams // count) * (training.stage.window + 1))
+    remote = ray.remote(
+        num_cpus=min(1.0, left / (team.size * count)),
+        scheduling_strategy="SPREAD",
+        max_restarts=-1,
+        max_task_retries=-1,
+    )(_Loader)
+    shared = ray.put(kept)
+    return [remote.remote(shared) for _ in range(count)]
+
+
+def _asked_for(loaders: list[Any], training: Training, team: Team) -> Iterator[list[Any]]:
+    """The parts of each micro batch of this worker, in order, from start_step on; some are asked for ahead."""
     stage = training.stage
-    torch.manual_seed(stage.seed)
-    loop = Loop(
-        XUT(training.model).to(device),
-        LoopConfig(
-            resolution=stage.resolution,
-            batch_size=stage.batch_size,
-            selection_rate=stage.selection_rate,
-            total_steps=training.stop_step,
-            ema_decay=stage.ema_decay,
-            clip_norm=stage.clip_norm,
-            timestep_shift=stage.timestep_shift,
-            optimizer=stage.optimizer,
-        ),
-        codec.loss_weight_C,
-    )
-    if training.start_step:
-        found = checkpoint.newest(Path(training.run))
-        assert found is not None, training.run
-        assert found.step == training.start_step, (found, training.start_step)
-        loop.load({name: found.tensors(name) for name in loop.tensors()}, found.step)
-    return loop
+    streams = streams_of(stage.batch_size, stage.streams)
+    per_stream = stage.batch_size // streams
+    first, own = team.rank * streams // team.size, streams // team.size
+
+    def loader_of(position: int) -> int:
+        """Streams side by side belong to the same loader, so that a micro batch has few parts."""
+        return (position % stage.batch_size // per_stream - first) * len(loaders) // own
+
+    ahead: deque[list[Any]] = deque()
+    for step in range(training.start_step, training.stop_step):
+        batch = training.position(step) // stage.batch_size
+        for positions in micro_batches(batch, stage.batch_size, team.rank, team.size, training.micro_batch):
+            ahead.append([loaders[loader_of(part.start)].load.remote(part) for part in _parts(positions, loader_of)])
+            if len(ahead) > _AHEAD * len(loaders):
+                yield ahead.popleft()
+    yield from ahead
 
 
-def save(training: Training, loop: Loop) -> None:
-    state = training.record() | {"versions": versions()}
-    checkpoint.save(Path(training.run), loop.steps_taken, loop.tensors(), state)
+def _parts(positions: range, key: Any) -> Iterator[range]:
+    """Split where `key` changes."""
+    start = positions.start
+    for position in positions:
+        if key(position) != key(start):
+            yield range(start, position)
+            start = position
+    yield range(start, positions.stop)
 
 
-def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig, device: torch.device) -> Inputs:
-    """Pixels -> latents and text -> embeddings, by the frozen encoders of this worker."""
-    text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple)
-    pixels_B3HW = torch.from_numpy(batch.pixels_BHW3).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return Inputs(
-        latents_BCHW=codec.encode(pixels_B3HW),
-        text_BTD=text_BTD,
-        text_mask_BT=mask_BT,
-        frame_B4=torch.from_numpy(batch.frame_B4).to(device),
-        keys_B=torch.from_numpy(batch.keys_B).to(device),
-    )
+def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
+    """Whole batches, put together by a thread while the worker trains on those before."""
+    ready: Queue[Batch | BaseException | None] = Queue(_WAITING)
 
-
-def _forget_steps_after(step: int, metrics: Path) -> None:
-    """Of a run that was stopped: the lines since its last checkpoint, which come again, and a half-written one."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text().splitlines(keepends=True):
+    def fetch() -> None:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    temporary = metrics.with_suffix(".partial")
-    temporary.write_text("".join(kept))
-    temporary.rename(metrics)
+            for parts in asked:
+                ready.put(join(ray.get(parts)))
+            ready.put(None)
+        except BaseException as error:  # belongs to whoever waits for the batch
+            ready.put(error)
 
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _show_progress(queue: Queue, training: Training, metrics: list[dict[str, float]]) -> None:
-    """Runs beside `fit` in the driver: one line that says how far the workers are."""
-    with progress(iter(()), training.stop_step, f"train {training.stage.selection}", "steps") as bar:
-        bar.update(training.start_step)
-        while True:
-            try:
-                line = queue.get(timeout=5)
-            except Empty:
-                continue
-            if line is None:
-                return
-            metrics.append(line)
-            bar.update(line["step"] - bar.n)
-            speed, waiting = line["images_per_s"], line["data_wait_share"]
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} images/s, waiting for data {waiting:.0%}")
+    threading.Thread(target=fetch, daemon=True, name="batches").start()
+    while (batch := ready.get()) is not None:
+        if isinstance(batch, BaseException):
+            raise batch.cause if isinstance(getattr(batch, "cause", None), JobFailed | ValueError) else batch
+        yield batch
