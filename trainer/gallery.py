@@ -182,7 +182,7 @@ def _render(
         steps=model.steps_taken,
         stage=model.record["stage"],
         parameters=f"{parameters / 1e6:.1f}M",
-        losses=_loss_curve(Path(model.run)),
+        losses=_loss_curve(model.folder),
         date=time.strftime("%Y-%m-%d"),
     )
 

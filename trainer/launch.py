@@ -24,13 +24,15 @@ from trainer.latents import Codec, load_codec
 from trainer.loop import Inputs, Loop, LoopConfig
 from trainer.model.xut import XUT
 from trainer.order import rank_positions
-from trainer.recipe import Training
+from trainer.recipe import Training, check_device
+from trainer.run_folder import newest
 from trainer.stages import StageConfig
 from trainer.text import TextEncoder, load_text_encoder
 
 
 def train(training: Training) -> list[dict[str, float]]:
     """Run the job on the connected Ray and return the metrics that were logged. JobFailed where a worker raises."""
+    check_device(training, int(ray.cluster_resources().get("GPU", 0)))
     scaling = _scaling(training.workers)
     queue = Queue()
     metrics: list[dict[str, float]] = []
@@ -40,7 +42,7 @@ def train(training: Training) -> list[dict[str, float]]:
         _train_worker,
         train_loop_config={"training": training, "queue": queue},
         scaling_config=scaling,
-        run_config=RunConfig(name="ray", storage_path=training.run),
+        run_config=RunConfig(name="ray", storage_path=training.folder),
     )
     try:
         trainer.fit()
@@ -108,7 +110,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     loop = build_loop(training, codec, device)
     batches = _batches(training, context.get_world_rank(), context.get_world_size())
     if leader:
-        _forget_steps_after(training.start_step, Path(training.run) / "metrics.jsonl")
+        _forget_steps_after(training.start_step, Path(training.folder) / "metrics.jsonl")
     started = time.time()
     waited = 0.0
     for _ in range(training.start_step, training.stop_step):
@@ -127,7 +129,7 @@ def _train_worker(config: dict[str, Any]) -> None:
                 seconds = time.time() - started
                 speed = (taken - training.start_step) * training.stage.batch_size / seconds
                 line = {"step": taken, "loss": float(loss), "images_per_s": speed, "data_wait_share": waited / seconds}
-                _append(Path(training.run) / "metrics.jsonl", line)
+                _append(Path(training.folder) / "metrics.jsonl", line)
                 config["queue"].put(line)
         if leader and saving:
             save(training, loop)
@@ -163,13 +165,16 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         codec.loss_weight_C,
     )
     if training.start_step:
-        found = checkpoint.newest(Path(training.run))
+        found = newest(training.checkpoints)
         assert found is not None, training.run
         assert found.step == training.start_step, (found, training.start_step)
         loop.model.load_state_dict(found.tensors("model"))
         loop.ema.load_state_dict(found.tensors("ema"))
         checkpoint.load_optimizer(loop.optimizer, found.tensors("optimizer"))
         loop.steps_taken = found.step
+    elif training.weights is not None:
+        loop.model.load_state_dict(training.weights.tensors("model"))
+        loop.ema.load_state_dict(training.weights.tensors("ema"))
     return loop
 
 
@@ -179,8 +184,8 @@ def save(training: Training, loop: Loop) -> None:
         "ema": loop.ema.state_dict(),
         "optimizer": checkpoint.optimizer_tensors(loop.optimizer),
     }
-    state = training.record() | {"versions": versions()}
-    checkpoint.save(Path(training.run), loop.steps_taken, tensors, state)
+    state = training.state(loop.steps_taken) | {"versions": versions()}
+    checkpoint.save(Path(training.checkpoints).parent, loop.steps_taken, tensors, state, training.stage.keep_last)
 
 
 def encode(batch: Batch, codec: Codec, encoder: TextEncoder, stage: StageConfig, device: torch.device) -> Inputs:

@@ -19,13 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from trainer import checkpoint
 from trainer.ema import EMA
 from trainer.flow import draw_noise, sample_key
 from trainer.latents import Codec, load_codec
 from trainer.model.xut import XUT, XUTConfig
 from trainer.positions import camera, full_position_map
-from trainer.recipe import text_encoder_of
+from trainer.run_folder import find_checkpoint, text_encoder_of_checkpoint
 from trainer.sampler import euler, guided
 from trainer.text import TextEncoder, load_text_encoder
 
@@ -69,13 +68,14 @@ class PictureModel:
     device: torch.device
     steps_taken: int
     record: dict[str, Any]  # what the run was trained with
-    run: Path
+    folder: Path  # the stage's, with its metrics
 
     @classmethod
     def load(cls, run: Path, device: torch.device) -> "PictureModel":
-        """ValueError for a run folder without a finished checkpoint, or with a damaged one."""
+        """From a run's, a stage's or a checkpoint's folder. ValueError without a finished checkpoint, or for a damaged
+        one."""
         run = run.resolve()
-        found = checkpoint.newest(run)
+        found = find_checkpoint(run)
         if found is None:
             raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
         record = found.state()
@@ -87,12 +87,12 @@ class PictureModel:
         return cls(
             model,
             load_codec(record["stage"]["codec"], device),
-            load_text_encoder(text_encoder_of(run, record["stage"]["text_encoder"]), device, layers=config.text_layers),
+            load_text_encoder(text_encoder_of_checkpoint(found), device, layers=config.text_layers),
             record["stage"]["text_tokens"],
             device,
             found.step,
             record,
-            run,
+            found.folder.parents[1],
         )
 
     @property
