@@ -8,13 +8,13 @@ Changes = dict[str, tuple[Any, Any]]  # field, named as --set names it -> before
 
 # What the weights mean: those of another model, of other latents or of other embeddings are noise. With every field of
 # the model itself, among them those that change no shape: its patches, positions and branches are what it learnt.
-MEANING_OF_WEIGHTS = frozenset({"codec", "text_encoder"})
+ENCODERS = ("codec", "text_encoder")
 # What the optimizer's state means: Muon keeps one moment of a matrix, AdamW two.
-MEANING_OF_STATE = frozenset({"optimizer.kind"})
+_STATE = ("optimizer.kind",)
 # What decides which sample has which position: a checkpoint keeps one integer of the order, and in another order it
 # would see samples twice and others never. The resolution chooses the tier of pictures, whose row groups are dealt.
 # With every field of the selection but the place of the dataset, which may have been moved.
-ORDER = frozenset({"resolution", "batch_size", "seed", "streams", "window", "hold_out"})
+_ORDER = ("resolution", "batch_size", "seed", "streams", "window", "hold_out")
 _DATASET = "selection.dataset"
 # All else may change, and is printed: rates, schedule, captions, dropout, text length, precision, memory, logging. It
 # changes what the steps to come do and neither the place in the data nor the sense of what was kept.
@@ -23,7 +23,7 @@ _DATASET = "selection.dataset"
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a run's record (`Training.record`) by the names that --set has for them, as JSON keeps them."""
     stage = dict(record["stage"])
-    del stage["model"], stage["patch_size"]  # their fields are the model's
+    del stage["model"], stage["patch_size"], stage["selection"]  # said in full by the record's model and selection
     settings = {name: record[name] for name in ("steps", "workers", "checkpoints") if name in record}
     named = _dotted(stage) | _dotted({"model": record["model"], "selection": record["selection"]}) | settings
     plain: dict[str, Any] = json.loads(json.dumps(named))
@@ -48,12 +48,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 
 def of_weights(changed: Changes) -> Changes:
     """Those after which the weights mean nothing."""
-    return {name: pair for name, pair in changed.items() if name in MEANING_OF_WEIGHTS or name.startswith("model.")}
+    return {name: pair for name, pair in changed.items() if name in ENCODERS or name.startswith("model.")}
 
 
 def of_state(changed: Changes) -> Changes:
     """Those after which the optimizer's state means nothing."""
-    return {name: pair for name, pair in changed.items() if name in MEANING_OF_STATE}
+    return {name: pair for name, pair in changed.items() if name in _STATE}
 
 
 def of_order(changed: Changes) -> Changes:
@@ -61,7 +61,7 @@ def of_order(changed: Changes) -> Changes:
     return {
         name: pair
         for name, pair in changed.items()
-        if name in ORDER or (name.startswith("selection.") and name != _DATASET)
+        if name in _ORDER or (name.startswith("selection.") and name != _DATASET)
     }
 
 

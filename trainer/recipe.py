@@ -135,7 +135,7 @@ def resolve(command: Command) -> Training:
     micro = micro_batch(stage, command.workers)
     channels, factor = _codec_shape(stage.codec)
     check_grid(stage, factor)
-    selection = _selection(command.dataset, stage)
+    selection = _selection(command.dataset, command.stage, stage)
     run = local_path("--run", command.run).resolve()
     home = _checkpoint_home(command, run)
     checkpoints = run_folder.checkpoints_of(run, command.stage, home)
@@ -221,11 +221,13 @@ def _codec_shape(name: str) -> tuple[int, int]:
     return codec.channels, codec.factor
 
 
-def _selection(dataset: str, stage: StageConfig) -> Selection:
+def _selection(dataset: str, name: str, stage: StageConfig) -> Selection:
+    """Of the stage `name`."""
     try:
         selection = Selection.load(dataset, stage.selection)
     except FileNotFoundError:
-        mend = f"run: python pipeline/curate.py --dataset {shlex.quote(dataset)} --stage {stage.selection}"
+        named = f"--stage {name}" + (f" --name {shlex.quote(stage.selection)}" if stage.selection != name else "")
+        mend = f"run: python pipeline/curate.py --dataset {shlex.quote(dataset)} {named}"
         raise UsageError(f"{dataset} has no selection {stage.selection!r}; {mend}") from None
     if selection.count < 1:
         raise UsageError(f"the selection {stage.selection!r} of {dataset} is empty")
@@ -241,7 +243,7 @@ def _text_encoder(
     if stage.text_encoder != "local":
         return name
     folder = Path(name)
-    in_use = own is not None or bool(run_folder.newest_by_stage(run))
+    in_use = own is not None or any(map(_is_local, run_folder.newest_by_stage(run).values()))
     if donor is not None and run_folder.text_encoder_of_checkpoint(donor) != name:
         _copy_text_encoder(Path(run_folder.text_encoder_of_checkpoint(donor)), folder, in_use)
     elif donor is None and not in_use:
@@ -250,6 +252,10 @@ def _text_encoder(
     elif not folder.is_dir():
         raise UsageError(f"{folder} is gone, and the checkpoints of {run} were trained with it: put it back")
     return name
+
+
+def _is_local(found: Checkpoint) -> bool:
+    return bool(found.state()["stage"]["text_encoder"] == "local")
 
 
 def _copy_text_encoder(source: Path, folder: Path, in_use: bool) -> None:
@@ -293,7 +299,8 @@ def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) ->
         return found, f"stage {name} begins with the weights of {found.folder}"
     if stage.after is None:
         return None, f"stage {name} begins with new weights"
-    found = run_folder.newest(run_folder.checkpoints_of(run, stage.after, home))
+    places = (run_folder.checkpoints_of(run, stage.after, home), run_folder.checkpoints_of(run, stage.after))
+    found = run_folder.newest(places[0]) or run_folder.newest(places[1])
     if found is None:
         return None, (
             f"stage {name} begins with new weights: {run} has no checkpoint of stage {stage.after}; "
@@ -305,9 +312,9 @@ def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) ->
 
 def _check_encoders(found: Checkpoint, stage: StageConfig) -> None:
     """Before an encoder is made or copied for weights that know another one."""
-    before = found.state()["stage"]
-    _refuse_donor({name: (before[name], getattr(stage, name)) for name in sorted(changes.MEANING_OF_WEIGHTS)
-                   if before[name] != getattr(stage, name)}, found)  # fmt: skip
+    before, now = found.state()["stage"], asdict(stage)
+    encoders = {name: (before[name], now[name]) for name in changes.ENCODERS}
+    _refuse_donor({name: pair for name, pair in encoders.items() if pair[0] != pair[1]}, found)
 
 
 def _check_donor(training: Training, donor: Checkpoint) -> None:

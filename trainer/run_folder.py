@@ -34,7 +34,9 @@ def text_encoder_of_checkpoint(found: Checkpoint) -> str:
     state = found.state()
     name = state["stage"]["text_encoder"]
     around = found.folder.parents[2]
-    return text_encoder_of(around if Path(text_encoder_of(around, name)).is_dir() else Path(state["run"]), name)
+    return text_encoder_of(
+        around if Path(text_encoder_of(around, name)).is_dir() else Path(state.get("run", around)), name
+    )
 
 
 def read_config(run: Path, stage: str) -> dict[str, Any] | None:
