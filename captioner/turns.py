@@ -64,9 +64,11 @@ class EngineTurns:
         finally:
             self._slots.release()
 
-    def lost(self, number: int) -> None:
-        """This engine died. Said of one that has been exchanged since, it changes nothing."""
-        self._is_lost |= number == self.started
+    def lost(self, number: int) -> bool:
+        """This engine died; whether that is news. Said of one that has been exchanged since, it changes nothing."""
+        is_news = number == self.started and not self._is_lost
+        self._is_lost |= is_news
+        return is_news
 
     def feed(self, shards: int) -> None:
         """So many shards more (or, below 0, less) are being read: the engine may expect pictures."""

@@ -9,6 +9,8 @@ import argparse
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -115,7 +117,7 @@ def main() -> None:
         return
     failed, more = with_tags(job, dataset, images) if job.engine == "tags" else with_model(job, dataset, images)
     done = {shard: footer.rows for shard, footer in images.items() if shard not in failed}
-    reasons = sum((dataset.tally(f"{job.folder}/{shard}.parquet", "reason") for shard in done), Counter[str]())
+    reasons = sum(tallies(dataset, job.folder, done).values(), Counter[str]())
     total = sum(done.values())
     write_run_record(
         dataset.path(job.folder), "caption", started, total, total - reasons.total(), reasons,
@@ -160,11 +162,8 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
     now = {shard: settings.made_from(footer.digest) for shard, footer in images.items()}
     todo = changes(made_from(dataset, job.folder, images), now)
     if job.retry_rejected:
-        todo |= {
-            shard: "rejected rows"
-            for shard in images.keys() - todo.keys()
-            if MODEL_FAILURES & dataset.tally(f"{job.folder}/{shard}.parquet", "reason").keys()
-        }
+        reasons = tallies(dataset, job.folder, images.keys() - todo.keys())
+        todo |= {shard: "rejected rows" for shard, tally in reasons.items() if MODEL_FAILURES & tally.keys()}
     print(f"caption: {len(images)} shards of images, {len(images) - len(todo)} of them captioned before", flush=True)
     if not todo:
         return {}, {"model": settings.model}
@@ -180,6 +179,14 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
             partial(Captioner, replace(task, threads=pool.cpus)), parts, lambda part: part.rows, "caption", pool, meter
         )
     return failed, {"model": settings.model, "this_job": meter.record()}
+
+
+def tallies(dataset: Store, folder: str, shards: Iterable[str]) -> dict[str, Counter[str]]:
+    """How many rows of each shard have which reason; by threads, as most of it is waiting for S3."""
+    names = sorted(shards)
+    with ThreadPoolExecutor(8) as pool:
+        counts = pool.map(lambda name: dataset.tally(f"{folder}/{name}.parquet", "reason"), names)
+        return dict(zip(names, counts, strict=True))
 
 
 def try_captions(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> None:
@@ -200,12 +207,14 @@ def try_captions(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> 
 
 
 def caption_task(job: CaptionJob, dataset: Store) -> "CaptionTask":
-    from pipeline.engine_choice import EngineChoice, known_settings
+    from pipeline.engine_choice import EngineChoice, known_settings, pinned
     from pipeline.model_captions import CaptionTask
 
-    choice = EngineChoice(
-        engine=job.engine, model=job.model, url=job.url, tensor_parallel=job.tensor_parallel,
-        at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout, tries=job.tries,
+    choice = pinned(
+        EngineChoice(
+            engine=job.engine, model=job.model, url=job.url, tensor_parallel=job.tensor_parallel,
+            at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout, tries=job.tries,
+        )
     )  # fmt: skip
     return CaptionTask(
         dataset=dataset.root, folder=job.folder, choice=choice,

@@ -88,24 +88,28 @@ class Place:
     rating: str | None
 
 
-def take_census(store: Store, selections: Sequence[str], wanted: Iterable[str]) -> Census:
-    """Count every row of images/ with its caption and selections, and find the places of the wanted ids.
+def take_census(store: Store, selections: Sequence[str], wanted: Iterable[str], captions: str = "captions") -> Census:
+    """Count every row of images/ with its caption and selections, and find the places of the wanted ids; `captions`
+    is their folder.
 
     UsageError where a caption or selection file is of other rows than its images.
     """
     ids = pa.array(sorted(set(wanted)), pa.string())
-    found = {folder: set(store.shards(folder)) for folder in ("captions", *map("selections/{}".format, selections))}
+    found = {folder: set(store.shards(folder)) for folder in (captions, *map("selections/{}".format, selections))}
     census = Census(1 + len(selections))
 
     def count(shard: str) -> Census:
-        return _count_shard(store, shard, [folder for folder in found if shard in found[folder]], selections, ids)
+        there = [folder for folder in found if shard in found[folder]]
+        return _count_shard(store, shard, captions, there, selections, ids)
 
     for part in in_order(count, store.shards("images")):
         census.merge(part)
     return census
 
 
-def _count_shard(store: Store, shard: str, folders: list[str], selections: Sequence[str], wanted: pa.Array) -> Census:
+def _count_shard(
+    store: Store, shard: str, captions: str, folders: list[str], selections: Sequence[str], wanted: pa.Array
+) -> Census:
     census = Census(1 + len(selections))
     rows = row_count(store, f"images/{shard}.parquet")
     masks = np.zeros((census.views, rows), np.bool_)
@@ -130,8 +134,8 @@ def _count_shard(store: Store, shard: str, folders: list[str], selections: Seque
             add_words(census.words.setdefault((0, name), Counter()), tally(batch[name]))
         _find_places(census, batch, wanted, shard, start)
         start += batch.num_rows
-    if "captions" in folders:
-        _count_captions(census, store, shard, source, masks)
+    if captions in folders:
+        _count_captions(census, store, f"{captions}/{shard}.parquet", source, masks)
     return census
 
 
@@ -152,12 +156,12 @@ def _selected_rows(census: Census, view: int, store: Store, name: str, shard: st
 
 
 def _count_captions(
-    census: Census, store: Store, shard: str, source: NDArray[np.intp], masks: NDArray[np.bool_]
+    census: Census, store: Store, file: str, source: NDArray[np.intp], masks: NDArray[np.bool_]
 ) -> None:
-    file, start, rows = f"captions/{shard}.parquet", 0, len(source)
+    start, rows = 0, len(source)
     if (captions := row_count(store, file)) != rows:
         raise UsageError(
-            f"{file} has {captions} rows, but images/{shard}.parquet has {rows}: made from another ingest; "
+            f"{file} has {captions} rows, but its images have {rows}: made from another ingest; "
             f"run: python pipeline/caption.py --dataset {shlex.quote(store.root)}"
         )
     for batch in read_batches(store, file, ["caption", "reason", "engine", "model"]):

@@ -56,13 +56,13 @@ class Classifier:
         return json.dumps(asdict(self.preprocessing) | {"activation": self.activation}, sort_keys=True)
 
 
-def load_classifier(folder: Path, device: str, threads: int) -> Classifier:
-    """`device` is torch's name, "cpu" or "cuda"; `threads` are the CPU threads of one batch.
+def load_classifier(folder: Path, device: str, threads: int, flag: str = "--model") -> Classifier:
+    """`device` is torch's name, "cpu" or "cuda"; `threads` are the CPU threads of one batch; `flag` gave the folder.
 
     Tried on a grey picture before it is returned. UsageError, with the mend, for a folder that cannot be used.
     """
     if not folder.is_dir():
-        raise UsageError(f"--model {folder} is no folder; give one with config.json and *.safetensors, or model.onnx")
+        raise UsageError(f"{flag} {folder} is no folder; give one with config.json and *.safetensors, or model.onnx")
     try:
         load = _load_onnx if (folder / _ONNX).exists() else _load_transformers
         classifier = load(folder, device, threads)
@@ -74,12 +74,12 @@ def load_classifier(folder: Path, device: str, threads: int) -> Classifier:
     except ImportError as error:
         extra = "score" if (folder / _ONNX).exists() else "trainer"
         raise UsageError(
-            f"--model {folder} needs a package that is not installed ({_first_line(error)}); run: "
+            f"{flag} {folder} needs a package that is not installed ({_first_line(error)}); run: "
             f'pip install -c deploy/constraints.txt -e ".[{extra}]"'
         ) from error
     except Exception as error:  # of a dozen kinds: whatever two libraries make of files that are not what they need
         raise UsageError(
-            f"--model {folder} cannot be used: {_first_line(error)}; the head of pipeline/classifiers.py says what can"
+            f"{flag} {folder} cannot be used: {_first_line(error)}; the head of pipeline/classifiers.py says what can"
         ) from error
     return classifier
 

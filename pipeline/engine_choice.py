@@ -3,11 +3,12 @@
 import asyncio
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from captioner.engines import EngineUnusable, VisionEngine
+from captioner.engines import KEY, EngineUnusable, VisionEngine
 from captioner.prompts import PROMPT_VERSION, TEMPLATES, Sampling, layout_of
 from pipeline.fingerprints import MadeFrom, digest
 from pipeline.jobs import UsageError
@@ -28,6 +29,9 @@ class EngineChoice:
     at_once: int = 128  # pictures that the engine is asked about at a time
     timeout: float = 180.0  # seconds for one answer
     tries: int = 5  # of one request to a server
+    revision: str = ""  # of a hub name: the commit, known once it was asked for; "" for a folder
+    # Read where the job is started: Ray's workers, on other machines, have environments of their own.
+    key: str = field(default_factory=lambda: os.environ.get(KEY, ""), repr=False)
 
     def __post_init__(self) -> None:
         if self.engine == "vllm" and Path(self.model).is_dir():  # actors may have another working directory
@@ -44,11 +48,15 @@ class EngineChoice:
         if self.engine == "openai":
             from captioner.engines.openai import OpenAIEngine, ServerSettings
 
-            settings = ServerSettings(url=self.url, model=self.model, timeout=self.timeout, tries=self.tries)
+            settings = ServerSettings(
+                url=self.url, model=self.model, timeout=self.timeout, tries=self.tries, key=self.key
+            )
             return await OpenAIEngine.connect(settings)
         from captioner.engines.vllm import VllmEngine, VllmSettings
 
-        vllm = VllmSettings(model=self.model, tensor_parallel=self.tensor_parallel, max_num_seqs=self.at_once)
+        vllm = VllmSettings(
+            model=self.model, revision=self.revision, tensor_parallel=self.tensor_parallel, max_num_seqs=self.at_once
+        )
         return await asyncio.to_thread(VllmEngine, vllm)
 
 
@@ -96,9 +104,31 @@ def known_settings(
     )
 
 
+def pinned(choice: EngineChoice) -> EngineChoice:
+    """With the commit that the hub has under the model's name now, or had when it was last asked, where it cannot be
+    reached: what all actors load, and what the captions are said to be from. UsageError where there is none.
+    """
+    if choice.engine != "vllm" or Path(choice.model).is_dir() or importlib.util.find_spec("vllm") is None:
+        return choice
+    from huggingface_hub import snapshot_download  # vLLM brings it along
+
+    try:
+        layout_of(choice.model)
+        snapshot = snapshot_download(choice.model, allow_patterns=["config.json", "params.json"])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except Exception as error:  # a dozen kinds, from a gated model to a proxy's refusal; all mean the same here
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the Hugging Face hub did not give {choice.model} ({type(error).__name__}: {why}); give a folder with the "
+            "model, or log in (hf auth login) where it asks for that"
+        ) from None
+    return replace(choice, revision=Path(snapshot).name)
+
+
 def known_model(choice: EngineChoice) -> str:
     """Which weights these are, the same wherever they lie: for a folder its name and a hash of its configuration and
-    of its files' names and sizes; a hub's or a server's name for them.
+    of its files' names and sizes, for a hub's name that and its commit; a server's name for them.
 
     UsageError where the engine could not be started with them, as far as can be told without starting it.
     """
@@ -113,8 +143,10 @@ def known_model(choice: EngineChoice) -> str:
             "vLLM is not installed in this environment; run: make captioner, and then the job with "
             ".venv-captioner/bin/python"
         )
+    if choice.revision:
+        return f"{choice.model}@{choice.revision[:12]}"
     folder = Path(choice.model)
-    return f"{folder.resolve().name}@{_folder_digest(folder)[:12]}" if folder.is_dir() else choice.model
+    return f"{folder.resolve().name}@{_folder_digest(folder)[:12]}"
 
 
 async def _served_model(choice: EngineChoice) -> str:

@@ -41,14 +41,15 @@ class Findings:
     not_done: list[str]  # what the jobs' own records say went wrong
 
 
-def survey(store: Store) -> Findings:
-    """Read the dataset; UsageError or JobFailed where its files do not fit together or cannot be read."""
+def survey(store: Store, captions: str = "captions") -> Findings:
+    """Read the dataset, with the captions of one folder; UsageError or JobFailed where its files do not fit together or
+    cannot be read."""
     ingest = survey_rejections(store, "rejected", {}, _OF_A_REASON)
     names = sorted((name for name in store.folders("selections") if store.shards(f"selections/{name}")), key=_by_size)
     selections = [_selected(store, name, _KEPT if len(names) < 3 else _KEPT // 2) for name in names]
     ingested = [] if names else choose_ids(store, "images", _KEPT)
     wanted = [*ingested, *_wanted_ids(selections)]
-    census = take_census(store, names, wanted)
+    census = take_census(store, names, wanted, captions)
     scorers = [name for name in store.folders("scores") if store.shards(f"scores/{name}")]
     return Findings(
         dataset=store.root,
@@ -58,7 +59,7 @@ def survey(store: Store) -> Findings:
         census=census,
         scores=[chart for name in scorers for chart in score_charts(store, name)],
         pictures=thumbnails(store, {wish: census.places[wish] for wish in wanted if wish in census.places}),
-        not_done=_not_done(store, names),
+        not_done=_not_done(store, ["images", captions, *map("selections/{}".format, names)]),
     )
 
 
@@ -111,9 +112,8 @@ def _wanted_ids(selections: list[Selected]) -> list[str]:
     return list(dict.fromkeys(wanted))[:_PICTURES]
 
 
-def _not_done(store: Store, selections: list[str]) -> list[str]:
+def _not_done(store: Store, folders: list[str]) -> list[str]:
     """What failed, as the jobs recorded it."""
-    folders = ("images", "captions", *(f"selections/{name}" for name in selections))
     records: dict[str, dict[str, Any]] = {
         folder: json.loads(store.read(f"{folder}/run.json")) for folder in folders if store.exists(f"{folder}/run.json")
     }

@@ -21,7 +21,7 @@ from PIL import Image
 
 from captioner.answers import RepeatedCaptions
 from captioner.attempts import ENGINE_FAILURES, MODEL_FAILURES, Outcome, caption, from_tags
-from captioner.engines import EngineDied, EngineUnusable
+from captioner.engines import EngineDied, EngineUnusable, Failure
 from captioner.engines.tags import TagEngine
 from captioner.requests import Answer, Reason, Request
 from captioner.turns import EngineTurns
@@ -39,7 +39,8 @@ from pipeline.unfinished import Unfinished
 Row = dict[str, Any]  # of CAPTIONS
 
 _ROWS_PER_FILE: Final = 256  # of an unfinished shard: what a killed job loses of each
-_MOST_DEATHS: Final = 3  # of engines, while one shard is captioned
+_MOST_DEATHS: Final = 3  # of engines while they were asked about one picture: then the picture kills them
+_MOST_IN_VAIN: Final = 6  # engines in a row that died before they answered anything
 # More engine failures than this among so many rows: something is wrong that another thousand rows will not mend.
 _JUDGED_ROWS: Final = 1000
 _MOST_FAILURES: Final = 200
@@ -85,6 +86,8 @@ class Captioner:
         self._failures: deque[str] = deque(maxlen=_JUDGED_ROWS)  # engine failures, "" for other rows
         self._stopped = ""  # why
         self._working = 0  # shards
+        self._suspects = asyncio.Lock()
+        self._in_vain = 0  # engines that died since one last answered
         self._loop = asyncio.new_event_loop()
         self._looping = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._looping.start()
@@ -137,11 +140,10 @@ class Captioner:
         """Caption these rows; `keep` gets each, in the order in which they are finished, and also all that are finished
         when this ends in an exception.
 
-        JobStopped where the engine is unusable or fails too often, EngineDied where it died too often.
+        JobStopped where the engine is unusable, fails too often, or dies again and again without an answer.
         """
         finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
         under_way: set[Future[Outcome]] = set()
-        deaths: set[int] = set()
 
         def done(future: Future[Outcome]) -> None:
             self._room.release()
@@ -156,7 +158,7 @@ class Captioner:
                 for row in waiting:
                     while not self._room.acquire(timeout=_LOOK_UP):
                         self._check_going()
-                    future = asyncio.run_coroutine_threadsafe(self._answer(row, deaths), self._loop)
+                    future = asyncio.run_coroutine_threadsafe(self._answer(row), self._loop)
                     under_way.add(future)
                     future.add_done_callback(done)
                     while not finished.empty():
@@ -214,31 +216,48 @@ class Captioner:
             return {}
         return {row["id"]: row for row in self.store.read_table(name).to_pylist()}
 
-    async def _answer(self, row: Waiting, deaths: set[int]) -> Outcome:
-        image = await self._loop.run_in_executor(
-            self._decoders, prepare, row.picture, self.task.settings.max_side
-        )  # fmt: skip
+    async def _answer(self, row: Waiting) -> Outcome:
+        image = await self._loop.run_in_executor(self._decoders, prepare, row.picture, self.task.settings.max_side)
         if isinstance(image, Refused):
             outcome = Outcome(from_tags(row.request, image.reason.value))
         else:
-            outcome = await self._ask(row, image, deaths)
+            outcome = await self._ask(row, image)
         self._count(outcome, row.drawn_before)
         return outcome
 
-    async def _ask(self, row: Waiting, image: Image.Image, deaths: set[int]) -> Outcome:
-        choice, settings = self.task.choice, self.task.settings
-        while True:
-            async with self._turns.turn() as (engine, number):
+    async def _ask(self, row: Waiting, image: Image.Image) -> Outcome:
+        """Rows that were under way when an engine died are suspects, and asked again one at a time: the one that kills
+        engines is then found out, and gets the tags' caption, while the others among them are captioned."""
+        try:
+            return await self._ask_once(row, image)
+        except EngineDied:
+            pass
+        for _ in range(_MOST_DEATHS - 1):
+            async with self._suspects:
                 try:
-                    return await caption(
-                        row.request, image, engine, settings.sampling, settings.prompt_version, choice.patience,
-                        row.drawn_before,
-                    )  # fmt: skip
+                    return await self._ask_once(row, image)
                 except EngineDied:
-                    self._turns.lost(number)
-                    deaths.add(number)
-                    if len(deaths) > _MOST_DEATHS:
-                        raise
+                    continue
+        return Outcome(from_tags(row.request, Failure.DIED), row.drawn_before + _MOST_DEATHS)
+
+    async def _ask_once(self, row: Waiting, image: Image.Image) -> Outcome:
+        choice, settings = self.task.choice, self.task.settings
+        async with self._turns.turn() as (engine, number):
+            try:
+                outcome = await caption(
+                    row.request, image, engine, settings.sampling, settings.prompt_version, choice.patience,
+                    row.drawn_before,
+                )  # fmt: skip
+            except EngineDied as error:
+                self._in_vain += self._turns.lost(number)
+                if self._in_vain > _MOST_IN_VAIN:
+                    raise EngineUnusable(
+                        f"{self._in_vain} engines in a row died before they answered anything ({error}); often memory: "
+                        "give a lower --at-once or --max-side, and run the same command again"
+                    ) from error
+                raise
+        self._in_vain = 0
+        return outcome
 
     def _count(self, outcome: Outcome, drawn_before: int) -> None:
         reason = outcome.answer.reason
@@ -250,12 +269,12 @@ class Captioner:
             if reason:
                 self._costs.rejected[str(reason)] += 1
             self._failures.append(str(reason) if reason in ENGINE_FAILURES else "")
-            failed = Counter(filter(None, self._failures)) if len(self._failures) == _JUDGED_ROWS else Counter()
+            failed = Counter(filter(None, self._failures))
             if failed.total() > _MOST_FAILURES:
-                [(most, _)] = failed.most_common(1)
+                [(most, _)], judged = failed.most_common(1), len(self._failures)
                 self._stopped = self._stopped or (
-                    f"the engine failed on {failed.total()} of {_JUDGED_ROWS} rows, mostly: {most}; see to it and run "
-                    "the same command again (and at the end once with --retry-rejected)"
+                    f"the engine failed on {failed.total()} of the last {judged} rows, mostly: {most}; see to it and "
+                    "run the same command again (and at the end once with --retry-rejected)"
                 )
 
     async def _waits(self) -> tuple[float, float]:

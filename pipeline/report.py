@@ -12,14 +12,20 @@ from pipeline.shards import Store
 class ReportJob:
     dataset: str
     out: str
+    captions: str  # their folder
 
 
 def parse_args() -> ReportJob:
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
     parser.add_argument("--out", metavar="FILE", help="path or s3:// of the page; default: ROOT/report.html")
+    parser.add_argument("--captions", metavar="NAME", help="show captions/<name>/, as caption.py --name wrote it")
     args = parser.parse_args()
-    return ReportJob(dataset=args.dataset, out=args.out or Store(args.dataset).path("report.html"))
+    return ReportJob(
+        dataset=args.dataset,
+        out=args.out or Store(args.dataset).path("report.html"),
+        captions=f"captions/{args.captions}" if args.captions else "captions",
+    )
 
 
 def main() -> None:
@@ -29,12 +35,15 @@ def main() -> None:
     if not dataset.shards("images") and not dataset.shards("rejected"):
         mend = f"run: python pipeline/ingest.py --raw PATH --dataset {shlex.quote(job.dataset)}"
         raise UsageError(f"{job.dataset} has no images; {mend}")
+    if job.captions != "captions" and not dataset.shards(job.captions):
+        named = ", ".join(name for name in dataset.folders("captions") if name != "partial") or "none"
+        raise UsageError(f"{job.dataset} has no {job.captions}/; --captions takes one of: {named}")
     folder, _, file = Store(job.out).root.rpartition("/")
     # Here and not above: these take a second to import, which --help should not cost.
     from pipeline.findings import survey
     from pipeline.report_page import funnel, render
 
-    findings = survey(dataset)
+    findings = survey(dataset, job.captions)
     page = render(findings).encode()
     Store(folder).write(file, page)
     for step in funnel(findings):

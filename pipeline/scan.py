@@ -1,5 +1,6 @@
 """Reading shards for counting: a few columns in batches, by a few threads, with results in a fixed order."""
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,11 +46,12 @@ def read_pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tu
         end = 0
         for group in range(file.metadata.num_row_groups):
             row, end = end, end + file.metadata.row_group(group).num_rows
-            rows = [number for number in wanted if row <= number < end]
+            rows = wanted[bisect_left(wanted, row) : bisect_left(wanted, end)]
             for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
-                yield from ((number, batch["image"][number - row].as_py()) for number in rows
-                            if row <= number < row + batch.num_rows)  # fmt: skip
-                row += batch.num_rows
+                after = row + batch.num_rows
+                for number in rows[bisect_left(rows, row) : bisect_left(rows, after)]:
+                    yield number, batch["image"][number - row].as_py()
+                row = after
                 if row > rows[-1]:
                     break
 

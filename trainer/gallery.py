@@ -153,6 +153,7 @@ def _loss_curve(run: Path) -> str:
     """Points of an SVG polyline in a 600 x 200 box; the loss is averaged over a fiftieth of the run."""
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [line for line in lines if line["loss"] is not None]  # null: it was not finite
     if len(lines) < 2:
         return ""
     window = max(1, len(lines) // 50)

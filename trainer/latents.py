@@ -6,6 +6,7 @@ Legend: B batch, H W pixel rows and columns, h w latent rows and columns (H / fa
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -30,11 +31,50 @@ class Codec(Protocol):
         ...
 
 
-def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
-    """The codec `name`, on `device`. ValueError, with the names that there are, for any other."""
-    if name not in _CODECS:
-        raise ValueError(f"there is no codec {name!r}; use one of: {', '.join(_CODECS)}")
-    return _CODECS[name]().to(device)
+def load_codec(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> Codec:
+    """The codec `name`, on `device`: "dct", "pixel", or a folder or hub name of a diffusers AutoencoderKL.
+
+    dtype and compiled are the VAE's (see `trainer.vae.load_vae`); the others have one matrix, in fp32. ValueError, with
+    the mend, where there is no such codec or it cannot be loaded.
+    """
+    if name in _CODECS:
+        return _CODECS[name]().to(device)
+    _check_name(name)
+    from trainer.vae import load_vae  # needs this file
+
+    return load_vae(name, device, dtype, compiled)
+
+
+def codec_shape(name: str) -> tuple[int, int]:
+    """Channels and factor of `load_codec(name)`; of a VAE from its config alone. ValueError as `load_codec`."""
+    if name in _CODECS:
+        codec = _CODECS[name]()
+        return codec.channels, codec.factor
+    _check_name(name)
+    from trainer.vae import vae_shape  # needs this file
+
+    return vae_shape(name)
+
+
+def _check_name(name: str) -> None:
+    """A single word that is no folder is a mistyped codec: VAEs of the hub have an owner."""
+    if "/" not in name and not Path(name).is_dir():
+        raise ValueError(
+            f"there is no codec {name!r}; use one of: {', '.join(_CODECS)}, or a folder or a name of the Hugging Face "
+            "hub (such as KBlueLeaf/EQ-SDXL-VAE) that holds a diffusers AutoencoderKL"
+        )
+
+
+def check_sides(name: str, factor: int, pixels_B3HW: Tensor) -> None:
+    """ValueError for pictures of which the codec's blocks do not make a whole number."""
+    height, width = pixels_B3HW.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"pictures of {width} x {height} pixels: the codec {name} needs multiples of {factor}")
 
 
 class LinearCodec(nn.Module):
@@ -63,11 +103,7 @@ class LinearCodec(nn.Module):
         self.register_buffer("loss_weight_C", weight_C / weight_C.mean(), persistent=False)
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        height, width = pixels_B3HW.shape[-2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"pictures of {width} x {height} pixels: the codec {self.name} needs multiples of {self.factor}"
-            )
+        check_sides(self.name, self.factor, pixels_B3HW)
         # A matrix product over blocks: 3 ms for 64 pictures of 64 pixels on two CPU cores, the equal convolution 12 ms.
         blocks_BPhw = F.pixel_unshuffle(pixels_B3HW, self.factor).to(torch.float32) / 127.5 - 1
         coefficients_BChw = torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)

@@ -19,11 +19,11 @@ from ray.util.queue import Empty, Queue
 
 from pipeline.jobs import JobFailed, UsageError, progress, versions
 from trainer import checkpoint
-from trainer.data import Batch, load_batch
+from trainer.data import Batch, TrainingData, load_batch
 from trainer.latents import Codec, load_codec
 from trainer.loop import Inputs, Loop, LoopConfig
 from trainer.model.xut import XUT
-from trainer.order import rank_positions
+from trainer.order import micro_batches
 from trainer.recipe import Training, check_device
 from trainer.run_folder import newest
 from trainer.stages import StageConfig
@@ -67,10 +67,12 @@ def _batches(training: Training, rank: int, workers: int) -> Iterator[Batch]:
     48224), and its executor, a Python loop in this process, made a training step on two cores three times as long.
     """
     load = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(load_batch)
-    selection, crop = ray.put(training.selection), ray.put(training.crop())
+    batch_size = training.stage.batch_size
+    data = ray.put(TrainingData.load(training.selection, training.crop(), batch_size=batch_size, workers=workers))
     ahead: deque[Any] = deque()
     for step in range(training.start_step, training.stop_step):
-        ahead.append(load.remote(selection, crop, rank_positions(step, training.stage.batch_size, rank, workers)))
+        [positions] = micro_batches(step, batch_size, rank, workers, batch_size // workers)
+        ahead.append(load.remote(data, positions))
         if len(ahead) > _BATCHES_AHEAD:
             yield ray.get(ahead.popleft())
     while ahead:
@@ -184,7 +186,7 @@ def save(training: Training, loop: Loop) -> None:
         "ema": loop.ema.state_dict(),
         "optimizer": checkpoint.optimizer_tensors(loop.optimizer),
     }
-    state = training.state(loop.steps_taken) | {"versions": versions()}
+    state = training.state(loop.steps_taken, training.selection.count) | {"versions": versions()}
     checkpoint.save(Path(training.checkpoints).parent, loop.steps_taken, tensors, state, training.stage.keep_last)
 
 

@@ -24,7 +24,7 @@ from trainer.flow import draw_noise, sample_key
 from trainer.latents import Codec, load_codec
 from trainer.model.xut import XUT, XUTConfig
 from trainer.positions import camera, full_position_map
-from trainer.run_folder import find_checkpoint, text_encoder_of_checkpoint
+from trainer.run_folder import config_of, find_checkpoint, text_encoder_of_checkpoint
 from trainer.sampler import euler, guided
 from trainer.text import TextEncoder, load_text_encoder
 
@@ -69,6 +69,7 @@ class PictureModel:
     steps_taken: int
     record: dict[str, Any]  # what the run was trained with
     folder: Path  # the stage's, with its metrics
+    precision: str = "fp32"  # of the model's forward pass: "bf16" as in training on a GPU
 
     @classmethod
     def load(cls, run: Path, device: torch.device) -> "PictureModel":
@@ -78,7 +79,7 @@ class PictureModel:
         found = find_checkpoint(run)
         if found is None:
             raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
-        record = found.state()
+        record = config_of(found)
         config = XUTConfig.from_dict(record["model"])
         model = XUT(config).to(device).eval()
         average = EMA(model, decay=0)
@@ -133,19 +134,22 @@ class PictureModel:
         map_N2 = full_position_map(settings.width, settings.height, rows, columns, device=self.device)
         map_N2 = camera(map_N2, settings.x_shift, settings.y_shift, settings.zoom)
         text_BTD, mask_BT = self.encoder.encode([*prompts, *[settings.negative] * len(prompts)], self.text_tokens)
+        bf16 = self.precision == "bf16"
+        text_BTD = text_BTD if bf16 else text_BTD.float()
         count = 2 * len(prompts)
         aspect_B = torch.full((count,), math.log(settings.width / settings.height), device=self.device)
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            out: Tensor = self.model(
-                x_BCHW,
-                t_B,
-                text=text_BTD,
-                text_mask=mask_BT,
-                position_map=map_N2.expand(count, -1, -1),
-                aspect=aspect_B,
-            )
-            return out
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                out: Tensor = self.model(
+                    x_BCHW,
+                    t_B,
+                    text=text_BTD,
+                    text_mask=mask_BT,
+                    position_map=map_N2.expand(count, -1, -1),
+                    aspect=aspect_B,
+                )
+            return out.float()  # guidance multiplies what bf16 rounds away
 
         keys_B = torch.tensor([sample_key(seed, 0, 0) for seed in seeds], device=self.device)
         shape = (self.codec.channels, settings.height // self.codec.factor, settings.width // self.codec.factor)

@@ -14,7 +14,7 @@ from pipeline.jobs import UsageError, local_path
 from trainer import changes, memory, overrides, run_folder
 from trainer.checkpoint import Checkpoint
 from trainer.data import CropConfig, Selection, example_texts, selection_texts
-from trainer.latents import load_codec
+from trainer.latents import codec_shape
 from trainer.model.xut import XUTConfig
 from trainer.run_folder import text_encoder_of
 from trainer.settings import PRESETS, check_grid, micro_batch, stage_config, total_steps
@@ -84,11 +84,16 @@ class Training:
         return self.start_position + (step - self.start_step) * self.stage.batch_size
 
     def crop(self) -> CropConfig:
-        return CropConfig(self.stage.resolution, self.stage.captions, self.stage.seed)
+        return CropConfig(self.stage.resolution, self.stage.captions, self.stage.seed, self.stage.flip)
 
     def record(self) -> dict[str, Any]:
         """What the run trains and on what, as JSON: saved with the run and with every checkpoint."""
-        selection = {"dataset": self.selection.dataset, "name": self.selection.name, "hash": self.selection.digest}
+        selection = {
+            "dataset": self.selection.dataset,
+            "name": self.selection.name,
+            "hash": self.selection.digest,
+            "images": self.selection.images,
+        }
         return {
             "stage_name": self.stage_name,
             "stage": asdict(self.stage),
@@ -102,20 +107,22 @@ class Training:
             "example_prompts": self.example_prompts,
         }
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps besides tensors: `record` and the place in the data."""
+    def state(self, step: int, samples_per_epoch: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps keeps besides tensors, its step and versions: `record` and the place in
+        the data. An epoch has fewer samples than the selection, which has held-out ones too."""
         position = self.position(step)
-        epoch = self.first_epoch + position // self.selection.count
-        return self.record() | {
-            "step": step,
+        return {
+            "stage_name": self.stage_name,
+            "epoch": self.first_epoch + position // samples_per_epoch,
             "position": position,
-            "epoch": epoch,
             "first_epoch": self.first_epoch,
             "seed": self.stage.seed,
+            "config": self.record(),
+            "selection": self.selection.digest,
         }
 
     def going_on_from(self, state: dict[str, Any]) -> "Training":
-        """The same job from a checkpoint with this `state`: what a worker that was started again goes on with."""
+        """The same job from a checkpoint with this state.json: what a worker that was started again goes on with."""
         return replace(
             self,
             weights=None,
@@ -215,16 +222,15 @@ def _model(stage: StageConfig, model_fields: dict[str, Any], channels: int, text
 def _codec_shape(name: str) -> tuple[int, int]:
     """Channels of a latent, and pixels along its side."""
     try:
-        codec = load_codec(name)
+        return codec_shape(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return codec.channels, codec.factor
 
 
 def _selection(dataset: str, name: str, stage: StageConfig) -> Selection:
     """Of the stage `name`."""
     try:
-        selection = Selection.load(dataset, stage.selection)
+        selection = Selection.load(dataset, stage.selection, stage.resolution)
     except FileNotFoundError:
         named = f"--stage {name}" + (f" --name {shlex.quote(stage.selection)}" if stage.selection != name else "")
         mend = f"run: python pipeline/curate.py --dataset {shlex.quote(dataset)} {named}"
@@ -255,7 +261,7 @@ def _text_encoder(
 
 
 def _is_local(found: Checkpoint) -> bool:
-    return bool(found.state()["stage"]["text_encoder"] == "local")
+    return bool(run_folder.config_of(found)["stage"]["text_encoder"] == "local")
 
 
 def _copy_text_encoder(source: Path, folder: Path, in_use: bool) -> None:
@@ -312,13 +318,13 @@ def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) ->
 
 def _check_encoders(found: Checkpoint, stage: StageConfig) -> None:
     """Before an encoder is made or copied for weights that know another one."""
-    before, now = found.state()["stage"], asdict(stage)
+    before, now = run_folder.config_of(found)["stage"], asdict(stage)
     encoders = {name: (before[name], now[name]) for name in changes.ENCODERS}
     _refuse_donor({name: pair for name, pair in encoders.items() if pair[0] != pair[1]}, found)
 
 
 def _check_donor(training: Training, donor: Checkpoint) -> None:
-    _refuse_donor(changes.of_weights(changes.changes(donor.state(), training.record())), donor)
+    _refuse_donor(changes.of_weights(changes.changes(run_folder.config_of(donor), training.record())), donor)
 
 
 def _refuse_donor(changed: changes.Changes, donor: Checkpoint) -> None:
@@ -336,8 +342,8 @@ def _going_on(training: Training, own: Checkpoint, command: Command) -> Training
 
     UsageError for changes that the run cannot bear (trainer.changes).
     """
-    state = own.state()
-    changed = changes.changes(state, training.record())
+    state, before = own.state(), run_folder.config_of(own)
+    changed = changes.changes(before, training.record())
     _refuse(
         changes.of_weights(changed) | changes.of_state(changed),
         f"{training.folder} was begun with other settings",
@@ -345,7 +351,7 @@ def _going_on(training: Training, own: Checkpoint, command: Command) -> Training
     )
     config = run_folder.read_config(Path(training.run), training.stage_name)
     _refuse(
-        changes.of_weights(changes.changes(state, config)) if config else {},
+        changes.of_weights(changes.changes(before, config)) if config else {},
         f"{training.folder}/config.json is not that of the checkpoints in {training.checkpoints}",
         "remove it if the checkpoints are the right ones",
     )
@@ -358,7 +364,7 @@ def _going_on(training: Training, own: Checkpoint, command: Command) -> Training
     )
     notes = [*training.notes, f"going on from step {own.step} of {training.folder}"]
     notes += [f"since then {changes.listed({name: pair})}" for name, pair in changed.items()]
-    training = replace(training.going_on_from(state), began_from=state.get("began_from"))
+    training = replace(training.going_on_from(state), began_from=before["began_from"])
     if order:
         training = replace(training, start_position=0, first_epoch=state["epoch"] + 1)
         notes.append(f"a new order of the data: epoch {training.first_epoch} begins")

@@ -31,12 +31,17 @@ def text_encoder_of(run: Path, name: str) -> str:
 def text_encoder_of_checkpoint(found: Checkpoint) -> str:
     """Folder or name of the text encoder that a checkpoint was trained with; "local" lies in the run folder around the
     checkpoint, and where the checkpoints have a HOME of their own in the folder that the run had."""
-    state = found.state()
-    name = state["stage"]["text_encoder"]
-    around = found.folder.parents[2]
-    return text_encoder_of(
-        around if Path(text_encoder_of(around, name)).is_dir() else Path(state.get("run", around)), name
-    )
+    config = config_of(found)
+    name, around = config["stage"]["text_encoder"], found.folder.parents[2]
+    return text_encoder_of(around if Path(text_encoder_of(around, name)).is_dir() else Path(config["run"]), name)
+
+
+def config_of(found: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint's run was trained with (`Training.record`). UsageError for one that does not say so."""
+    config = found.state().get("config")
+    if not isinstance(config, dict):
+        raise UsageError(f"{found.folder} is of another version of this program: its state.json has no config")
+    return config
 
 
 def read_config(run: Path, stage: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Prompt -> embeddings: hidden states of a frozen causal language model.
 
-The only file that knows transformers. Qwen3-0.6B and a small embedded default, made from a dataset's own captions, are
-saved in the same layout and loaded by the same code.
+The only file that knows transformers. Qwen3-0.6B, Gemma3-1B (or the text part of a larger Gemma3, which also sees) and
+a small embedded default, made from a dataset's own captions, are saved in the same layout and loaded by the same code.
 
 Legend: B batch, T text tokens, D width of the encoder.
 """
@@ -19,18 +19,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
+
+from trainer.pretrained import first_line, frozen_dtype, model_folder
 
 # Few lengths, so few compiled graphs, and yet little padding. Without a compiler a smaller multiple is faster.
 LENGTH_MULTIPLE = 32
 
 _CONFIG_FILES = ("config.json",)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-
+_KIND = ("text encoder", "config.json, tokenizer.json and *.safetensors", "Qwen/Qwen3-0.6B")
 
 TextLayers = Literal["last", "average"]
 
@@ -53,7 +55,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], max_tokens: int, multiple: int = LENGTH_MULTIPLE) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, T, D) in the model's dtype, 0 at padding, and the mask (B, T), True at real tokens.
+        """fp32 embeddings (B, T, D), 0 at padding, and the mask (B, T), True at real tokens.
 
         T is the longest text's length rounded up to a `multiple`, and max_tokens at most; what is longer is cut.
         Padding is on the right, where it cannot reach a causal model's real tokens. Every text has a token at least.
@@ -73,7 +75,7 @@ class TextEncoder:
             input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False, output_hidden_states=average
         )
         hidden_BTD: Tensor = _average(output.hidden_states[1:]) if average else output.last_hidden_state
-        return hidden_BTD.masked_fill(~mask_BT[:, :, None], 0), mask_BT
+        return hidden_BTD.to(torch.float32).masked_fill(~mask_BT[:, :, None], 0), mask_BT
 
 
 def _average(layers: Sequence[Tensor]) -> Tensor:
@@ -84,28 +86,38 @@ def _average(layers: Sequence[Tensor]) -> Tensor:
 def load_text_encoder(
     name: str | Path,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     layers: TextLayers = "last",
 ) -> TextEncoder:
     """From a folder, without touching the network, or from a name of the Hugging Face hub, downloaded once.
 
-    Weights in safetensors only; code that comes with a model is never run. ValueError, with the mend, where that fails.
+    dtype: None is bfloat16 on a GPU and fp32 elsewhere. Weights in safetensors only, and all of them; code that comes
+    with a model is never run. ValueError, with the mend, where that fails.
     """
-    folder = _find(name, _MODEL_FILES)
+    folder = model_folder(name, _MODEL_FILES, *_KIND)
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModel.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            model, report = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype or frozen_dtype(device),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(_not_loaded(name, error)) from error
-    return TextEncoder(model.to(device), tokenizer, layers)
+    if report["missing_keys"]:  # which transformers would leave random
+        missing = f"{len(report['missing_keys'])} weights are missing, such as {min(report['missing_keys'])}"
+        raise ValueError(_not_loaded(name, ValueError(missing)))
+    # Of a model that also sees, the language model alone, which is its own decoder: the rest would only take memory.
+    return TextEncoder(model.get_decoder().to(device), tokenizer, layers)
 
 
 def text_width(name: str | Path) -> int:
     """The D of `load_text_encoder(name)`, read from its config alone."""
-    folder = _find(name, _CONFIG_FILES)
+    folder = model_folder(name, _CONFIG_FILES, *_KIND)
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -114,30 +126,11 @@ def text_width(name: str | Path) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def _find(name: str | Path, files: Sequence[str]) -> Path:
-    """The folder that holds the model; a hub name's is in the hub's own cache, to which these files are downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(files)))
-    except Exception as error:  # a dozen kinds, from a malformed name to a proxy's refusal; all mean the same here
-        raise ValueError(
-            f"the text encoder {str(name)!r} is no folder here, and the Hugging Face hub did not give it "
-            f"({_first_line(error)}). Give a folder with config.json, tokenizer.json and *.safetensors, or a name like "
-            "Qwen/Qwen3-0.6B where the hub can be reached or has been before"
-        ) from error
-
-
 def _not_loaded(name: str | Path, error: Exception) -> str:
     return (
-        f"the text encoder {str(name)!r} cannot be loaded ({_first_line(error)}). It needs config.json, tokenizer.json "
+        f"the text encoder {str(name)!r} cannot be loaded ({first_line(error)}). It needs config.json, tokenizer.json "
         "and weights as *.safetensors, of a model that transformers knows without code of its own"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

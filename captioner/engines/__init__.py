@@ -5,13 +5,15 @@ vllm.py and openai.py are imported by whoever uses them: they want packages that
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from PIL import Image
 
 from captioner.engines.tags import TagEngine
 from captioner.prompts import Prompt, Sampling, seed_for
 from captioner.requests import Answer, Request
+
+KEY: Final = "OPENAI_API_KEY"  # environment variable with a server's key
 
 
 class Engine(Protocol):
@@ -85,6 +87,7 @@ class Failure(StrEnum):
 
     REFUSED = "engine refused the request"
     ENGINE = "engine failed on the request"
+    DIED = "engine died on the picture"
     BUSY = "server busy"  # 429
     SERVER = "server error"  # 5xx
     UNREACHABLE = "server unreachable"

@@ -7,19 +7,18 @@ import json
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 from PIL import Image
 
-from captioner.engines import Completion, Draw, EngineUnusable, Failure, RequestFailed
+from captioner.engines import KEY, Completion, Draw, EngineUnusable, Failure, RequestFailed
 from captioner.prompts import Prompt
 
 T = TypeVar("T")
 
-KEY: Final = "OPENAI_API_KEY"  # environment variable
 _LONGEST_ANSWER: Final = 1 << 20  # bytes: a caption has a few hundred
 _LONGEST_PAUSE: Final = 60.0  # seconds, whatever a server asks for
 _AGAIN: Final = {408: Failure.TIMEOUT, 409: Failure.BUSY, 425: Failure.BUSY, 429: Failure.BUSY}
@@ -34,6 +33,7 @@ class ServerSettings:
     timeout: float = 180.0  # seconds for one try, from connecting to the last byte: a busy server queues
     tries: int = 5  # of one request
     first_pause: float = 1.0  # seconds before the second try; doubles with each
+    key: str = field(default_factory=lambda: os.environ.get(KEY, ""), repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -64,9 +64,8 @@ class OpenAIEngine:
     @classmethod
     async def connect(cls, settings: ServerSettings) -> "OpenAIEngine":
         """EngineUnusable where the server cannot be reached, wants another key, or has no such model."""
-        key = os.environ.get(KEY)
         session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {settings.key}"} if settings.key else {},
             timeout=aiohttp.ClientTimeout(total=settings.timeout),
             connector=aiohttp.TCPConnector(limit=0),
         )
@@ -202,7 +201,7 @@ def _refusal(status: int, headers: Mapping[str, str], url: str, text: str) -> Ex
     """What an answer with this status means: for the server as it is set up, for this request, or for now only."""
     said = f"{status} {_line(text)}"
     if status in (401, 403):
-        return EngineUnusable(f"{url} wants {'another' if os.environ.get(KEY) else 'a'} key ({said}); set {KEY}")
+        return EngineUnusable(f"{url} wants a key, or another one ({said}); set {KEY}")
     if status == 402 or "insufficient_quota" in text:
         return EngineUnusable(f"{url} is not paid for ({said}); raise the account's limit")
     if status == 404:

@@ -30,6 +30,7 @@ class VllmSettings:
     """One engine. A name that is no folder is downloaded by vLLM; a folder is loaded without any network."""
 
     model: str
+    revision: str = ""  # of a hub name: its commit; "": its newest
     tensor_parallel: int = 1  # GPUs that share the weights of one engine
     max_model_len: int = 8192  # tokens of picture, prompt and answer
     max_num_batched_tokens: int = 8192  # per step: at least the largest picture
@@ -165,6 +166,8 @@ def _engine_args(settings: VllmSettings, layout: Layout) -> "AsyncEngineArgs":
         }
     return AsyncEngineArgs(
         model=settings.model,
+        revision=settings.revision or None,
+        tokenizer_revision=settings.revision or None,
         tensor_parallel_size=settings.tensor_parallel,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

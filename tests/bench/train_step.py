@@ -1,8 +1,9 @@
 """BENCH: one training step of XUT - images/s, TFLOP/s, share of the machine's measured matmul peak, peak memory.
 
-Needs torch and this checkout, and transformers for --encoders; neither Ray nor an installed package. Several values of
---tread are measured in turns within one run, so that their ratio holds on a noisy machine. TFLOP/s are the model's: an
-encoder's time counts, its arithmetic does not. Peak memory on a CPU is the process's so far, of all rates before.
+Needs torch and this checkout, and transformers and diffusers for --encoders; neither Ray nor an installed package.
+Several values of --tread are measured in turns within one run, so that their ratio holds on a noisy machine. TFLOP/s
+are the model's: an encoder's time counts, its arithmetic does not. Peak memory on a CPU is the process's so far, of all
+rates before.
 
     python tests/bench/train_step.py --preset base --resolution 512 --batch 1 --tread 0 0.5
     python tests/bench/train_step.py --preset base --resolution 256 --batch 128 --device cuda --dtype bf16 --compile
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
+from trainer.latents import Codec
 from trainer.model.arithmetic import products
 from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig, build_optimizer
@@ -52,7 +54,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=["none", "blocks", "all"], default="none")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--encoders", action="store_true", help="with the text encoder: random, of Qwen3-0.6B's shape")
+    parser.add_argument(
+        "--encoders",
+        action="store_true",
+        help="with the text encoder and the VAE: random, of Qwen3-0.6B's and SDXL's shape, in --dtype",
+    )
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each rate; the median counts")
     return parser.parse_args()
 
@@ -93,7 +99,9 @@ def main() -> None:
 def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[float], None], XUTConfig, int]:
     """A function that takes one step at a selection rate; the model's config; its image tokens."""
     torch.manual_seed(0)
-    encode, text_dim = text_encoder(device, DTYPES[args.dtype]) if args.encoders else (None, None)
+    dtype = DTYPES[args.dtype]
+    encode, text_dim = text_encoder(device, dtype) if args.encoders else (None, None)
+    codec = sdxl_vae(device, dtype, args.compile) if args.encoders else None
     config = PRESETS[args.preset](**({"text_dim": text_dim} if text_dim else {}))
     side = args.resolution // PIXELS_PER_LATENT
     grid = side // config.patch_size
@@ -103,7 +111,9 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
 
     batch = args.batch
     keys_B = torch.tensor([sample_key(0, 0, position) for position in range(batch)], device=device)
-    x_BCHW = torch.randn(batch, config.in_channels, side, side, device=device)
+    latents_BCHW = torch.randn(batch, config.in_channels, side, side, device=device)
+    shape = (batch, 3, args.resolution, args.resolution)
+    pixels_B3HW = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     text_BTD = torch.randn(batch, args.text_tokens, config.text_dim, device=device)
     lengths_B = torch.linspace(args.text_tokens / 4, args.text_tokens, batch, device=device)
     mask_BT = torch.arange(args.text_tokens, device=device) < lengths_B[:, None]
@@ -113,6 +123,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
 
     def step(rate: float) -> None:
         text = encode(batch, args.text_tokens) if encode else text_BTD
+        x_BCHW = codec.encode(pixels_B3HW) if codec else latents_BCHW
         noise_BCHW, t_B = draw_noise(keys_B, x_BCHW.shape[1:]), draw_times(keys_B)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             velocity_BCHW = forward(
@@ -155,6 +166,23 @@ def text_encoder(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[in
     encoder = TextEncoder(Qwen3Model(qwen3_600m).to(device, dtype), tokenizer)
     text = "one word after another " * 200
     return lambda texts, tokens: encoder.encode([text] * texts, tokens)[0], encoder.dim
+
+
+def sdxl_vae(device: torch.device, dtype: torch.dtype, compiled: bool) -> Codec:
+    """It learns nothing from random latents; only its time counts."""
+    from diffusers import AutoencoderKL
+
+    from trainer.vae import Statistics, VaeCodec
+
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    statistics = Statistics(mean=(0.0,) * 4, std=(1.0,) * 4, source="none: random weights")
+    return VaeCodec("SDXL's shape", vae.to(device, dtype), statistics, compiled)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -186,8 +186,8 @@ def test_a_refused_request_is_not_tried_again(server: Server, status: int) -> No
 @pytest.mark.parametrize(
     ("answer", "mend"),
     [
-        ((401, b"no"), f"wants a key .*set {KEY}"),
-        ((403, b"no"), f"wants a key .*set {KEY}"),
+        ((401, b"no"), f"wants a key, .*set {KEY}"),
+        ((403, b"no"), f"wants a key, .*set {KEY}"),
         ((402, b"no"), "not paid for"),
         ((429, {"error": {"code": "insufficient_quota"}}), "not paid for"),
         ((404, b"no"), "give another --url or --model"),

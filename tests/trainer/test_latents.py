@@ -1,5 +1,7 @@
 """Axes: B batch, C latent channels, H W pixel rows and columns, P values of a block, 3 = red, green, blue."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from pipeline.illustrations import compose, draw, encode
 from pipeline.images import Crop, square_crop
-from trainer.latents import LinearCodec, dct_basis, load_codec
+from trainer.latents import LinearCodec, codec_shape, dct_basis, load_codec
 
 
 def noise(batch: int = 2, height: int = 16, width: int = 24) -> Tensor:
@@ -126,6 +128,25 @@ def test_sides_that_are_no_multiple_of_the_block_are_refused() -> None:
         load_codec("dct").encode(noise(1, 16, 20))
 
 
-def test_an_unknown_codec_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'jpeg'.*dct, pixel"):
-        load_codec("jpeg")
+@pytest.mark.parametrize("load", [load_codec, codec_shape])
+def test_an_unknown_codec_is_refused_with_the_names_there_are(load: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match=r"'jpeg'.*dct, pixel.*KBlueLeaf/EQ-SDXL-VAE"):
+        load("jpeg")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("dct", (16, 8)), ("pixel", (3, 1))])
+def test_the_shape_is_known_before_loading(name: str, shape: tuple[int, int]) -> None:
+    codec = load_codec(name)
+    assert codec_shape(name) == (codec.channels, codec.factor) == shape
+
+
+@pytest.mark.parametrize("load", [load_codec, codec_shape])
+def test_a_name_that_is_found_nowhere_is_refused_with_the_mend(
+    load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/no-such-vae", "/not/a/folder"):
+        with pytest.raises(ValueError, match=rf"{name}.*no folder.*KBlueLeaf/EQ-SDXL-VAE") as refused:
+            load(name)
+        assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")

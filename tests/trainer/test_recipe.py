@@ -64,7 +64,7 @@ def ask(dataset: Path, tmp_path: Path) -> Any:
 def save(training: Training, step: int) -> Path:
     """A checkpoint after `step` steps, as the training job leaves it."""
     tensors = {name: {"weight": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
-    return checkpoint.save(Path(training.checkpoints).parent, step, tensors, training.state(step)).folder
+    return checkpoint.save(Path(training.checkpoints).parent, step, tensors, training.state(step, ROWS)).folder
 
 
 def refused(ask: Any, *settings: str, **flags: Any) -> str:
@@ -121,11 +121,11 @@ def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
 
 def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
     training = ask("demo")
-    state = training.state(3)
-    assert (state["step"], state["position"], state["epoch"]) == (3, 96, 96 // training.selection.count)
-    again = replace(training, weights=None).going_on_from(state)
+    state = training.state(3, samples_per_epoch=30)
+    assert (state["position"], state["epoch"], state["first_epoch"]) == (96, 3, 0)
+    again = training.going_on_from(state | {"step": 3})
     assert (again.start_step, again.position(3), again.position(4)) == (3, 96, 128)
-    assert again.state(5) == training.state(5)
+    assert again.state(5, 30) == training.state(5, 30)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_decides_the_order_of_the_data_changes_only_with_a_new_order(ask: A
 def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset: Path) -> None:
     first = ask("demo")
     save(first, 3)
-    epoch = 3 * 32 // first.selection.count
+    epoch = 3 * 32 // ROWS
     curated_as(dataset, "second")
     try:
         assert "selection.hash: first -> second" in refused(ask, "demo")

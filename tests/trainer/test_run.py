@@ -86,7 +86,7 @@ def test_a_run_of_another_selection_is_refused(call_job: RunJob, dataset: Path, 
     shutil.copytree(trained, tmp_path / "run")
     state = tmp_path / "run/demo/checkpoints/step-00000003/state.json"
     changed = json.loads(state.read_text())
-    changed["selection"]["hash"] = "another"
+    changed["config"]["selection"]["hash"] = "another"
     state.write_text(json.dumps(changed))
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "selection.hash", "--new-order", "--run")
 
@@ -98,8 +98,8 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     shutil.copytree(trained, tmp_path / "run")
     state = tmp_path / "run/demo/checkpoints/step-00000003/state.json"
     changed = json.loads(state.read_text())
-    changed["stage"]["batch_size"] = 16
-    changed["stage"]["optimizer"]["kind"] = "adamw"
+    changed["config"]["stage"]["batch_size"] = 16
+    changed["config"]["stage"]["optimizer"]["kind"] = "adamw"
     state.write_text(json.dumps(changed))
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "optimizer.kind: adamw -> muon", "--run")
 

@@ -1,18 +1,34 @@
 """Axes: B batch, T text tokens, D width of the encoder."""
 
 import itertools
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from trainer.text import TextEncoder, build_local_text_encoder, load_text_encoder, text_width
+from trainer.text import TextEncoder, TextLayers, build_local_text_encoder, load_text_encoder, text_width
 
 COLOURS = ("red", "orange", "yellow", "green", "aqua", "blue", "purple", "pink")
 KINDS = ("ball", "star", "mushroom", "butterfly", "umbrella", "house")
@@ -146,10 +162,12 @@ def test_the_width_is_known_before_loading(folder: Path, encoder: TextEncoder) -
     assert text_width(folder) == encoder.dim == encoder.encode(["red"], 32)[0].shape[-1]
 
 
-def test_weights_come_in_the_dtype_that_was_asked_for(folder: Path, encoder: TextEncoder) -> None:
-    half, _ = load_text_encoder(folder, dtype=torch.bfloat16).encode(["red ball"], 32)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), encoder.encode(["red ball"], 32)[0], atol=0.1, rtol=0)
+def test_half_precision_is_that_of_the_weights_alone(folder: Path, encoder: TextEncoder) -> None:
+    rounded = load_text_encoder(folder, dtype=torch.bfloat16)
+    assert rounded.model.dtype == torch.bfloat16
+    half, _ = rounded.encode(["red ball"], 32)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, encoder.encode(["red ball"], 32)[0], atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("load", [load_text_encoder, text_width])
@@ -177,6 +195,149 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         load_text_encoder(tmp_path)
     with pytest.raises(ValueError, match=r"cannot be loaded.*needs config\.json"):
         text_width(tmp_path)
+
+
+def cut_short(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def without_a_layer(weights: Path) -> None:
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "layers.1" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(cut_short, "incomplete"), (without_a_layer, r"weights are missing, such as layers\.1"), (Path.unlink, "no file")],
+)
+def test_weights_that_are_not_whole_are_refused_in_one_line(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    damage(damaged / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"damaged.*cannot be loaded.*{why}.*It needs config\.json") as refused:
+        load_text_encoder(damaged)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- the layouts of Qwen3-0.6B and Gemma3-1B ------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+# Shorter than a text, as Gemma3's 512 tokens are not.
+GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def save_qwen3(folder: Path) -> PreTrainedModel:
+    """Its tokenizer knows bytes and one special token, which begins no text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(letters)})
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES))
+    return save(model, tokenizer, folder)
+
+
+def save_gemma3(folder: Path) -> PreTrainedModel:
+    """Its tokenizer falls back to bytes, and begins every text with <bos>, without which Gemma3 is lost."""
+    tokenizer = gemma_tokenizer()
+    return save(Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(tokenizer), **SIZES, **GEMMA)), tokenizer, folder)
+
+
+def save_gemma3_with_eyes(folder: Path) -> PreTrainedModel:
+    """As those from 4B up: the text model lies beside a vision tower."""
+    tokenizer = gemma_tokenizer()
+    text = {"vocab_size": len(tokenizer), **SIZES, **GEMMA}
+    config = Gemma3Config(text_config=text, vision_config=EYES, mm_tokens_per_image=4)
+    return save(Gemma3ForConditionalGeneration(config), tokenizer, folder)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "r", "e", "d"]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, add_bos_token=True)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    # As large as embeddings of 1 make them: the random start of transformers leaves attention without an effect.
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[save_qwen3, save_gemma3, save_gemma3_with_eyes])
+def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    made = tmp_path_factory.mktemp("layout") / "encoder"
+    return request.param(made), made
+
+
+TEXTS = ["red", "", "a red ball, and a blue star far behind it", "Ω 猫"]
+
+
+def test_each_layout_gives_the_hidden_states_of_its_own_causal_model(layout: tuple[PreTrainedModel, Path]) -> None:
+    whole, made = layout
+    encoder = load_text_encoder(made)
+    assert text_width(made) == encoder.dim == 32
+    embeddings_BTD, mask_BT = encoder.encode(TEXTS, 64)
+    for ids, row_TD, mask_T in zip(tokens(encoder, TEXTS), embeddings_BTD, mask_BT, strict=True):
+        with torch.no_grad():
+            input_ids = torch.tensor([ids or [encoder.tokenizer.eos_token_id]])
+            reference = whole(input_ids=input_ids, output_hidden_states=True).hidden_states[-1][0]
+        torch.testing.assert_close(row_TD[mask_T], reference, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", ["last", "average"])
+def test_each_layout_encodes_a_text_alone_as_in_a_padded_batch(
+    layout: tuple[PreTrainedModel, Path], layers: TextLayers
+) -> None:
+    encoder = load_text_encoder(layout[1], layers=layers)
+    together_BTD, mask_BT = encoder.encode(TEXTS, 64)
+    assert len(set(mask_BT.sum(1).tolist())) == len(TEXTS)
+    for text, row_TD, mask_T in zip(TEXTS, together_BTD, mask_BT, strict=True):
+        alone_1TD, alone_1T = encoder.encode([text], 64, multiple=1)
+        assert alone_1T.all()
+        torch.testing.assert_close(row_TD[mask_T], alone_1TD[0], atol=1e-5, rtol=0)
+        assert not row_TD[~mask_T].any()
+
+
+@pytest.mark.parametrize("make", [save_gemma3, save_gemma3_with_eyes])
+def test_gemma3_texts_begin_with_bos_and_its_embeddings_are_scaled(
+    make: Callable[[Path], PreTrainedModel], tmp_path: Path
+) -> None:
+    make(tmp_path / "gemma3")
+    encoder = load_text_encoder(tmp_path / "gemma3")
+    assert not any("vision" in name for name, _ in encoder.model.named_parameters())
+    assert [ids[:2] for ids in tokens(encoder, ["red", ""])] == [[2, 262], [2]]
+    assert encoder.encode(["", "red"], 64)[1].sum(1).tolist() == [1, 4]
+    assert encoder.encode(["red " * 40], 8)[1].sum() == 8
+    ids = torch.tensor([[2, 262]])
+    weights = load_file(tmp_path / "gemma3" / "model.safetensors")
+    words = next(tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight"))
+    torch.testing.assert_close(encoder.model.get_input_embeddings()(ids), words[ids] * 32**0.5)
+
+
+def test_qwen3_texts_begin_with_their_first_word(tmp_path: Path) -> None:
+    save_qwen3(tmp_path / "qwen3")
+    encoder = load_text_encoder(tmp_path / "qwen3")
+    assert encoder.tokenizer.convert_ids_to_tokens(tokens(encoder, ["red"])[0]) == ["r", "e", "d"]
+    assert encoder.encode(["", "red"], 64)[1].sum(1).tolist() == [1, 3]
 
 
 # --- the embedded default -------------------------------------------------------------------------------------------

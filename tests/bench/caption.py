@@ -1,0 +1,192 @@
+"""BENCH: the caption job against one plain `vllm.LLM.chat` call over the same pictures; memory at 1x and 8x.
+
+A tiny random Pixtral whose answers all have the full length. Both get pictures that need no downsizing; the plain call
+gets them decoded. Each is warm: its first round is not counted. Then the whole job, as a user runs it, over
+as many pictures and 8 times as many.
+
+    .venv-captioner/bin/python tests/bench/caption.py --images 512 --side 256
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from PIL import Image
+
+from captioner.engines import Draw
+from captioner.engines.vllm import VllmSettings, _engine_args, _sampling_params
+from captioner.prompts import TEMPLATES, Sampling, layout_of, prompt_for
+from pipeline.captioning import TAG_COLUMNS, ImageShard, request_of
+from pipeline.engine_choice import CaptionSettings, EngineChoice
+from pipeline.model_captions import Captioner, CaptionTask, prepare
+from pipeline.records import IMAGES, TAG_CATEGORIES
+from pipeline.shards import Store
+from pipeline.tags import TagReader
+
+ROOT = Path(__file__).parents[2]
+WARM = 128  # pictures
+SAMPLING = Sampling(temperatures=(0.5,), max_tokens=64)
+AT_ONCE = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--times", type=int, nargs="*", default=[1, 8], help="how often over, for the memory")
+    parser.add_argument("--rounds", type=int, default=5, help="plain call and job in turns, so often")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.folder:
+        compare(args.folder, args.rounds)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="bench-caption-"))
+    try:
+        subprocess.run([sys.executable, ROOT / "tests/captioner/tiny_pixtral.py", folder / "model"], check=True)
+        write_images(folder / "data", "warm", WARM, args.side)
+        write_images(folder / "data", "images", args.images, args.side)
+        # A process of its own, so that its engines' memory is gone before the job's is measured.
+        command = [sys.executable, __file__, "--folder", str(folder), "--rounds", str(args.rounds)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        for times in args.times:
+            write_images(folder / f"data{times}", "warm", WARM, args.side)
+            for shard in range(times):
+                write_images(folder / f"data{times}", f"{shard:04d}", args.images, args.side)
+            rate, peak = job(folder / f"data{times}", folder / "model")
+            print(f"{times}x: the job as a command {rate:.1f} images/s once it answers, peak {peak / 2**30:.2f} GiB")
+    finally:
+        shutil.rmtree(folder)
+
+
+def write_images(root: Path, shard: str, count: int, side: int) -> None:
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        coarse = Image.fromarray(generator.integers(0, 255, (side // 16, side // 16, 3), np.uint8))
+        encoded = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
+        rows.append(
+            {
+                "id": f"danbooru:{shard}:{number}", "source": "danbooru", "format": "JPEG",
+                "width": side, "height": side, "image": encoded.getvalue(), "sha256": "", "phash": number, "page": 0,
+                **{f"tags_{category}": [] for category in TAG_CATEGORIES}, "tags_general": ["1girl", "red_star"],
+            }
+        )  # fmt: skip
+    Store(str(root)).write_table(f"images/{shard}.parquet", pa.Table.from_pylist(rows, IMAGES), IMAGES)
+
+
+def compare(folder: Path, rounds: int) -> None:
+    """Both engines live in this process's children; while one works the other waits."""
+    count = Store(str(folder / "data")).read_table("images/images.parquet", ["id"]).num_rows
+    ways = {"LLM.chat": plain(folder), "job": ours(folder, count)}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, work in ways.items():
+            started = time.perf_counter()
+            work()
+            rates[name].append(count / (time.perf_counter() - started))
+    warm = {name: rates[name][1:] for name in ways}
+    ratio = statistics.median(mine / bare for mine, bare in zip(warm["job"], warm["LLM.chat"], strict=True))
+    shown = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in warm[name])}" for name in ways)
+    print(
+        f"{count} pictures, {os.cpu_count()} cores, images/s in turns: {shown}; median of the ratios {ratio:.0%}",
+        flush=True,
+    )
+    for process in psutil.Process().children(recursive=True):  # LLM has no way to end its engine
+        process.kill()
+    os._exit(0)
+
+
+def plain(folder: Path) -> Callable[[], object]:
+    """One call of LLM.chat, with the engine's arguments of the job."""
+    from vllm import LLM
+
+    settings = VllmSettings(model=str(folder / "model"), max_num_seqs=AT_ONCE)
+    arguments = asdict(_engine_args(settings, layout_of(settings.model)))
+    defaults = asdict(type(_engine_args(settings, layout_of(settings.model)))(model=settings.model))
+    given = {name: value for name, value in arguments.items() if value != defaults[name] or name == "model"}
+    llm = LLM(**given)
+    version = next(reversed(TEMPLATES))
+
+    def chats(shard: str) -> tuple[list, list]:
+        store, reader = Store(str(folder / "data")), TagReader()
+        table = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "image"]).to_pylist()
+        chats, draws = [], []
+        for row in table:
+            request = request_of(row, reader)
+            prompt = prompt_for(request, version)
+            picture = prepare(row["image"], 768)
+            content = [
+                {"type": "text", "text": prompt.instructions},
+                {"type": "image_pil", "image_pil": picture},
+                {"type": "text", "text": prompt.hints},
+            ]
+            chats.append([{"role": "user", "content": content}])
+            draws.append(_sampling_params(Draw.of(SAMPLING, request.id, 0)))
+        return chats, draws
+
+    llm.chat(*chats("warm"), use_tqdm=False)
+    conversations, draws = chats("images")
+    return lambda: llm.chat(conversations, draws, use_tqdm=False)
+
+
+def ours(folder: Path, count: int) -> Callable[[], object]:
+    """What an actor of the job does: reads, decodes, asks, judges, writes."""
+    store = Store(str(folder / "data"))
+    settings = CaptionSettings(
+        engine="vllm", model="tiny", prompt_version=next(reversed(TEMPLATES)), sampling=SAMPLING, max_side=768
+    )
+    choice = EngineChoice(engine="vllm", model=str(folder / "model"), at_once=AT_ONCE)
+    captioner = Captioner(CaptionTask(dataset=store.root, folder="captions", choice=choice, settings=settings))
+    captioner(ImageShard("warm", WARM, ""))
+    return lambda: captioner(ImageShard("images", count, ""))
+
+
+def job(dataset: Path, model: Path) -> tuple[float, int]:
+    """Images per second from the first answers on, and the peak of all its processes' memory together, in bytes."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "pipeline/caption.py"), "--dataset", str(dataset), "--engine", "vllm"),
+            *("--model", str(model), "--temperatures", "0.5", "--max-tokens", "64", "--at-once", str(AT_ONCE)),
+        ],
+        stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
+    )  # fmt: skip
+    peak = [0]
+    watcher = threading.Thread(target=watch, args=(process, peak))
+    watcher.start()
+    assert process.wait() == 0
+    watcher.join()
+    record = json.loads((dataset / "captions" / "run.json").read_text())
+    return record["this_job"]["images_per_second"], peak[0]
+
+
+def watch(process: subprocess.Popen, peak: list[int]) -> None:
+    """Sums proportional memory, so that what processes share (Ray's object store) counts once."""
+    while process.poll() is None:
+        total = 0
+        with_children = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in with_children:
+            try:
+                total += one.memory_full_info().pss
+            except psutil.Error:
+                continue
+        peak[0] = max(peak[0], total)
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()
