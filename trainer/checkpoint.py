@@ -130,12 +130,6 @@ class Checkpoints:
         return saved
 
 
-def newest_of_run(run: str | Path, pass_over: Collection[Checkpoint] = ()) -> Checkpoint | None:
-    """Of all stages of a run (a path here or s3://bucket/prefix), the whole checkpoint that was saved last, or None."""
-    newest = [Checkpoints.of_stage(run, stage).newest(pass_over) for stage in Store(str(run)).folders("")]
-    return max((found for found in newest if found), key=lambda checkpoint: checkpoint.saved_at, default=None)
-
-
 class Saver:
     """Saves beside the training: a copy is made at once, and written by a thread while training goes on.
 

@@ -149,9 +149,9 @@ def _contact_sheet(strips: list[Strip]) -> Image.Image:
     return sheet.quantize(256)
 
 
-def _loss_curve(run: str, stage_name: str) -> str:
-    """Points of an SVG polyline in a 600 x 200 box; the loss is averaged over a fiftieth of the run."""
-    store, name = Store(run), f"{stage_name}/metrics.jsonl"
+def _loss_curve(folder: str) -> str:
+    """Points of an SVG polyline in a 600 x 200 box; the loss is averaged over a fiftieth of the stage."""
+    store, name = Store(folder), "metrics.jsonl"
     lines = [json.loads(line) for line in store.read(name).splitlines()] if store.exists(name) else []
     lines = [line for line in lines if line["loss"] is not None]  # null: it was not finite
     if len(lines) < 2:
@@ -183,7 +183,7 @@ def _render(
         steps=model.steps_taken,
         stage=model.record["stage"],
         parameters=f"{parameters / 1e6:.1f}M",
-        losses=_loss_curve(model.run, model.record["stage_name"]),
+        losses=_loss_curve(model.metrics),
         date=time.strftime("%Y-%m-%d"),
     )
 

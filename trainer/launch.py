@@ -8,7 +8,6 @@ import ctypes
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -349,5 +348,6 @@ def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     threading.Thread(target=fetch, daemon=True, name="batches").start()
     while (batch := ready.get()) is not None:
         if isinstance(batch, BaseException):
-            raise batch.cause if isinstance(getattr(batch, "cause", None), JobFailed | ValueError) else batch
+            cause = getattr(batch, "cause", None)  # of an error in a loader
+            raise cause if isinstance(cause, JobFailed | ValueError) else batch
         yield batch

@@ -22,13 +22,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.shards import Store
-from trainer.checkpoint import newest_of_run
 from trainer.ema import EMA
 from trainer.flow import draw_noise, sample_key
 from trainer.latents import Codec, load_codec
 from trainer.model.xut import XUT, XUTConfig
 from trainer.positions import camera, full_position_map
-from trainer.recipe import text_encoder_of
+from trainer.run_folder import config_of, find_checkpoint, text_encoder_of_checkpoint
 from trainer.sampler import euler, guided
 from trainer.text import TextEncoder, load_text_encoder
 
@@ -72,26 +71,26 @@ class PictureModel:
     device: torch.device
     steps_taken: int
     record: dict[str, Any]  # what the run was trained with
-    run: str  # folder or s3://bucket/prefix
     precision: str = "fp32"  # of the model's forward pass: "bf16" as in training on a GPU
+    metrics: str = ""  # folder of the stage's metrics.jsonl, here or on S3
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device) -> "PictureModel":
-        """The checkpoint that was saved last, of whichever stage. `run`: a folder or s3://bucket/prefix.
+        """From the path of a run, a stage or a checkpoint, here or on S3: see `run_folder.find_checkpoint`.
 
-        ValueError for a run without a finished checkpoint, or with a damaged one.
+        ValueError where there is no finished checkpoint, or a damaged one.
         """
-        run = Store(str(run)).root
-        found = newest_of_run(run)
+        root = Store(str(run)).root
+        found = find_checkpoint(root)
         if found is None:
-            raise ValueError(f"{run} has no checkpoint; train one: python trainer/run.py --stage demo --run {run}")
-        record = found.state()["config"]
+            raise ValueError(f"{root} has no checkpoint; train one: python trainer/run.py --stage demo --run {root}")
+        record = config_of(found)
         config = XUTConfig.from_dict(record["model"])
         model = XUT(config).to(device).eval()
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))
         model.load_state_dict(found.tensors("model") | average.weights)
-        with _local_folder(text_encoder_of(run, record["stage"]["text_encoder"])) as folder:
+        with _local_folder(text_encoder_of_checkpoint(found)) as folder:
             encoder = load_text_encoder(folder, device, layers=config.text_layers)
         return cls(
             model,
@@ -101,7 +100,7 @@ class PictureModel:
             device,
             found.step,
             record,
-            run,
+            metrics=found.folder.rsplit("/", 2)[0],
         )
 
     @property

@@ -1,47 +1,86 @@
 """JOB: train one stage on a selection of the dataset; run it again to go on from the newest checkpoint."""
 
 import time
-from dataclasses import dataclass
+from argparse import Namespace
 
 from pipeline.jobs import Parser, default_dataset, default_run, run, write_run_record
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunJob:
-    stage: str
-    dataset: str
-    run: str
-    workers: int
-    steps: int | None  # optimizer steps in all, instead of the stage's own number
-
-
-def parse_args() -> RunJob:
+def parse_args() -> Namespace:
+    """The fields of recipe.Command."""
     parser = Parser(prog="run.py", description=__doc__)
-    parser.add_argument("--stage", required=True, help="demo")
+    parser.add_argument("--stage", required=True, help="demo, 256, 512, 768 or 1024")
     parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
-    parser.add_argument("--run", default=default_run(), metavar="DIR", help="folder of checkpoints and metrics")
+    parser.add_argument(
+        "--run",
+        default=default_run(),
+        metavar="DIR",
+        help="folder of all stages: DIR/<stage> gets metrics, checkpoints",
+    )
+    parser.add_argument(
+        "--checkpoints", metavar="HOME", help="folder or s3://bucket/prefix for HOME/<stage>/checkpoints; default: DIR"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="training processes, one per GPU")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, instead of the stage's number")
-    return RunJob(**vars(parser.parse_args()))
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps in all, instead of the stage's number")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE",
+        help="any field of the stage, as samples=1000 optimizer.learning_rate=1e-3 captions.tag_dropout=0.1 model=tiny "
+        "model.text_layers=average; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="start_from", metavar="FOLDER",
+        help="begin with the weights of this run, stage or checkpoint folder, or with new ones: nothing; "
+        "default: the newest of the stage before",
+    )  # fmt: skip
+    parser.add_argument(
+        "--new-order", action="store_true",
+        help="where the selection, batch_size, seed ... changed since the checkpoint: begin a new epoch",
+    )  # fmt: skip
+    parser.add_argument("--audit", metavar="FILE", help="append a JSON line per step and worker: the ids it trained on")
+    parser.add_argument(
+        "--price-per-hour", type=float, metavar="DOLLARS", help="of the whole cluster: shows what was spent"
+    )
+    parser.add_argument("--wandb", action="store_true", help="metrics also to Weights & Biases")
+    parser.add_argument("--tagger", metavar="FOLDER", help="classifier that judges the pictures drawn while training")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="of those pictures, one a line; default: texts of the selection"
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of workers or nodes, before the job gives up; default: 3",
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
-    job = parse_args()
+    args = parse_args()
     started = time.time()
     from pipeline.cluster import cluster  # torch and Ray take seconds to import: not for --help
     from trainer.launch import train
-    from trainer.recipe import resolve
+    from trainer.recipe import Command, resolve
 
-    training = resolve(job.stage, job.dataset, job.run, job.workers, job.steps)
-    if training.start_step:
-        print(f"run: going on from step {training.start_step} of {training.run}", flush=True)
+    training = resolve(Command(**vars(args)))
+    for note in training.notes:
+        print(f"run: {note}", flush=True)
     if training.start_step >= training.stop_step:
-        print(f"run: {training.run} has its {training.stop_step} steps; --steps N trains longer", flush=True)
+        print(f"run: {training.folder} has its {training.stop_step} steps; --steps N trains longer", flush=True)
         return
+    print(
+        f"run: steps {training.start_step} to {training.stop_step} of {training.stage.batch_size} samples: "
+        f"{training.workers} workers x {training.accumulation} micro batches of {training.micro_batch}",
+        flush=True,
+    )
     with cluster("run", dashboard=True):
-        metrics = train(training)
-    samples = (training.stop_step - training.start_step) * training.stage.batch_size
-    write_run_record(training.run, "train", started, samples, samples, {}, steps=training.stop_step, last=metrics[-1])
+        trained = train(training)
+    samples = (trained.steps - training.start_step) * training.stage.batch_size
+    write_run_record(
+        training.folder, "train", started, samples, samples, {}, steps=trained.steps, last=trained.lines[-1]
+    )
+    if trained.was_stopped:
+        print(f"run: stopped after step {trained.steps}, which is saved: resume with the same command", flush=True)
 
 
 if __name__ == "__main__":

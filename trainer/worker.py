@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.jobs import JobFailed
-from trainer.checkpoint import Checkpoint, Checkpoints, Saver, training_state
+from trainer.checkpoint import Checkpoint, Checkpoints, Saver
 from trainer.data import Batch, TrainingData
 from trainer.evaluate import GridConfig, Validation, dealt_back, draw_share, validation_losses
 from trainer.grid import grid_png
@@ -65,9 +65,12 @@ class Source:
 
 
 def newest_state(training: Training) -> tuple[Training, Checkpoint | None]:
-    """The job as it goes on from its newest checkpoint; as it is, where there is none yet."""
+    """The job as it goes on from its newest checkpoint, which a restart of the workers may find further on than the
+    job's own start was; as it is, where there is none yet."""
     found = Checkpoints(training.checkpoints).newest()
-    return (training.going_on_from(found.state()), found) if found else (training, None)
+    if found is None or found.step == training.start_step:
+        return training, found
+    return training.going_on_from(found.state()), found
 
 
 class Worker:
@@ -119,10 +122,9 @@ class Worker:
             stops = self.team.any(self.bulletin.stop_is_asked())
             ends = stops or taken == self.training.stop_step
             saves = ends or taken % self.stage.checkpoint_every == 0
-            if saves or taken % self.stage.log_every == 0:
-                if self._report().worst_run >= _MOST_SKIPPED:
-                    self._roll_back()
-                    continue
+            if (saves or taken % self.stage.log_every == 0) and self._report().worst_run >= _MOST_SKIPPED:
+                self._roll_back()
+                continue
             if taken % self.stage.evaluate_every == 0 or (ends and not stops and taken > self.stage.evaluate_every):
                 self._evaluate()
             if saves:
@@ -169,8 +171,9 @@ class Worker:
         if batch.replaced and replaced > _REPLACED_EARLY + _REPLACED_SHARE * seen:
             name, why = batch.replaced[0]
             raise JobFailed(
-                f"{replaced:.0f} of {seen:.0f} pictures could not be read, more than 1 in 1,000, such as {name} ({why}); "
-                f"{self.training.folder}/replaced.jsonl names them: mend the dataset and run the same command again"
+                f"{replaced:.0f} of {seen:.0f} pictures could not be read, more than 1 in 1,000, such as {name} "
+                f"({why}); {self.training.folder}/replaced.jsonl names them: mend the dataset and run the same command "
+                "again"
             )
 
     # --- What is told, kept and judged --------------------------------------------------------------------------------
@@ -208,20 +211,9 @@ class Worker:
 
     def _save(self) -> None:
         if self.saver:
-            self.saver.submit(self.loop.steps_taken, self.loop.tensors(), self._state())
-
-    def _state(self) -> dict[str, object]:
-        position = self.training.position(self.loop.steps_taken)
-        [epoch], _ = self.source.data.order.epochs([position])
-        return training_state(
-            stage_name=self.training.stage_name,
-            epoch=int(epoch),
-            position=position,
-            first_epoch=self.training.first_epoch,
-            seed=self.stage.seed,
-            config=self.training.record(),
-            selection=self.training.selection.digest,
-        )
+            taken = self.loop.steps_taken
+            [epoch], _ = self.source.data.order.epochs([self.training.position(taken)])
+            self.saver.submit(taken, self.loop.tensors(), self.training.state(taken, int(epoch)))
 
     def _roll_back(self) -> None:
         """To the newest checkpoint, and on with other samples than those after it."""
@@ -241,8 +233,8 @@ class Worker:
         self.last = replace(self._mark(), step=found.step)
         if self.log:
             self.bulletin.remark(
-                f"no finite loss in {_MOST_SKIPPED} steps in a row before step {step}: back to step {found.step}, and on "
-                "with other samples"
+                f"no finite loss in {_MOST_SKIPPED} steps in a row before step {step}: back to step {found.step}, and "
+                "on with other samples"
             )
 
     def _evaluate(self) -> None:
@@ -281,7 +273,7 @@ class Worker:
     def _picture_model(self) -> PictureModel:
         return PictureModel(
             self.loop.model, self.codec, self.encoder, self.stage.text_tokens, self.device, self.loop.steps_taken,
-            self.training.record(), self.training.run, precision=self.loop.config.precision,
+            self.training.record(), self.loop.config.precision,
         )  # fmt: skip
 
     def _finish(self) -> None:

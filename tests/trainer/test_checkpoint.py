@@ -30,7 +30,6 @@ from trainer.checkpoint import (
     config_hash,
     git_revision,
     load_optimizer,
-    newest_of_run,
     optimizer_tensors,
     training_state,
     write_tensors,
@@ -137,16 +136,6 @@ def test_a_type_that_safetensors_does_not_have_is_refused_and_harms_no_older_one
 
 def test_a_run_without_checkpoints_has_none(root: str) -> None:
     assert Checkpoints(root).newest() is None
-    assert newest_of_run(root) is None
-
-
-def test_of_all_stages_of_a_run_the_checkpoint_that_was_saved_last_is_the_newest(root: str) -> None:
-    run = root.removesuffix("/demo/checkpoints")
-    Checkpoints.of_stage(run, "512").save(900, of_step(900), {})
-    saved = Checkpoints.of_stage(run, "768").save(10, of_step(10), {})
-    Store(run).write("ray/trial.json", b"{}")
-    assert newest_of_run(run) == saved
-    assert newest_of_run(run, pass_over=[saved]) == Checkpoints.of_stage(run, "512").newest()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -53,7 +53,7 @@ def _refuses(finished: CompletedProcess[str], *words: str) -> None:
 
 
 def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "demo/metrics.jsonl").read_text().splitlines()]
 
 
 def test_one_worker_and_two_take_the_same_steps(run_job: RunJob, dataset: Path, trained: Path, tmp_path: Path) -> None:
@@ -70,14 +70,14 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     shutil.copytree(trained, tmp_path / "run")
     again = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 3))
     assert "has its 3 steps" in again.stdout
-    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+    with (tmp_path / "run/demo/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     further = _succeeds(_train(run_job, dataset, tmp_path / "run", "--steps", 4))
     assert "going on from step 3" in further.stdout
     assert (tmp_path / "run/demo/checkpoints/step-00000004/state.json").exists()
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    record = json.loads((tmp_path / "run/demo/run.json").read_text())
     assert (record["rows_in"], record["rows_out"]) == (32, 32)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run/demo/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4], "steps since the last checkpoint are logged once"
     assert lines[-1]["loss"] < 9
 
@@ -88,7 +88,7 @@ def test_a_run_of_another_selection_is_refused(call_job: RunJob, dataset: Path, 
     changed = json.loads(state.read_text())
     changed["config"]["selection"]["hash"] = "another"
     state.write_text(json.dumps(changed))
-    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "selection", "--run")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "selection.hash", "--new-order", "--run")
 
 
 def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
@@ -101,7 +101,7 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     changed["config"]["stage"]["batch_size"] = 16
     changed["config"]["stage"]["optimizer"]["kind"] = "adamw"
     state.write_text(json.dumps(changed))
-    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "stage.batch_size, stage.optimizer", "--run")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 4), "optimizer.kind: adamw -> muon", "--run")
 
 
 def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_cannot_be_drawn_is_refused_with_the_mend(call_job: RunJob, trained
     _refuses(call_job("trainer/sample.py", "--run", tmp_path / "nowhere"), "no checkpoint", "trainer/run.py")
     _refuses(sample("--width", 0), "--width")
     _refuses(sample("--seed", -1), "--seed")
-    _refuses(call_job("trainer/sample.py", "--run", "gs://bucket/run"), "s3://bucket/prefix")
+    _refuses(call_job("trainer/sample.py", "--run", "s3://bucket/run"), "--run", "file system")
     _refuses(sample("--zoom", 0), "zoom")
     _refuses(sample("--guidance", "nan"), "guidance")
     assert not list(tmp_path.glob("*.png"))
