@@ -34,7 +34,7 @@ class EMA:
         share = 1 - torch.clamp((1 + n) / (10 + n), max=self.decay)
         counts = torch.ones_like(self.updates)
         if skip is not None:
-            share, counts = torch.where(skip, 0.0, share), torch.where(skip, 0, counts)
+            share, counts = share.masked_fill(skip, 0), counts.masked_fill(skip, 0)
         share = share.float()
         for average, (_, parameter) in zip(self.weights.values(), self._parameters(module), strict=True):
             # One by one: torch._foreach_lerp_ takes no share that lies on the device without fetching it.

@@ -95,14 +95,14 @@ class Tally:
         return cls(skipped, zero, zero, zero, zero.double(), zero.double())
 
     def after(self, loss: Tensor, grad_norm: Tensor, skip: Tensor) -> "Tally":
-        run = torch.where(skip, self.run + 1, 0)
+        run = (self.run + 1).masked_fill(~skip, 0)
         return Tally(
             skipped=self.skipped + skip,
             run=run,
             worst_run=torch.maximum(self.worst_run, run),
             taken=self.taken + ~skip,
-            loss_sum=self.loss_sum + torch.where(skip, 0.0, loss.double()),
-            norm_sum=self.norm_sum + torch.where(skip, 0.0, grad_norm.double()),
+            loss_sum=self.loss_sum + loss.double().masked_fill(skip, 0),
+            norm_sum=self.norm_sum + grad_norm.double().masked_fill(skip, 0),
         )
 
     def read(self) -> "Tally":

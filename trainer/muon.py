@@ -72,12 +72,11 @@ class Muon(Optimizer):
         ahead_MRC = torch.lerp(gradient_MRC, momentum_MRC, group["momentum"])
         rows, columns = ahead_MRC.shape[1:]
         step_MRC = orthogonalise(ahead_MRC) if rows <= columns else orthogonalise(ahead_MRC.mT).mT
-        kept: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        kept = torch.full((), 1 - group["lr"] * group["weight_decay"], device=step_MRC.device)
         if self.found_inf is not None:
             skip = self.found_inf.bool()
             momentum_MRC = torch.where(skip, before_MRC, momentum_MRC)
-            step_MRC = torch.where(skip, 0.0, step_MRC)  # not a product: 0 times nan is nan
-            kept = torch.where(skip, 1.0, kept)
+            step_MRC, kept = step_MRC.masked_fill(skip, 0), kept.masked_fill(skip, 1)  # 0 times nan would be nan
         torch._foreach_copy_(momenta, momentum_MRC.unbind())
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, step_MRC.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)

@@ -41,10 +41,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def new_loop(kind: str = "adamw", **changes: Any) -> Loop:
+def new_loop(kind: str = "adamw", device: str = "cpu", **changes: Any) -> Loop:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"dim": 32, "heads": 2, "mlp_dim": 48, "depth": 1, "dec_blocks": 1, "post_blocks": 1}
-    model = XUT(XUTConfig(text_dim=16, patch_size=1, **shape))
+    blocks: dict[str, Any] = {"depth": 1, "dec_blocks": 1, "prev_blocks": 0, "post_blocks": 0}
+    model = XUT(XUTConfig(dim=32, heads=2, mlp_dim=48, text_dim=16, patch_size=1, **blocks)).to(device)
     config = LoopConfig(
         resolution=32,
         batch_size=BATCH,
@@ -55,7 +55,7 @@ def new_loop(kind: str = "adamw", **changes: Any) -> Loop:
         timestep_shift=2.0,
         optimizer=OptimizerConfig(kind=kind, **RATES),  # type: ignore[arg-type]
     )
-    return Loop(model, replace(config, **changes), torch.tensor([1.5, 0.5, 1.0, 1.0]))
+    return Loop(model, replace(config, **changes), torch.tensor([1.5, 0.5, 1.0, 1.0], device=device))
 
 
 def batch_of(step: int) -> Inputs:
@@ -127,58 +127,84 @@ def test_micro_batches_of_any_size_and_text_length_take_the_same_steps_as_one_ba
 
 
 @pytest.fixture(scope="module")
-def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two processes has after the steps of `_work_together`."""
-    folder = tmp_path_factory.mktemp("two workers")
-    loopback = {**os.environ, "GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), "2", str(folder)], env=loopback) for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+def three_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What each of three processes has after the steps of `_work_together`. Of two, a sum has no order."""
+    folder = tmp_path_factory.mktemp("three workers")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}  # loopback
+    command = [sys.executable, __file__]
+    workers = [subprocess.Popen([*command, str(rank), "3", str(folder)], env=environment) for rank in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(3)]
 
 
 def _work_together(rank: int, workers: int, folder: Path) -> None:
-    """Three steps with each kind of optimizer, the last worker's share in uneven parts, then a bad and a good step."""
+    """Three steps with each kind of optimizer, a bad one of the last worker's, then two, and these again resumed."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
-    saved = {}
+    saved: dict[str, Tensor] = {}
+
+    def share(batch: Inputs) -> Iterator[Inputs]:
+        return split(batch, (4,) if rank == 0 else (1, 2, 1), first=4 * rank)
+
+    def keep(moment: str, loop: Loop) -> None:
+        saved.update({f"{moment}/{name}": tensor for name, tensor in copy_of(loop).items()})
+
     for kind in KINDS:
         loop = new_loop(kind)
-        sizes = (6,) if rank == 0 else (1, 4, 1)
         for step in range(3):
-            result = loop.step(split(batch_of(step), sizes, first=rank * 6))
+            result = loop.step(share(batch_of(step)))
             saved |= {f"{kind}/loss/{step}": result.loss, f"{kind}/norm/{step}": result.grad_norm}
-        saved |= {f"{kind}/before/{name}": tensor for name, tensor in copy_of(loop).items()}
-        bad = loop.step(split(broken(batch_of(3), slot=BATCH - 1), sizes, first=rank * 6))
-        saved |= {f"{kind}/after/{name}": tensor for name, tensor in copy_of(loop).items()}
-        saved[f"{kind}/skipped"] = bad.skipped
-    with pytest.raises(ValueError, match="13 does not divide into the shares of 2 workers"):
+        keep(f"{kind}/good", loop)
+        saved[f"{kind}/skipped"] = loop.step(share(broken(batch_of(3), slot=BATCH - 1))).skipped
+        keep(f"{kind}/bad", loop)
+        resumed = new_loop(kind)
+        resumed.load(loop.tensors(), loop.steps_taken)
+        for moment, each in (("whole", loop), ("resumed", resumed)):
+            for step in range(4, 6):
+                each.step(share(batch_of(step)))
+            keep(f"{kind}/{moment}", each)
+    with pytest.raises(ValueError, match="13 does not divide into the shares of 3 workers"):
         new_loop(batch_size=13)
     save_file(saved, folder / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
+def kept(worker: dict[str, Tensor], moment: str) -> dict[str, Tensor]:
+    return {name.removeprefix(moment): t for name, t in worker.items() if name.startswith(f"{moment}/")}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_workers_take_the_same_steps_as_one(kind: str, two_workers: list[dict[str, Tensor]]) -> None:
+def test_three_workers_take_the_same_steps_as_one(kind: str, three_workers: list[dict[str, Tensor]]) -> None:
     loop = new_loop(kind)
     wanted = train(loop, range(3))
-    for worker in two_workers:
+    for worker in three_workers:
         for step, result in enumerate(wanted):
             torch.testing.assert_close(worker[f"{kind}/loss/{step}"], result.loss, rtol=1e-5, atol=0)
             torch.testing.assert_close(worker[f"{kind}/norm/{step}"], result.grad_norm, rtol=1e-5, atol=0)
         for name, tensor in copy_of(loop).items():
-            torch.testing.assert_close(worker[f"{kind}/before/{name}"], tensor, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(worker[f"{kind}/good/{name}"], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_all_workers_have_the_same_bits(three_workers: list[dict[str, Tensor]]) -> None:
+    assert_bit_equal(three_workers[0], three_workers[1])
+    assert_bit_equal(three_workers[0], three_workers[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_number_of_one_worker_skips_the_step_of_all(kind: str, two_workers: list[dict[str, Tensor]]) -> None:
-    assert_bit_equal(two_workers[0], two_workers[1])
-    for worker in two_workers:
+def test_a_bad_number_of_one_worker_skips_the_step_of_all(kind: str, three_workers: list[dict[str, Tensor]]) -> None:
+    for worker in three_workers:
         assert worker[f"{kind}/skipped"] == 1
-        before = {name: t for name, t in worker.items() if name.startswith(f"{kind}/before/")}
-        after = {name.replace("after", "before"): t for name, t in worker.items() if name.startswith(f"{kind}/after/")}
-        assert_bit_equal(after, before)
+        assert_bit_equal(kept(worker, f"{kind}/bad"), kept(worker, f"{kind}/good"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_resumed_workers_are_bit_equal_to_ones_that_went_on(
+    kind: str, three_workers: list[dict[str, Tensor]]
+) -> None:
+    """Sums over three round by their order, which must not depend on how long the processes have run."""
+    for worker in three_workers:
+        assert kept(worker, f"{kind}/whole").keys() == kept(worker, f"{kind}/good").keys()
+        assert_bit_equal(kept(worker, f"{kind}/resumed"), kept(worker, f"{kind}/whole"))
 
 
 def test_parts_that_do_not_make_up_the_share_are_refused() -> None:
@@ -271,6 +297,29 @@ def test_the_host_never_waits_for_a_step(kind: str) -> None:
     with _Waits() as waits:
         float(loop.ema.updates)
     assert len(waits.seen) == 1, "what this test looks for is seen"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_on_a_gpu_is_queued_without_waiting(kind: str, precision: str) -> None:
+    """torch raises at whatever would wait, copies from and to the host included."""
+    loop = new_loop(kind, "cuda", precision=precision)
+    batches = [
+        Inputs(**{name: tensor.cuda() for name, tensor in vars(batch).items()})
+        for batch in (batch_of(0), broken(batch_of(1)), batch_of(2))
+    ]
+    loop.step([batches[0]])
+    before = copy_of(loop)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step([batches[1]])
+        after = copy_of(loop)
+        loop.step([batches[2]])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_bit_equal(after, before)
+    assert loop.read().skipped == 1
 
 
 # Resumed
