@@ -45,10 +45,13 @@ class Meter:
         self._started = time.monotonic()
         # When the first answers were counted, and how many: before that the engines load.
         self._first: tuple[float, int] | None = None
+        self._last = self._started  # when rows were finished: the engines' end takes seconds that are no captioning
         self._now = Costs()
 
     def __call__(self, parts: Sequence[Costs]) -> Standing:
-        self._now = total(parts)
+        before, self._now = self._now.answered, total(parts)
+        if self._now.answered > before:
+            self._last = time.monotonic()
         if self._first is None and self._now.answered:
             self._first = time.monotonic(), self._now.answered
         counts: dict[str, dict[str, float]] = {
@@ -90,7 +93,7 @@ class Meter:
         since, before = self._first or (self._started, 0)
         if self._now.answered == before:
             since, before = self._started, 0
-        return (self._now.answered - before) / max(time.monotonic() - since, 1e-3)
+        return (self._now.answered - before) / max(self._last - since, 1e-3)
 
     def _dollars(self, seconds: float) -> float | None:
         if self._dollars_per_hour is None:

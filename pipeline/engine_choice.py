@@ -42,6 +42,12 @@ class EngineChoice:
         """Seconds after which an attempt has failed: a server is asked several times in an attempt."""
         return self.timeout if self.engine == "vllm" else self.tries * (self.timeout + _LONGEST_PAUSE)
 
+    @property
+    def under_way(self) -> int:
+        """Requests given to the engine at a time. vLLM prepares a picture before it has room to look at it: with half
+        as many again waiting, its batch is full although that takes a while."""
+        return self.at_once * 3 // 2 if self.engine == "vllm" else self.at_once
+
     async def start(self) -> VisionEngine:
         """EngineUnusable where it does not start."""
         # Imported here: each wants packages that not every environment has.

@@ -76,10 +76,10 @@ class Captioner:
     """All that an actor holds. Several shards may be captioned at a time, each in a thread of its own."""
 
     def __init__(self, task: CaptionTask) -> None:
-        at_once = task.choice.at_once
+        under_way = task.choice.under_way
         self.task, self.store = task, Store(task.dataset)
-        self._turns = EngineTurns(task.choice.start, at_once, task.restart_after)
-        self._room = threading.BoundedSemaphore(at_once + max(8, at_once // 4, 2 * task.threads))
+        self._turns = EngineTurns(task.choice.start, under_way, task.restart_after)
+        self._room = threading.BoundedSemaphore(under_way + max(8, under_way // 4, 2 * task.threads))
         self._decoders = ThreadPoolExecutor(task.threads)
         self._counting = threading.Lock()
         self._costs = Costs()

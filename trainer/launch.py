@@ -38,6 +38,8 @@ _AHEAD: Final = (
 )
 _WAITING: Final = 2  # micro batches in the worker
 _MOST_LOADERS: Final = 8  # of a worker
+# What Ray reserves for each. It uses a whole one, and is counted so; but more must not keep it waiting for ever.
+_LOADER_CPUS: Final = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _scaling(training: Training) -> ScalingConfig:
         )
     if 0 < gpus < training.workers:
         raise UsageError(f"--workers {training.workers} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
-    share = min(1.0, (cpus - 1) / training.workers)
+    # Not a whole CPU: a node full of workers, after another one went, has room for the loaders, which ask for little.
+    share = min(0.9, (cpus - 1) / training.workers)
     return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": share})
 
 
@@ -293,7 +296,7 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
     count = max(1, min(streams, _MOST_LOADERS, int(left / team.size)))
     kept = replace(data, cached_row_groups=-(-streams // count) * (training.stage.window + 1))
     remote = ray.remote(
-        num_cpus=min(1.0, left / (team.size * count)),
+        num_cpus=_LOADER_CPUS,
         scheduling_strategy="SPREAD",
         max_restarts=-1,
         max_task_retries=-1,

@@ -1,0 +1,224 @@
+"""Killed, stopped, moved to other workers: a run goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+# Every step is logged and every fourth one saved; no pictures.
+SETTINGS = ("--steps", STEPS, "--set", "log_every=1", "--set", "checkpoint_every=4", "--set", "evaluate_every=1000")
+
+RunJob = Callable[..., CompletedProcess[str]]
+StartJob = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def dataset(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    for job in (
+        ("pipeline/sample_data.py", "--out", folder / "raw", "--images", 200),
+        ("pipeline/ingest.py", "--raw", folder / "raw", "--dataset", folder / "dataset"),
+        ("pipeline/caption.py", "--dataset", folder / "dataset"),
+        ("pipeline/curate.py", "--dataset", folder / "dataset"),
+    ):
+        done = run_job(*job)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="module")
+def whole(run_job: RunJob, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happens to."""
+    run = tmp_path_factory.mktemp("whole")
+    done = run_job(*command(dataset, run))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return run
+
+
+def command(dataset: Path, run: Path, *more: object) -> tuple[object, ...]:
+    start = ("trainer/run.py", "--stage", "demo", "--dataset", dataset, "--run", run, "--audit", run / "audit")
+    return (*start, *SETTINGS, *(more or ("--workers", 2)))
+
+
+def ids(run: Path) -> dict[int, list[str]]:
+    """Of each step's global batch, in its order: what was trained last, where a step was taken twice."""
+    batches: dict[int, dict[int, list[str]]] = {}
+    for text in (run / "audit").read_text().splitlines():
+        line = json.loads(text)
+        batches.setdefault(line["step"], {})[line["rank"]] = line["ids"]
+    return {step: [id for rank in sorted(ranks) for id in ranks[rank]] for step, ranks in batches.items()}
+
+
+def losses(run: Path) -> dict[int, float]:
+    file = run / "demo" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "demo" / "checkpoints").glob("step-*"))
+
+
+def wait_until(is_true: Callable[[], bool], job: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert job.poll() is None, f"the job ended with {job.returncode}"
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that this one has started, and theirs."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, size = {pid}, 0
+    while size < len(found):
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return sorted(found - {pid})
+
+
+def is_train_worker(pid: int) -> bool:
+    try:
+        return "RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a Ray of its own: driver, workers and Ray are killed between two checkpoints."""
+    run = tmp_path_factory.mktemp("killed")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = subprocess.Popen(
+        [sys.executable, *map(str, command(dataset, run))],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: max(losses(run), default=0) >= 6 and bool(saved(run)), job)
+    for pid in [job.pid, *descendants(job.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    assert job.wait() == -signal.SIGKILL
+    return run
+
+
+def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(dataset: Path, whole: Path) -> None:
+    rows = json.loads((dataset / "selections/demo/selection.json").read_text())["shards"]
+    seen = [id for _, batch in sorted(ids(whole).items()) for id in batch]
+    assert len(seen) == STEPS * 32
+    epoch = len(set(seen))
+    assert 32 < epoch <= sum(rows.values())
+    assert len(seen) > 2 * epoch, "the run has whole epochs"
+    for start in range(0, len(seen) - epoch + 1, epoch):
+        assert len(set(seen[start : start + epoch])) == epoch
+
+
+def test_killed_and_run_again_it_takes_the_same_steps_to_the_last_bit(
+    run_job: RunJob, dataset: Path, whole: Path, killed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    began = saved(run)[-1]
+    assert 4 <= began < STEPS
+    again = run_job(*command(dataset, run))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"going on from step {began}" in again.stdout
+    assert ids(run) == ids(whole)
+    assert losses(run) == losses(whole)
+
+
+def test_with_another_number_of_workers_it_sees_the_same_batches(
+    run_job: RunJob, dataset: Path, whole: Path, killed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    (run / "audit").unlink()
+    began = saved(run)[-1]
+    again = run_job(*command(dataset, run, "--workers", 1))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert ids(run) == {step: batch for step, batch in ids(whole).items() if step > began}
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_worker_that_dies_is_started_again_from_the_last_checkpoint(
+    start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    job = start_job(*command(dataset, tmp_path))
+    wait_until(lambda: max(losses(tmp_path), default=0) >= 6 and bool(saved(tmp_path)), job)
+    os.kill(next(pid for pid in descendants(os.getpid()) if is_train_worker(pid)), signal.SIGKILL)
+    assert job.wait(timeout=120) == 0
+    assert ids(tmp_path) == ids(whole)
+    assert losses(tmp_path) == losses(whole)
+    taken = [json.loads(line)["step"] for line in (tmp_path / "audit").read_text().splitlines()]
+    assert len(taken) > 2 * STEPS, "some steps were taken twice"
+
+
+def test_asked_to_stop_it_saves_and_ends_well(
+    run_job: RunJob, start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    job = start_job(*command(dataset, tmp_path))
+    wait_until(lambda: max(losses(tmp_path), default=0) >= 2, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 0
+    began = saved(tmp_path)[-1]
+    assert began == max(losses(tmp_path)) < STEPS
+    again = run_job(*command(dataset, tmp_path))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_loss_that_stays_infinite_goes_back_and_then_gives_up(
+    run_job: RunJob, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    wild = ("--workers", 1, "--steps", 100, "--set", "optimizer.muon_learning_rate=1e30", "--set", "checkpoint_every=1000")
+    done = run_job(*command(dataset, run, *wild))
+    assert done.returncode == 1, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "not finite" in last
+    assert "optimizer.learning_rate" in last
+    assert f"back to step {STEPS}" in done.stderr
+    assert saved(run)[-1] == STEPS, "no checkpoint of what went astray"
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A Ray of a head without CPUs and two nodes beside it, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    yield cluster, nodes
+    cluster.shutdown()
+
+
+def test_a_node_that_goes_takes_no_step_along(
+    two_nodes: Any, start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    cluster, nodes = two_nodes
+    job = start_job(*command(dataset, tmp_path), environment={"RAY_ADDRESS": cluster.address})
+    wait_until(lambda: max(losses(tmp_path), default=0) >= 6 and bool(saved(tmp_path)), job, 180)
+    raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes}
+    working = [node for node in nodes if any(map(is_train_worker, descendants(raylets[node])))]
+    cluster.remove_node(working[0], allow_graceful=False)
+    assert job.wait(timeout=180) == 0
+    assert ids(tmp_path) == ids(whole)
+    assert losses(tmp_path) == losses(whole)
