@@ -5,11 +5,12 @@ and its executor, a Python loop in the worker's process, made a training step on
 """
 
 import ctypes
+import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import Queue
 from typing import Any, Final
@@ -42,6 +43,9 @@ _MOST_LOADERS: Final = 8  # of a worker
 _LOADER_CPUS: Final = 0.01
 
 
+MakeSource = Callable[[TrainingData, Training, Team], Source]
+
+
 @dataclass(frozen=True)
 class Trained:
     """How a job ended."""
@@ -51,8 +55,9 @@ class Trained:
     was_stopped: bool  # by SIGTERM, after a checkpoint
 
 
-def train(training: Training) -> Trained:
-    """Run the job on the connected Ray. JobFailed where the workers give up.
+def train(training: Training, samples: MakeSource | None = None) -> Trained:
+    """Run the job on the connected Ray. JobFailed where the workers give up. `samples`: others than the selection's, to
+    be measured beside them.
 
     On SIGTERM, as before a spot machine goes, the workers save a checkpoint and end; a second one ends at once.
     """
@@ -63,7 +68,7 @@ def train(training: Training) -> Trained:
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"training": training, "data": ray.put(data), "board": board},
+        train_loop_config={"training": training, "data": ray.put(data), "board": board, "samples": samples or streamed},
         scaling_config=scaling,
         run_config=RunConfig(
             name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
@@ -242,7 +247,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
         _keep_freed_memory()
     team = Team.assemble()
-    source = _source(ray.get(config["data"]), training, team)
+    source = config["samples"](ray.get(config["data"]), training, team)
     try:
         steps = Worker(training, team, ray.train.torch.get_device(), source, _Bulletin(board)).run()
     except (JobFailed, UsageError, ValueError) as error:
@@ -267,10 +272,16 @@ def _keep_freed_memory() -> None:
 
 
 class _Loader:
-    """An actor, on any node, that reads the samples of some streams."""
+    """An actor, on any node, that reads the samples of some streams.
 
-    def __init__(self, data: TrainingData) -> None:
+    gives_way: where the training computes on the same CPUs. A thread of it that is put off by a decoder holds up all the
+    others; so the loader runs when a CPU is idle, and always has a few batches' time.
+    """
+
+    def __init__(self, data: TrainingData, gives_way: bool) -> None:
         self.data = data
+        if gives_way and hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
     def load(self, positions: range) -> Batch:
         return load_batch(self.data, positions)
@@ -279,7 +290,8 @@ class _Loader:
         return held_out_batch(self.data, numbers)
 
 
-def _source(data: TrainingData, training: Training, team: Team) -> Source:
+def streamed(data: TrainingData, training: Training, team: Team) -> Source:
+    """Those of the selection, read by loaders ahead of the training."""
     loaders = _start_loaders(data, training, team)
     return Source(
         data=data,
@@ -302,7 +314,7 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
         max_task_retries=-1,
     )(_Loader)
     shared = ray.put(kept)
-    return [remote.remote(shared) for _ in range(count)]
+    return [remote.remote(shared, gives_way=not torch.cuda.is_available()) for _ in range(count)]
 
 
 def _asked_for(loaders: list[Any], training: Training, team: Team) -> Iterator[list[Any]]:

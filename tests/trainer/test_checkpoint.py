@@ -32,8 +32,6 @@ from trainer.checkpoint import (
     training_state,
     write_tensors,
 )
-from trainer.muon import Muon
-from trainer.optim import MuonAndAdamW
 
 KINDS = ("model", "ema", "optimizer")
 FILES = (*(f"{kind}.safetensors" for kind in KINDS), "state.json")

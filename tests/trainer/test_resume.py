@@ -189,7 +189,16 @@ def test_a_loss_that_stays_infinite_goes_back_and_then_gives_up(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    wild = ("--workers", 1, "--steps", 100, "--set", "optimizer.muon_learning_rate=1e30", "--set", "checkpoint_every=1000")
+    wild = (
+        "--workers",
+        1,
+        "--steps",
+        100,
+        "--set",
+        "optimizer.muon_learning_rate=1e30",
+        "--set",
+        "checkpoint_every=1000",
+    )
     done = run_job(*command(dataset, run, *wild))
     assert done.returncode == 1, done.stderr[-2000:]
     last = done.stderr.strip().splitlines()[-1]
