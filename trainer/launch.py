@@ -5,6 +5,7 @@ and its executor, a Python loop in the worker's process, made a training step on
 """
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -274,8 +275,8 @@ def _keep_freed_memory() -> None:
 class _Loader:
     """An actor, on any node, that reads the samples of some streams.
 
-    gives_way: where the training computes on the same CPUs. A thread of it that is put off by a decoder holds up all the
-    others; so the loader runs when a CPU is idle, and always has a few batches' time.
+    gives_way: where the training computes on the same CPUs. A thread of it that is put off by a decoder holds up all
+    the others; so the loader runs when a CPU is idle, and always has a few batches' time.
     """
 
     def __init__(self, data: TrainingData, gives_way: bool) -> None:
@@ -318,7 +319,8 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
 
 
 def _asked_for(loaders: list[Any], training: Training, team: Team) -> Iterator[list[Any]]:
-    """The parts of each micro batch of this worker, in order, from start_step on; some are asked for ahead."""
+    """The parts of each micro batch of this worker, in order, from start_step on, without end: a training that goes
+    back to a checkpoint needs more than its steps. Some are asked for ahead."""
     stage = training.stage
     streams = streams_of(stage.batch_size, stage.streams)
     per_stream = stage.batch_size // streams
@@ -329,13 +331,12 @@ def _asked_for(loaders: list[Any], training: Training, team: Team) -> Iterator[l
         return (position % stage.batch_size // per_stream - first) * len(loaders) // own
 
     ahead: deque[list[Any]] = deque()
-    for step in range(training.start_step, training.stop_step):
+    for step in itertools.count(training.start_step):
         batch = training.position(step) // stage.batch_size
         for positions in micro_batches(batch, stage.batch_size, team.rank, team.size, training.micro_batch):
             ahead.append([loaders[loader_of(part.start)].load.remote(part) for part in _parts(positions, loader_of)])
             if len(ahead) > _AHEAD * len(loaders):
                 yield ahead.popleft()
-    yield from ahead
 
 
 def _parts(positions: range, key: Any) -> Iterator[range]:
@@ -350,18 +351,18 @@ def _parts(positions: range, key: Any) -> Iterator[range]:
 
 def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     """Whole batches, put together by a thread while the worker trains on those before."""
-    ready: Queue[Batch | BaseException | None] = Queue(_WAITING)
+    ready: Queue[Batch | BaseException] = Queue(_WAITING)
 
     def fetch() -> None:
         try:
             for parts in asked:
                 ready.put(join(ray.get(parts)))
-            ready.put(None)
         except BaseException as error:  # belongs to whoever waits for the batch
             ready.put(error)
 
     threading.Thread(target=fetch, daemon=True, name="batches").start()
-    while (batch := ready.get()) is not None:
+    while True:
+        batch = ready.get()
         if isinstance(batch, BaseException):
             cause = getattr(batch, "cause", None)  # of an error in a loader
             raise cause if isinstance(cause, JobFailed | ValueError) else batch

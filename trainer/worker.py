@@ -58,19 +58,15 @@ class Source:
     """Where a worker's samples come from."""
 
     data: TrainingData
-    batches: Callable[
-        [Training], Iterator[Batch]
-    ]  # from start_step on: its share of each step, a micro batch at a time
+    batches: Callable[[Training], Iterator[Batch]]  # endless micro batches: its share of each step from start_step on
     held_out: Callable[[Sequence[int]], Batch]  # by number
 
 
-def newest_state(training: Training) -> tuple[Training, Checkpoint | None]:
-    """The job as it goes on from its newest checkpoint, which a restart of the workers may find further on than the
-    job's own start was; as it is, where there is none yet."""
+def from_newest(training: Training) -> Training:
+    """The job as it goes on from its newest checkpoint: workers that are started again find one further on than where
+    the job itself began."""
     found = Checkpoints(training.checkpoints).newest()
-    if found is None or found.step == training.start_step:
-        return training, found
-    return training.going_on_from(found.state()), found
+    return training if found is None or found.step == training.start_step else training.going_on_from(found.state())
 
 
 class Worker:
@@ -78,14 +74,13 @@ class Worker:
         self, training: Training, team: Team, device: torch.device, source: Source, bulletin: Bulletin
     ) -> None:
         self.team, self.device, self.source, self.bulletin = team, device, source, bulletin
-        self.training, self.found = team.of_leader(newest_state(training) if team.leads else (training, None))
+        self.training = team.of_leader(from_newest(training) if team.leads else training)
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
         self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
         self.encoder: TextEncoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
         self.loop = build_loop(self.training, self.codec, device)
-        self.began_at = self.training.start_step
         self.saver: Saver | None = None
         self.log: Log | None = None
         if team.leads:
@@ -210,6 +205,7 @@ class Worker:
         )
 
     def _save(self) -> None:
+        self.rollbacks = 0
         if self.saver:
             taken = self.loop.steps_taken
             [epoch], _ = self.source.data.order.epochs([self.training.position(taken)])
