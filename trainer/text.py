@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from trainer.pretrained import first_line, frozen_dtype, model_folder
@@ -95,6 +95,8 @@ def load_text_encoder(
     with a model is never run. ValueError, with the mend, where that fails.
     """
     folder = model_folder(name, _MODEL_FILES, *_KIND)
+    from transformers import AutoModel, AutoTokenizer  # seconds, which whoever only asks for a width should not wait
+
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -179,6 +181,8 @@ def build_local_text_encoder(captions: Iterable[str], folder: Path, seed: int) -
     shutil.rmtree(partial, ignore_errors=True)
     with _quiet():
         model.save_pretrained(partial)
+        from transformers import PreTrainedTokenizerFast
+
         wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
         wrapped.save_pretrained(partial)
     partial.rename(folder)
@@ -205,6 +209,8 @@ def _train_tokenizer(captions: Iterable[str]) -> Tokenizer:
 
 def _random_qwen3(vocabulary: int, end: int, seed: int) -> Any:
     """Embeddings of unit variance dominate the residual stream; attention and feed-forward add their gains to it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=_WIDTH,
