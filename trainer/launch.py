@@ -108,9 +108,14 @@ def _scaling(training: Training) -> ScalingConfig:
         )
     if 0 < gpus < training.workers:
         raise UsageError(f"--workers {training.workers} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
-    # Not a whole CPU: a node full of workers, after another one went, has room for the loaders, which ask for little.
-    share = min(0.9, (cpus - 1) / training.workers)
-    return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": share})
+    share = {"CPU": _cpus_of_worker(training.workers)}
+    return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=share)
+
+
+def _cpus_of_worker(workers: int) -> float:
+    """Never a whole one: a node that is full of workers, after another node went, has room for the loaders, which ask
+    for little."""
+    return min(0.9, (float(ray.cluster_resources().get("CPU", 1)) - 1) / workers)
 
 
 # --- What driver and workers tell each other --------------------------------------------------------------------------
@@ -303,8 +308,7 @@ def streamed(data: TrainingData, training: Training, team: Team) -> Source:
 
 def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[Any]:
     """As many as there are CPUs for beside the training, and streams; each has its own streams of this worker's."""
-    resources = ray.cluster_resources()
-    left = max(1.0, resources.get("CPU", 1.0) - team.size * _scaling(training).resources_per_worker["CPU"])
+    left = max(1.0, float(ray.cluster_resources().get("CPU", 1)) - team.size * _cpus_of_worker(team.size))
     streams = data.order.streams // team.size
     count = max(1, min(streams, _MOST_LOADERS, int(left / team.size)))
     kept = replace(data, cached_row_groups=-(-streams // count) * (training.stage.window + 1))
