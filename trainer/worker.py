@@ -100,6 +100,7 @@ class Worker:
         self.counts, self.encoding = Counts(), Stopwatch(device)
         self.last = Mark(step=self.training.start_step)
         self.told_failures = 0
+        self.unwritable: set[Path] = set()
         self.rollbacks = 0
         self.held_out: Batch | None = None
         self.tagger = Tagger.load(Path(training.tagger), str(device)) if training.tagger and team.leads else None
@@ -120,10 +121,10 @@ class Worker:
             if (saves or taken % self.stage.log_every == 0) and self._report().worst_run >= _MOST_SKIPPED:
                 self._roll_back()
                 continue
-            if taken % self.stage.evaluate_every == 0 or (ends and not stops and taken > self.stage.evaluate_every):
-                self._evaluate()
             if saves:
                 self._save()
+            if not stops and (taken % self.stage.evaluate_every == 0 or (ends and taken > self.stage.evaluate_every)):
+                self._evaluate()
         self._finish()
         return self.loop.steps_taken
 
@@ -149,8 +150,7 @@ class Worker:
 
         self.loop.step(encoded())
         if self.training.audit:
-            line = {"step": self.loop.steps_taken, "rank": self.team.rank, "ids": ids}
-            append_line(Path(self.training.audit), line)
+            self._append(Path(self.training.audit), {"step": self.loop.steps_taken, "rank": self.team.rank, "ids": ids})
 
     def _encode(self, batch: Batch) -> Inputs:
         with self.encoding.running():
@@ -161,7 +161,7 @@ class Worker:
     def _note_replaced(self, batch: Batch) -> None:
         for name, why in batch.replaced:
             line = {"step": self.loop.steps_taken, "id": name, "reason": why}
-            append_line(Path(self.training.folder) / "replaced.jsonl", line)
+            self._append(Path(self.training.folder) / "replaced.jsonl", line)
         replaced, seen = self.counts.replaced + len(batch.replaced), self.counts.images + len(batch.ids)
         if batch.replaced and replaced > _REPLACED_EARLY + _REPLACED_SHARE * seen:
             name, why = batch.replaced[0]
@@ -170,6 +170,15 @@ class Worker:
                 f"({why}); {self.training.folder}/replaced.jsonl names them: mend the dataset and run the same command "
                 "again"
             )
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        """A disk that is full costs the lines, not the training."""
+        try:
+            append_line(path, line)
+        except OSError as error:
+            if path not in self.unwritable:
+                self.unwritable.add(path)
+                self.bulletin.remark(f"{path} cannot be written ({error}): lines are missing; training goes on")
 
     # --- What is told, kept and judged --------------------------------------------------------------------------------
 
