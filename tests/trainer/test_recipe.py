@@ -14,7 +14,7 @@ import torch
 
 from pipeline.jobs import UsageError
 from pipeline.records import SELECTION, TEXT_CATEGORIES
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
 from trainer.recipe import Command, Training, check_device, resolve
 from trainer.settings import micro_batch, stage_config
 from trainer.stages import STAGES
@@ -62,9 +62,10 @@ def ask(dataset: Path, tmp_path: Path) -> Any:
 
 
 def save(training: Training, step: int) -> Path:
-    """A checkpoint after `step` steps, as the training job leaves it."""
+    """A checkpoint after `step` steps, as the training job leaves it where nothing is held out."""
     tensors = {name: {"weight": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
-    return checkpoint.save(Path(training.checkpoints).parent, step, tensors, training.state(step, ROWS)).folder
+    epoch = training.first_epoch + training.position(step) // ROWS
+    return Path(Checkpoints(training.checkpoints).save(step, tensors, training.state(step, epoch)).folder)
 
 
 def refused(ask: Any, *settings: str, **flags: Any) -> str:
@@ -121,11 +122,11 @@ def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
 
 def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
     training = ask("demo")
-    state = training.state(3, samples_per_epoch=30)
+    state = training.state(3, epoch=3)
     assert (state["position"], state["epoch"], state["first_epoch"]) == (96, 3, 0)
     again = training.going_on_from(state | {"step": 3})
     assert (again.start_step, again.position(3), again.position(4)) == (3, 96, 128)
-    assert again.state(5, 30) == training.state(5, 30)
+    assert again.state(5, 5) == training.state(5, 5)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_
     folder = save(before, 9)
     encoder = (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns
     training = ask("512", *TINY)
-    assert training.weights.folder == folder
+    assert training.weights.folder == str(folder)
     assert (training.start_step, training.start_position) == (0, 0), "a schedule and an order of its own"
     assert str(folder) in training.notes[-1]
     assert (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns == encoder, "the weights know this one"
@@ -215,7 +216,7 @@ def test_from_takes_another_run_or_checkpoint_with_its_text_encoder_or_nothing(a
     older, newer = save(other, 5), save(other, 9)
     for place, found in ((tmp_path / "other", newer), (tmp_path / "other/256", newer), (older, older)):
         training = ask("512", *TINY, start_from=str(place))
-        assert training.weights.folder == found
+        assert training.weights.folder == str(found)
     tokenizers = [(tmp_path / run / "text_encoder/tokenizer.json").read_bytes() for run in ("run", "other")]
     assert tokenizers[0] == tokenizers[1]
     assert ask("512", *TINY, start_from="nothing").weights is None
