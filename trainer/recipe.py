@@ -388,12 +388,15 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _audit(path: str | None) -> str | None:
-    """Absolute: workers run in folders of their own."""
+    """Absolute: workers run in folders of their own. It can be appended to: that fails here, not at the first step."""
     if path is None:
         return None
     file = local_path("--audit", path).resolve()
-    if file.is_dir():
-        raise UsageError(f"--audit {file} is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"--audit {file}: {error.strerror}; give a file that can be written") from error
     return str(file)
 
 

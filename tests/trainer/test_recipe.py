@@ -175,6 +175,15 @@ def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset
         curated_as(dataset, "first")
 
 
+@pytest.mark.parametrize("record", ['{"shards"', "[]", '{"shards": {"one": 40}}', '{"shards": ["one"], "hash": "x"}'])
+def test_a_damaged_record_of_the_selection_is_refused(ask: Any, dataset: Path, record: str) -> None:
+    (dataset / "selections/demo/selection.json").write_text(record)
+    try:
+        assert "selection.json is damaged; run pipeline/curate.py" in refused(ask, "demo")
+    finally:
+        curated_as(dataset, "first")
+
+
 def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp_path: Path) -> None:
     save(ask("demo"), 7)
     path = tmp_path / "run/demo/config.json"
@@ -291,6 +300,7 @@ def test_what_cannot_be_is_refused_with_the_mend(ask: Any, tmp_path: Path) -> No
     assert "--tagger" in refused(ask, "demo", tagger=str(tmp_path / "none"))
     assert "--price-per-hour" in refused(ask, "demo", price_per_hour=-1.0)
     assert "--max-failures" in refused(ask, "demo", max_failures=-1)
+    assert "--audit" in refused(ask, "demo", audit=str(tmp_path))
     assert "gone" in _without_text_encoder(ask, tmp_path)
 
 
@@ -298,6 +308,11 @@ def _without_text_encoder(ask: Any, tmp_path: Path) -> str:
     save(ask("demo"), 3)
     (tmp_path / "run/text_encoder").rename(tmp_path / "moved")
     return refused(ask, "demo")
+
+
+def test_the_folder_of_an_audit_is_made(ask: Any, tmp_path: Path) -> None:
+    audit = ask("demo", audit=str(tmp_path / "new/folder/audit")).audit
+    assert Path(audit).read_bytes() == b""
 
 
 def test_prompts_come_from_a_file_or_the_selection(ask: Any, tmp_path: Path) -> None:
