@@ -233,7 +233,7 @@ class Worker:
                 + "; give a new run a lower rate: --set optimizer.learning_rate=..."
             )
         position = self.training.position(step)
-        load(self.loop, found)
+        self.loop.go_back(all_tensors(found), found.step)
         self.training = replace(self.training, start_step=found.step, start_position=position)
         self.last = replace(self._mark(), step=found.step)
         if self.log:
@@ -315,14 +315,15 @@ def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, 
         codec.loss_weight_C,
     )
     if begun_from:
-        load(loop, begun_from)
+        loop.load(all_tensors(begun_from), begun_from.step)
     elif training.weights:
         loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
     return loop
 
 
-def load(loop: Loop, found: Checkpoint) -> None:
-    loop.load({name: found.tensors(name) for name in ("model", "ema", "optimizer")}, found.step)
+def all_tensors(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """What `Loop.load` takes."""
+    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
 
 
 def encode(

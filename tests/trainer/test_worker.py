@@ -99,6 +99,9 @@ def test_a_loss_that_stays_infinite_goes_back_and_then_gives_up(dataset: Path, t
         worker(wild, heard).run()
     assert [remark.split(": ")[1] for remark in heard.remarks] == ["back to step 4, and on with other samples"] * 3
     assert saved(tmp_path)[-1] == 4, "no checkpoint of what went astray"
+    skipped = [line["skipped_steps"] for line in heard.lines]
+    assert skipped == sorted(skipped), "those of before a rollback stay counted"
+    assert skipped[-1] >= 4 * 3
 
 
 def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(dataset: Path, tmp_path: Path) -> None:
