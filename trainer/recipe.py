@@ -1,7 +1,6 @@
 """A command line -> one resolved training job, checked against the run folder it goes on from. Knows nothing of Ray."""
 
 import filecmp
-import importlib.util
 import math
 import shlex
 import shutil
@@ -172,7 +171,7 @@ def resolve(command: Command) -> Training:
         prompts=examples if command.prompts is None else _prompts(local_path("--prompts", command.prompts)),
         audit=_audit(command.audit),
         price_per_hour=_price(command.price_per_hour),
-        wandb=_wandb(command.wandb),
+        wandb=command.wandb,
         tagger=_tagger(command.tagger),
         max_failures=_max_failures(command.max_failures),
     )
@@ -404,12 +403,6 @@ def _price(dollars: float | None) -> float | None:
     if dollars is not None and not 0 <= dollars < math.inf:
         raise UsageError(f"--price-per-hour {dollars}: dollars for an hour of the whole cluster, at least 0")
     return dollars
-
-
-def _wandb(wanted: bool) -> bool:
-    if wanted and importlib.util.find_spec("wandb") is None:
-        raise UsageError("--wandb needs a package that is not here: pip install wandb")
-    return wanted
 
 
 def _tagger(path: str | None) -> str | None:
