@@ -19,7 +19,7 @@ from typing import Any, Final
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
@@ -75,12 +75,15 @@ def train(training: Training, samples: MakeSource | None = None) -> Trained:
             name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
         ),
     )
-    with _Watcher(board, training) as watcher:
-        try:
+    watcher = _Watcher(board, training)
+    try:
+        with watcher:
             trainer.fit()
-        except (RayError, ray.train.TrainingFailedError) as error:
-            cause = watcher.failure or str(error).strip().splitlines()[-1]
-            raise JobFailed(f"training stopped: {cause}; run the same command to go on") from error
+    except (RayError, ray.train.TrainingFailedError) as error:
+        if watcher.failure:
+            raise JobFailed(watcher.failure) from error
+        *_, cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise JobFailed(f"training stopped: {cause}; run the same command to go on") from error
     if watcher.failure:
         raise JobFailed(watcher.failure)
     return Trained(ray.get(board.ended_at.remote()), watcher.lines, watcher.was_stopped)
@@ -302,7 +305,7 @@ def streamed(data: TrainingData, training: Training, team: Team) -> Source:
     return Source(
         data=data,
         batches=lambda training: _fetched(_asked_for(loaders, training, team)),
-        held_out=lambda numbers: ray.get(loaders[0].held_out.remote(numbers)),
+        held_out=lambda numbers: _read(loaders[0].held_out.remote(numbers)),
     )
 
 
@@ -360,7 +363,7 @@ def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     def fetch() -> None:
         try:
             for parts in asked:
-                ready.put(join(ray.get(parts)))
+                ready.put(join(_read(parts)))
         except BaseException as error:  # belongs to whoever waits for the batch
             ready.put(error)
 
@@ -368,6 +371,15 @@ def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     while True:
         batch = ready.get()
         if isinstance(batch, BaseException):
-            cause = getattr(batch, "cause", None)  # of an error in a loader
-            raise cause if isinstance(cause, JobFailed | ValueError) else batch
+            raise batch
         yield batch
+
+
+def _read(asked: Any) -> Any:
+    """What loaders give, or the line for the user that they raised: in Ray's error it is a traceback."""
+    try:
+        return ray.get(asked)
+    except RayTaskError as error:
+        if isinstance(error.cause, JobFailed | UsageError | ValueError):
+            raise error.cause from error
+        raise

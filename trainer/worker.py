@@ -62,11 +62,15 @@ class Source:
     held_out: Callable[[Sequence[int]], Batch]  # by number
 
 
-def from_newest(training: Training) -> Training:
-    """The job as it goes on from its newest checkpoint: workers that are started again find one further on than where
-    the job itself began."""
+def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
+    """The job as it goes on from its newest checkpoint, and that: workers that are started again find one further on
+    than where the job itself began. JobFailed where the one is gone that it began from."""
     found = Checkpoints(training.checkpoints).newest()
-    return training if found is None or found.step == training.start_step else training.going_on_from(found.state())
+    if found is None:
+        if training.start_step:
+            raise JobFailed(f"the checkpoint of step {training.start_step} in {training.checkpoints} is gone")
+        return training, None
+    return training if found.step == training.start_step else training.going_on_from(found.state()), found
 
 
 class Worker:
@@ -74,13 +78,14 @@ class Worker:
         self, training: Training, team: Team, device: torch.device, source: Source, bulletin: Bulletin
     ) -> None:
         self.team, self.device, self.source, self.bulletin = team, device, source, bulletin
-        self.training = team.of_leader(from_newest(training) if team.leads else training)
+        # Looked for once: one that appears meanwhile would be loaded by some workers and not by others.
+        self.training, begun_from = team.of_leader(from_newest(training) if team.leads else (training, None))
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
         self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
         self.encoder: TextEncoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
-        self.loop = build_loop(self.training, self.codec, device)
+        self.loop = build_loop(self.training, begun_from, self.codec, device)
         self.saver: Saver | None = None
         self.log: Log | None = None
         if team.leads:
@@ -123,6 +128,7 @@ class Worker:
                 continue
             if saves:
                 self._save()
+            # Never where it is asked to stop: a spot machine may be gone before the evaluation is done.
             if not stops and (taken % self.stage.evaluate_every == 0 or (ends and taken > self.stage.evaluate_every)):
                 self._evaluate()
         self._finish()
@@ -160,7 +166,7 @@ class Worker:
 
     def _note_replaced(self, batch: Batch) -> None:
         for name, why in batch.replaced:
-            line = {"step": self.loop.steps_taken, "id": name, "reason": why}
+            line = {"step": self.loop.steps_taken + 1, "id": name, "reason": why}
             self._append(Path(self.training.folder) / "replaced.jsonl", line)
         replaced, seen = self.counts.replaced + len(batch.replaced), self.counts.images + len(batch.ids)
         if batch.replaced and replaced > _REPLACED_EARLY + _REPLACED_SHARE * seen:
@@ -233,7 +239,7 @@ class Worker:
                 + "; give a new run a lower rate: --set optimizer.learning_rate=..."
             )
         position = self.training.position(step)
-        load(self.loop, found)
+        self.loop.go_back(all_tensors(found), found.step)
         self.training = replace(self.training, start_step=found.step, start_position=position)
         self.last = replace(self._mark(), step=found.step)
         if self.log:
@@ -293,8 +299,8 @@ class Worker:
         self.log.close()
 
 
-def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
-    """The model as it was at `start_step`: the newest checkpoint's, or that of the stage it comes after, or new."""
+def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
+    """The model as it was at `start_step`: that checkpoint's, or that of the stage it comes after, or new."""
     stage = training.stage
     on_gpu = device.type == "cuda"
     torch.manual_seed(stage.seed)
@@ -314,17 +320,16 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         ),
         codec.loss_weight_C,
     )
-    if training.start_step:
-        found = Checkpoints(training.checkpoints).newest()
-        assert found is not None, training.checkpoints
-        load(loop, found)
+    if begun_from:
+        loop.load(all_tensors(begun_from), begun_from.step)
     elif training.weights:
         loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
     return loop
 
 
-def load(loop: Loop, found: Checkpoint) -> None:
-    loop.load({name: found.tensors(name) for name in ("model", "ema", "optimizer")}, found.step)
+def all_tensors(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """What `Loop.load` takes."""
+    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
 
 
 def encode(
