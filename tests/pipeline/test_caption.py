@@ -417,3 +417,42 @@ def test_a_wrong_command_is_refused_in_one_line(
     (line,) = job.stderr.splitlines()
     assert said in line
     assert not (root / "captions").exists()
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("config.json", "has neither config.json"),
+        ("processor_config.json", "has no processor_config.json: download"),
+        ("tokenizer.json", "has no tokenizer.json: download"),
+        ("model.safetensors", "has no weights (*.safetensors): download"),
+        ("nothing", "run: make captioner"),
+    ],
+)
+@pytest.mark.parametrize("trial", [(), ("--try", 1)])
+def test_a_model_folder_that_lacks_something_is_refused_before_anything_starts(
+    call_job: RunJob,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    without: str,
+    said: str,
+    trial: tuple[object, ...],
+) -> None:
+    """Where vLLM is not installed, so that it cannot be what refuses."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": "pixtral"}}
+    tokens = [{"id": number, "content": token} for number, token in enumerate(("<s>", "[INST]", "[/INST]", "[IMG]"))]
+    files = {
+        "config.json": config, "processor_config.json": {}, "tokenizer.json": {"added_tokens": tokens},
+        "model.safetensors": {},
+    }  # fmt: skip
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in files.items():
+        if name != without:
+            (model / name).write_text(json.dumps(content))
+    root = write_images(tmp_path, {"a": range(1)})
+    job = call_job("pipeline/caption.py", "--dataset", root, "--engine", "vllm", "--model", model, *trial)
+    assert job.returncode == 2
+    (line,) = job.stderr.splitlines()
+    assert said in line
