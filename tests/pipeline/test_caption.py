@@ -245,6 +245,7 @@ def test_whatever_the_server_does_every_row_ends_with_its_own_caption_or_its_rea
     assert run["rejected"] == Counter(expected.values()) - Counter(["not decodable"]) + Counter([reasons[13]])
     costs = run["this_job"]
     assert (costs["rows_answered"], costs["engines_started"]) == (70, 1)
+    assert costs["rejected"] == run["rejected"]
     assert costs["tokens_in"] == 300 * (70 - 3 + 2 + 1)  # less rows 13, 21, 23; row 22 thrice, row 25 twice
     assert costs["dollars"] is not None
     assert "70 rows in = 62 out + 8 rejected" in out
