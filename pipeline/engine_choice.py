@@ -50,6 +50,12 @@ class EngineChoice:
 
     async def start(self) -> VisionEngine:
         """EngineUnusable where it does not start."""
+        try:
+            return await self._start()
+        except ValueError as error:  # such as a folder that this machine lacks
+            raise EngineUnusable(str(error)) from error
+
+    async def _start(self) -> VisionEngine:
         # Imported here: each wants packages that not every environment has.
         if self.engine == "openai":
             from captioner.engines.openai import OpenAIEngine, ServerSettings
@@ -142,6 +148,10 @@ def known_model(choice: EngineChoice) -> str:
         if choice.engine == "openai":
             return asyncio.run(_served_model(choice))
         layout_of(choice.model)
+        if Path(choice.model).is_dir():
+            from captioner.engines.vllm import check_weights
+
+            check_weights(Path(choice.model))
     except (ValueError, EngineUnusable) as error:
         raise UsageError(str(error)) from None
     if importlib.util.find_spec("vllm") is None:
