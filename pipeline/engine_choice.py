@@ -173,5 +173,6 @@ async def _served_model(choice: EngineChoice) -> str:
 
 def _folder_digest(folder: Path) -> str:
     configs = {name: (folder / name).read_text() for name in ("config.json", "params.json") if (folder / name).exists()}
-    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    weights = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model"))
+    files = sorted((path.name, path.stat().st_size) for path in weights)
     return digest([configs, files])

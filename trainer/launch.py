@@ -40,6 +40,7 @@ _AHEAD: Final = (
 )
 _WAITING: Final = 2  # micro batches in the worker
 _MOST_LOADERS: Final = 8  # of a worker
+_LOADER_RETRIES: Final = 3  # of a call whose process died: a picture that kills it must not do so for ever
 # What Ray reserves for each. It uses a whole one, and is counted so; but more must not keep it waiting for ever.
 _LOADER_CPUS: Final = 0.01
 
@@ -259,6 +260,11 @@ def _train_worker(config: dict[str, Any]) -> None:
     source = config["samples"](ray.get(config["data"]), training, team)
     try:
         steps = Worker(training, team, ray.train.torch.get_device(), source, _Bulletin(board)).run()
+    except torch.OutOfMemoryError as error:
+        fewer = max(1, training.micro_batch // 2)
+        mend = f"run the same command with --set micro_batch={fewer}, which takes the same steps"
+        ray.get(board.give_up.remote(f"the GPU's memory is full ({str(error).splitlines()[0]}); {mend}"))
+        raise
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(board.give_up.remote(str(error)))
         raise
@@ -319,7 +325,7 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
         num_cpus=_LOADER_CPUS,
         scheduling_strategy="SPREAD",
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=_LOADER_RETRIES,
     )(_Loader)
     shared = ray.put(kept)
     return [remote.remote(shared, gives_way=not torch.cuda.is_available()) for _ in range(count)]

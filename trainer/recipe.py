@@ -305,9 +305,9 @@ def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) ->
     places = (run_folder.checkpoints_of(run, stage.after, home), run_folder.checkpoints_of(run, stage.after))
     found = Checkpoints(places[0]).newest() or Checkpoints(places[1]).newest()
     if found is None:
-        return None, (
-            f"stage {name} begins with new weights: {run} has no checkpoint of stage {stage.after}; "
-            "--from FOLDER takes another run's"
+        raise UsageError(
+            f"stage {name} begins with the weights of stage {stage.after}, of which {run} has no checkpoint; train "
+            "that first, give --from FOLDER of another run, or --from nothing for new weights"
         )
     _check_encoders(found, stage)
     return found, f"stage {name} begins with the weights of step {found.step} of stage {stage.after}: {found.folder}"

@@ -71,11 +71,18 @@ class Log:
         self._said = False
         self.before = Spent()
         self._try(folder.mkdir, parents=True, exist_ok=True)
-        self._try(self._go_on, start_step)
-        self._tensorboard = _TensorBoard(folder / "tensorboard", start_step) if config.tensorboard else None
+        self._tensorboard: _TensorBoard | None = None
+        self._with_tensorboard = config.tensorboard
+        self.go_back(start_step)
         self._wandb: Any = None
         if config.wandb is not None:
             self._try(self._start_wandb, config.wandb, record)
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from this step's checkpoint: what was logged of later ones is forgotten."""
+        self._try(self._go_on, step)
+        if self._with_tensorboard:
+            self._tensorboard = _TensorBoard(self.folder / "tensorboard", step)
 
     def metrics(self, line: Line) -> None:
         """One line of `metrics.log_line`; "step" among it."""

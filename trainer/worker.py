@@ -108,6 +108,11 @@ class Worker:
         self.unwritable: set[Path] = set()
         self.rollbacks = 0
         self.held_out: Batch | None = None
+        if team.leads and not source.data.layout.held_out_count:
+            bulletin.remark(
+                f"none of the {training.selection.count} pictures is held out, so there is no validation loss; "
+                "--set hold_out=0.1 holds out a tenth"
+            )
         self.tagger = Tagger.load(Path(training.tagger), str(device)) if training.tagger and team.leads else None
 
     def run(self) -> int:
@@ -243,6 +248,7 @@ class Worker:
         self.training = replace(self.training, start_step=found.step, start_position=position)
         self.last = replace(self._mark(), step=found.step)
         if self.log:
+            self.log.go_back(found.step)
             self.bulletin.remark(
                 f"no finite loss in {_MOST_SKIPPED} steps in a row before step {step}: back to step {found.step}, and "
                 "on with other samples"

@@ -201,9 +201,9 @@ def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp
 
 
 def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_path: Path) -> None:
-    fresh = ask("512", *TINY)
-    assert fresh.weights is None
-    assert "no checkpoint of stage 256" in fresh.notes[-1]
+    with pytest.raises(UsageError, match=r"weights of stage 256, of which .* has no checkpoint; .*--from nothing"):
+        ask("512", *TINY)
+    assert ask("512", *TINY, run="new", start_from="nothing").weights is None
     before = ask("256", *TINY)
     save(before, 5)
     folder = save(before, 9)
