@@ -159,9 +159,15 @@ def _draw_pictures(
     job: SampleJob, model: "PictureModel", wishes: list[Wish], original: "Original | None", out: Path, started: float
 ) -> None:
     from trainer.drawing import batches_of, draw_to_files, fitted, request_of, write_list, write_tables
+    from trainer.sheet import MOST_ON_A_SHEET
 
     variants = [variant for wish in wishes for variant in swept(wish, job.sweep)]
     requests = fitted(model, [request_of(variant, model.resolution) for variant in variants])
+    on_a_sheet = max(len(requests) if job.grid else 0, len(requests) // len(wishes) if job.sweep else 0)
+    if on_a_sheet > MOST_ON_A_SHEET:
+        raise UsageError(
+            f"{on_a_sheet} pictures on a sheet: {MOST_ON_A_SHEET} at most; leave out --grid, or sweep less"
+        )
     batches = batches_of(model, requests)
     if original:
         original.tell_of_differences(model)
