@@ -179,7 +179,8 @@ def write_tables(out: Path, requests: Sequence[Request], pictures: Mapping[int, 
         cells = [
             [Labelled(pictures[start + row * columns + column]) for column in range(columns)] for row in range(rows)
         ]
-        title = f"{swept[0].prompt or '(no prompt)'}, seed {swept[0].seed}"
+        seed = "" if any(axis.field == "seed" for axis in axes) else f", seed {swept[0].seed}"
+        title = (swept[0].prompt or "(no prompt)") + seed
         row_labels = axes[0].labels if len(axes) == 2 else ()
         png = table_png(cells, _made_by(swept), title, axes[-1].labels, row_labels)
         _write_sheet(out, f"sweep-{file_words(swept[0].prompt)}", png, swept)
