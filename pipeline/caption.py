@@ -130,6 +130,8 @@ def main() -> None:
         dataset.path(job.folder), "caption", started, total, total - reasons.total(), reasons,
         engine=job.engine, failed=failed, **more,
     )  # fmt: skip
+    if reasons["truncated"] * 2 > total:
+        print("caption: most answers were cut off: give a higher --max-tokens, or a model that has learnt to describe")
     if failed:
         raise ShardsFailed(failed)
     check_engine(more.get("this_job", {}))
