@@ -13,6 +13,7 @@ ONLY_IN = {
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
     "diffusers": {
         "trainer/diffusers_export.py",
+        "trainer/exported/constants.py",
         "trainer/exported/hdm_codec.py",
         "trainer/exported/hdm_transformer.py",
         "trainer/exported/pipeline.py",

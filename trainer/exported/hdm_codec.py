@@ -5,6 +5,7 @@ It has the interface of diffusers' AutoencoderKL, as far as a pipeline uses it.
 Axes: B batch, H W pixel rows and columns, h w latent rows and columns, C latent channels, P values of a pixel block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from torch import Tensor, nn
+from torch import Tensor
+
+from trainer.exported.constants import constants_kept, kept_in_fp32
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """latents_mean, latents_std: of each channel, as of an AutoencoderKL: the diffusion model's latents are (what
     encode gives - mean) / std. block_out_channels: as many as the pixels of a block's side can be halved, and one."""
 
-    _keep_in_fp32_modules = ["basis_CP"]  # noqa: RUF012  # in half precision its rows are not orthonormal
+    _keep_in_fp32_modules = kept_in_fp32("basis_CP")
+    basis_CP: Tensor
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -53,9 +57,12 @@ class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.factor = 2 ** (len(block_out_channels) - 1)
-        self.basis_CP = nn.Parameter(
-            torch.zeros(latent_channels, in_channels * self.factor * self.factor), requires_grad=False
-        )
+        self.register_buffer("basis_CP", torch.zeros(latent_channels, in_channels * self.factor * self.factor))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HDMCodec":
+        with constants_kept(self):
+            super()._apply(fn, recurse)
+        return self
 
     def encode(self, x: Tensor) -> Encoded:
         """Pixels (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""

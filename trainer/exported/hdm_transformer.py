@@ -10,11 +10,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from trainer.exported.constants import constants_kept, kept_in_fp32
 from trainer.model.xut import XUT, XUTConfig
 
 
 class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """`architecture`: the fields of XUTConfig."""
+
+    _keep_in_fp32_modules = kept_in_fp32("frequency")
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, architecture: dict[str, Any]) -> None:
@@ -45,12 +48,6 @@ class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return velocity
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HDMTransformer":
-        """Moves to a device as any module does, but constants keep their float32: in bfloat16 the frequencies would
-        turn times and positions by other angles than those that were trained with."""
-        constants = {name: constant for name, constant in self.named_buffers() if not constant.is_meta}
-        super()._apply(fn, recurse)
-        for name, constant in constants.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            module._buffers[leaf] = constant.to(module._buffers[leaf].device)
+        with constants_kept(self):
+            super()._apply(fn, recurse)
         return self
