@@ -21,6 +21,7 @@ from trainer.exported.hdm_codec import HDMCodec
 from trainer.exported.hdm_transformer import HDMTransformer
 from trainer.latents import LinearCodec
 from trainer.pictures import PictureModel
+from trainer.pretrained import first_line
 from trainer.single_file import single_file
 from trainer.text import TextEncoder, quiet_transformers
 from trainer.vae import VaeCodec, quiet_diffusers
@@ -94,6 +95,8 @@ def _autoencoder(codec: Any, dtype: torch.dtype) -> Any:
     if isinstance(codec, VaeCodec):
         vae, statistics = codec.vae, codec.statistics
         vae.register_to_config(latents_mean=list(statistics.mean), latents_std=list(statistics.std))
+        # diffusers would write the folder that it came from, a path of this machine.
+        vae.register_to_config(_name_or_path=Path(codec.name).name if Path(codec.name).is_dir() else codec.name)
         return vae.to(dtype)
     assert isinstance(codec, LinearCodec), codec.name
     halvings = codec.factor.bit_length() - 1
@@ -111,7 +114,10 @@ def _compare(folder: Path, parts: dict[str, nn.Module], encoder: TextEncoder) ->
     """Load the folder as its users do, with the code in it. JobFailed where that gives another model."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise JobFailed(f"what was written cannot be loaded ({first_line(error)}) and is removed") from error
     text = "1girl, red star: äß 星"
     same = pipe.tokenizer(text)["input_ids"] == encoder.tokenizer(text)["input_ids"]
     for name, part in parts.items():

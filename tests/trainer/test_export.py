@@ -119,13 +119,24 @@ from diffusers import DiffusionPipeline
 
 job = json.loads(sys.argv[1])
 pipes = {
-    name: DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder + "/pipeline.py", trust_remote_code=True)
+    name: DiffusionPipeline.from_pretrained(
+        folder,
+        custom_pipeline=folder + "/pipeline.py",
+        trust_remote_code=True,
+        dtype=torch.float16 if "half" in name else None,
+    )
     for name, folder in job["folders"].items()
 }
+for name in ("half", "half dct"):
+    assert pipes[name].transformer.dtype == torch.float16
+    constants = [*pipes[name].transformer.buffers(), *pipes["half dct"].vae.buffers()]
+    assert all(constant.dtype == torch.float32 for constant in constants)
 for number, (name, arguments) in enumerate(job["draw"]):
     if "generator" in arguments:
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in arguments["generator"]]
-    pipe = pipes[name].to(getattr(torch, arguments.pop("dtype", "float32")))
+    pipe = pipes[name]
+    if "dtype" in arguments:
+        pipe = pipe.to(getattr(torch, arguments.pop("dtype")))
     pipe.set_progress_bar_config(disable=True)
     images = pipe(**arguments).images
     np.save(Path(job["out"], f"{number}.npy"), np.stack([np.asarray(image) for image in images]))
@@ -182,12 +193,13 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
     call_job: RunJob, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folders = {name: tmp_path / name for name in ("dct", "vae", "raw", "half")}
+    folders = {name: tmp_path / name for name in ("dct", "vae", "raw", "half", "half dct")}
     for name, arguments in {
         "dct": ["--run", runs["dct"]],
         "vae": ["--run", runs["vae"]],
         "raw": ["--run", runs["dct"] / "demo", "--weights", "raw"],
         "half": ["--run", runs["vae"], "--dtype", "fp16"],
+        "half dct": ["--run", runs["dct"], "--dtype", "fp16"],
     }.items():
         job = call_job("trainer/export.py", *arguments, "--to-diffusers", folders[name])
         assert job.returncode == 0, job.stderr
@@ -196,7 +208,8 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
         assert sorted(path.name for path in folders[name].iterdir()) == [
             "model_index.json", "pipeline.py", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
         ]  # fmt: skip
-    assert "fish" not in (folders["vae"] / "vae/config.json").read_text()
+    for file in [*folders["vae"].rglob("*.json"), *folders["vae"].rglob("*.py")]:
+        assert str(tmp_path.parent) not in file.read_text(), f"{file} names a folder of this machine"
 
     wide = {"prompt": PROMPTS, "width": 64, "height": 32, "negative_prompt": "fish", "num_inference_steps": 3}
     wide |= {"guidance_scale": 2.0, "seed": SEEDS}

@@ -57,7 +57,9 @@ class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.factor = 2 ** (len(block_out_channels) - 1)
-        self.register_buffer("basis_CP", torch.zeros(latent_channels, in_channels * self.factor * self.factor))
+        self.register_buffer(
+            "basis_CP", torch.zeros(latent_channels, in_channels * self.factor**2, dtype=torch.float32)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HDMCodec":
         with constants_kept(self):
