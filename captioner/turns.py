@@ -33,8 +33,10 @@ class EngineTurns:
         self._unusable: EngineUnusable | None = None
         self._is_lost = False
         self._given = 0  # turns of this engine
+        self._at_once = at_once
         self._slots = asyncio.Semaphore(at_once)
         self._gate = asyncio.Lock()  # held while an engine is exchanged
+        self._exchange: asyncio.Task[None] | None = None
         self._none_under_way = asyncio.Event()
         self._none_under_way.set()
         self._under_way = self._ready = self._feeding = 0
@@ -80,6 +82,11 @@ class EngineTurns:
         return replace(self._waits)
 
     async def close(self) -> None:
+        if self._exchange:
+            self._exchange.cancel()
+        await self._end_engine()
+
+    async def _end_engine(self) -> None:
         engine, self._engine = self._engine, None
         if engine:
             await engine.close()
@@ -87,11 +94,24 @@ class EngineTurns:
     async def _current(self) -> VisionEngine:
         if self._unusable:
             raise self._unusable
-        old = self._restart_after and self._given >= self._restart_after
-        if self._engine and not self._is_lost and not old:
-            return self._engine
-        await self._none_under_way.wait()
-        await self.close()
+        if self._exchange is None:
+            old = self._restart_after and self._given >= self._restart_after
+            if self._engine and not self._is_lost and not old:
+                return self._engine
+            await self._none_under_way.wait()
+            self._exchange = asyncio.create_task(self._exchange_engine())
+        try:
+            # The turn that began this may be cancelled. What loads cannot be, and would be a second engine beside the
+            # next turn's: that one waits for it instead.
+            await asyncio.shield(self._exchange)
+        finally:
+            if self._exchange.done():
+                self._exchange = None
+        assert self._engine
+        return self._engine
+
+    async def _exchange_engine(self) -> None:
+        await self._end_engine()
         self._is_lost, self._given = False, 0
         self.started += 1
         since = time.monotonic()
@@ -102,13 +122,12 @@ class EngineTurns:
             raise
         finally:
             self.seconds_starting += time.monotonic() - since
-        return self._engine
 
     def _change(self, under_way: int = 0, ready: int = 0, feeding: int = 0) -> None:
         now = time.monotonic()
         if self._ready:
             self._waits.engine += now - self._since
-        elif self._feeding:
+        elif self._feeding and self._under_way < self._at_once:
             self._waits.pictures += now - self._since
         self._since = now
         self._under_way += under_way

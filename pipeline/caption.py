@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.fingerprints import Footer, changes, image_footers, made_from
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import JobFailed, Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
 from pipeline.shards import Store
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _ENGINES = ("tags", "vllm", "openai")
 _AT_ONCE = {"vllm": 128, "openai": 32}
+_TIMEOUT = {"vllm": 900.0, "openai": 180.0}
+# Share of a job's rows on which the engine may fail, and how many rows that are worth a word.
+_MOST_FAILED, _FEW = 0.2, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class CaptionJob:
     engines: int | None
     tensor_parallel: int
     at_once: int | None
-    timeout: float  # seconds
+    timeout: float | None  # seconds
     tries: int
     prompt: str | None  # version
     temperatures: list[float] | None
@@ -65,7 +68,11 @@ def parse_args() -> CaptionJob:
         "--at-once", type=int, metavar="N", help="pictures that each engine is asked about at a time; "
         f"default {_AT_ONCE['vllm']}, of a server {_AT_ONCE['openai']}",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="for an answer; default 180")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help=f"for an answer; default {_TIMEOUT['vllm']:.0f}, which its queue is part of, of a server "
+        f"{_TIMEOUT['openai']:.0f}",
+    )  # fmt: skip
     parser.add_argument("--tries", type=int, default=5, metavar="N", help="of a request to a server; default 5")
     parser.add_argument("--prompt", metavar="VERSION", help="of captioner/prompts.py; default: its newest")
     parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="by attempt; default 0.5 0.3 0.2")
@@ -125,6 +132,23 @@ def main() -> None:
     )  # fmt: skip
     if failed:
         raise ShardsFailed(failed)
+    check_engine(more.get("this_job", {}))
+
+
+def check_engine(this_job: dict[str, Any]) -> None:
+    """JobFailed where the engine failed on more rows than can be a matter of pictures, also of a small dataset."""
+    from captioner.attempts import ENGINE_FAILURES
+
+    failures = Counter(
+        {reason: count for reason, count in this_job.get("rejected", {}).items() if reason in ENGINE_FAILURES}
+    )
+    answered = this_job.get("rows_answered", 0)
+    if failures.total() and failures.total() >= min(_FEW, answered) and failures.total() > _MOST_FAILED * answered:
+        [(most, _)] = failures.most_common(1)
+        raise JobFailed(
+            f"the engine failed on {failures.total()} of {answered} rows, mostly: {most}; they have the captions of "
+            "their tags. See to it and run the same command with --retry-rejected"
+        )
 
 
 def with_tags(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -213,7 +237,7 @@ def caption_task(job: CaptionJob, dataset: Store) -> "CaptionTask":
     choice = pinned(
         EngineChoice(
             engine=job.engine, model=job.model, url=job.url, tensor_parallel=job.tensor_parallel,
-            at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout, tries=job.tries,
+            at_once=job.at_once or _AT_ONCE[job.engine], timeout=job.timeout or _TIMEOUT[job.engine], tries=job.tries,
         )
     )  # fmt: skip
     return CaptionTask(

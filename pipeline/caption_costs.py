@@ -105,7 +105,7 @@ class Meter:
         if not now.answered or (self._first and now.answered == self._first[1] and now.rows < self._rows):
             return "first answers" if now.answered else "engine starts"
         rate, seconds = self._rate(), max(self._seconds, 1e-3)
-        left = (self._rows - now.rows) / rate
+        left = max(0, self._rows - now.rows) / rate  # as in __call__, rows may have been told of twice
         parts = [
             f"{rate:.2f} images/s",
             f"{now.tokens_in / seconds:.0f} tokens/s in, {now.tokens_out / seconds:.0f} out",

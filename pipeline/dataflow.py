@@ -130,11 +130,16 @@ def plan_engines(engines: int | None, gpus_each: int, shards: int, use_gpus: boo
         if (engines or 1) > cpus:
             raise UsageError(f"--engines {engines}: without GPUs each takes a CPU, and Ray has {cpus}; give fewer")
         return Pool(min(engines or 1, shards), max(1, min(_DECODING_CPUS, cpus // (engines or 1))), 0, at_once=2)
-    most = int(sum(node["GPU"] // gpus_each for node in gpu_nodes))
+    # Each needs a CPU too: an actor that Ray finds none for would wait for ever.
+    room = [(node, int(min(node["GPU"] // gpus_each, node.get("CPU", 0)))) for node in gpu_nodes]
+    most = sum(count for _, count in room)
     if (engines or 1) > most:
-        raise UsageError(f"--engines {engines}: Ray has GPUs for {most} of {gpus_each} each; give fewer")
-    share = min(int(node.get("CPU", 0) // (node["GPU"] // gpus_each)) for node in gpu_nodes)
-    return Pool(min(engines or most, shards), max(1, min(_DECODING_CPUS, share)), gpus_each, at_once=2)
+        raise UsageError(
+            f"{engines or 1} engines do not fit, each of which takes {gpus_each} GPU and a CPU: Ray has room for "
+            f"{most}; give a smaller --engines, or RAY_ADDRESS of a larger cluster"
+        )
+    share = min(int(node["CPU"] // count) for node, count in room if count)
+    return Pool(min(engines or most, shards), min(_DECODING_CPUS, share), gpus_each, at_once=2)
 
 
 class _Actor:

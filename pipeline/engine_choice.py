@@ -50,6 +50,12 @@ class EngineChoice:
 
     async def start(self) -> VisionEngine:
         """EngineUnusable where it does not start."""
+        try:
+            return await self._start()
+        except ValueError as error:  # such as a folder that this machine lacks
+            raise EngineUnusable(str(error)) from error
+
+    async def _start(self) -> VisionEngine:
         # Imported here: each wants packages that not every environment has.
         if self.engine == "openai":
             from captioner.engines.openai import OpenAIEngine, ServerSettings
@@ -142,6 +148,10 @@ def known_model(choice: EngineChoice) -> str:
         if choice.engine == "openai":
             return asyncio.run(_served_model(choice))
         layout_of(choice.model)
+        if Path(choice.model).is_dir():
+            from captioner.engines.vllm import check_weights
+
+            check_weights(Path(choice.model))
     except (ValueError, EngineUnusable) as error:
         raise UsageError(str(error)) from None
     if importlib.util.find_spec("vllm") is None:
@@ -163,5 +173,6 @@ async def _served_model(choice: EngineChoice) -> str:
 
 def _folder_digest(folder: Path) -> str:
     configs = {name: (folder / name).read_text() for name in ("config.json", "params.json") if (folder / name).exists()}
-    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    weights = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model"))
+    files = sorted((path.name, path.stat().st_size) for path in weights)
     return digest([configs, files])

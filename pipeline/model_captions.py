@@ -111,8 +111,10 @@ class Captioner:
         reader = TagReader()
         requests = [request_of(post, reader) for post in posts]
         before = self._finished_before(name, made_from)
-        rows = {id: row for id, row in before.items() if row["reason"] not in MODEL_FAILURES} | unfinished.read()
         drawn_before = {id: row["attempts"] or 0 for id, row in before.items()}
+        # Rows of no more attempts than the finished ones: a job was killed after it wrote these, before it cleared up.
+        later = {id: row for id, row in unfinished.read().items() if row["attempts"] > drawn_before.get(id, -1)}
+        rows = {id: row for id, row in before.items() if row["reason"] not in MODEL_FAILURES} | later
         with self._counting:
             self._costs.rows += len(rows)
             self._costs.kept += len(rows)
@@ -132,6 +134,11 @@ class Captioner:
             unfinished.write(fresh)
             raise
         final = without_repeated([rows[request.id] for request in requests], requests)
+        asked = {request.id for request in todo.values()}
+        repeated = sum(row["reason"] == Reason.REPEATED for row in final if row["id"] in asked)
+        if repeated:
+            with self._counting:  # only now: their captions were good until all were known
+                self._costs.rejected[str(Reason.REPEATED)] += repeated
         table = pa.RecordBatch.from_pylist(final, CAPTIONS)
         self.store.write_table(name, table, CAPTIONS, made_from=json.dumps(made_from))
         unfinished.remove()

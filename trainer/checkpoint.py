@@ -101,9 +101,9 @@ class Checkpoints:
                 found.append(Checkpoint(store.path(name), step, state["saved_at"]))
         return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.step))
 
-    def newest(self, pass_over: Collection[Checkpoint] = ()) -> Checkpoint | None:
-        """The whole one that was saved last, or None. `pass_over`: those that were found damaged when loaded."""
-        return next((found for found in reversed(self.finished()) if found not in pass_over), None)
+    def newest(self) -> Checkpoint | None:
+        """The whole one that was saved last, or None."""
+        return next(reversed(self.finished()), None)
 
     def save(self, step: int, tensors: Tensors, state: State, keep_last: int = 2, keep_every: int = 0) -> Checkpoint:
         """Write a checkpoint, and only then remove the others but the `keep_last` newest, of which it is one, and those

@@ -28,12 +28,12 @@ def grid_png(prompts: Sequence[str], pictures: Sequence[Pixels], seeds: Sequence
     """
     if not prompts or not len(prompts) == len(pictures) == len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(pictures)} pictures, {len(seeds)} seeds: give one of each")
-    tiles = [_tile(picture) for picture in pictures]
+    tiles = [tile_of(picture) for picture in pictures]
     columns = math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     width, height = tiles[0].width + _GAP, tiles[0].height + _LINES * _LINE + _GAP
     sheet = Image.new("RGB", (_GAP + columns * width, _GAP + rows * height), "white")
-    pen, font = ImageDraw.Draw(sheet), _font()
+    pen, font = ImageDraw.Draw(sheet), label_font()
     for number, (tile, prompt) in enumerate(zip(tiles, prompts, strict=True)):
         row, column = divmod(number, columns)
         x, y = _GAP + column * width, _GAP + row * height
@@ -47,7 +47,8 @@ def grid_png(prompts: Sequence[str], pictures: Sequence[Pixels], seeds: Sequence
     return buffer.getvalue()
 
 
-def _tile(pixels: Pixels) -> Image.Image:
+def tile_of(pixels: Pixels) -> Image.Image:
+    """The picture as a sheet shows it: see _SMALLEST and _LARGEST."""
     image = Image.fromarray(pixels)
     shorter, longer = sorted(image.size)
     if shorter < _SMALLEST:
@@ -61,7 +62,7 @@ def _tile(pixels: Pixels) -> Image.Image:
 
 def caption_lines(text: str, width: int, font: _Font | None = None) -> list[str]:
     """The text in lines of at most `width` pixels, broken between words; what is too much ends in "..."."""
-    font = font or _font()
+    font = font or label_font()
     words = _drawable(text, font).split()
     lines: list[str] = []
     while words and len(lines) < _LINES:
@@ -83,7 +84,7 @@ def _cut(line: str, width: int, font: _Font) -> str:
     return kept + "..."
 
 
-def _font() -> _Font:
+def label_font() -> _Font:
     return ImageFont.load_default(_LETTERS)
 
 

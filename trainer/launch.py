@@ -19,7 +19,7 @@ from typing import Any, Final
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
@@ -40,6 +40,7 @@ _AHEAD: Final = (
 )
 _WAITING: Final = 2  # micro batches in the worker
 _MOST_LOADERS: Final = 8  # of a worker
+_LOADER_RETRIES: Final = 3  # of a call whose process died: a picture that kills it must not do so for ever
 # What Ray reserves for each. It uses a whole one, and is counted so; but more must not keep it waiting for ever.
 _LOADER_CPUS: Final = 0.01
 
@@ -75,12 +76,15 @@ def train(training: Training, samples: MakeSource | None = None) -> Trained:
             name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
         ),
     )
-    with _Watcher(board, training) as watcher:
-        try:
+    watcher = _Watcher(board, training)
+    try:
+        with watcher:
             trainer.fit()
-        except (RayError, ray.train.TrainingFailedError) as error:
-            cause = watcher.failure or str(error).strip().splitlines()[-1]
-            raise JobFailed(f"training stopped: {cause}; run the same command to go on") from error
+    except (RayError, ray.train.TrainingFailedError) as error:
+        if watcher.failure:
+            raise JobFailed(watcher.failure) from error
+        *_, cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise JobFailed(f"training stopped: {cause}; run the same command to go on") from error
     if watcher.failure:
         raise JobFailed(watcher.failure)
     return Trained(ray.get(board.ended_at.remote()), watcher.lines, watcher.was_stopped)
@@ -256,6 +260,11 @@ def _train_worker(config: dict[str, Any]) -> None:
     source = config["samples"](ray.get(config["data"]), training, team)
     try:
         steps = Worker(training, team, ray.train.torch.get_device(), source, _Bulletin(board)).run()
+    except torch.OutOfMemoryError as error:
+        fewer = max(1, training.micro_batch // 2)
+        mend = f"run the same command with --set micro_batch={fewer}, which takes the same steps"
+        ray.get(board.give_up.remote(f"the GPU's memory is full ({str(error).splitlines()[0]}); {mend}"))
+        raise
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(board.give_up.remote(str(error)))
         raise
@@ -302,7 +311,7 @@ def streamed(data: TrainingData, training: Training, team: Team) -> Source:
     return Source(
         data=data,
         batches=lambda training: _fetched(_asked_for(loaders, training, team)),
-        held_out=lambda numbers: ray.get(loaders[0].held_out.remote(numbers)),
+        held_out=lambda numbers: _read(loaders[0].held_out.remote(numbers)),
     )
 
 
@@ -316,7 +325,7 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
         num_cpus=_LOADER_CPUS,
         scheduling_strategy="SPREAD",
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=_LOADER_RETRIES,
     )(_Loader)
     shared = ray.put(kept)
     return [remote.remote(shared, gives_way=not torch.cuda.is_available()) for _ in range(count)]
@@ -360,7 +369,7 @@ def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     def fetch() -> None:
         try:
             for parts in asked:
-                ready.put(join(ray.get(parts)))
+                ready.put(join(_read(parts)))
         except BaseException as error:  # belongs to whoever waits for the batch
             ready.put(error)
 
@@ -368,6 +377,15 @@ def _fetched(asked: Iterator[list[Any]]) -> Iterator[Batch]:
     while True:
         batch = ready.get()
         if isinstance(batch, BaseException):
-            cause = getattr(batch, "cause", None)  # of an error in a loader
-            raise cause if isinstance(cause, JobFailed | ValueError) else batch
+            raise batch
         yield batch
+
+
+def _read(asked: Any) -> Any:
+    """What loaders give, or the line for the user that they raised: in Ray's error it is a traceback."""
+    try:
+        return ray.get(asked)
+    except RayTaskError as error:
+        if isinstance(error.cause, JobFailed | UsageError | ValueError):
+            raise error.cause from error
+        raise

@@ -42,16 +42,20 @@ class Selection:
 
     @classmethod
     def load(cls, dataset: str, name: str, resolution: int | None = None) -> "Selection":
-        """FileNotFoundError where the dataset has no such selection.
+        """FileNotFoundError where the dataset has no such selection, UsageError where its record is damaged.
 
         `resolution`: of the crops, in pixels. The pictures are read from the smallest tier that has at least so many
         along the short side and has all of the selection's shards.
         """
         store = Store(dataset)
-        record = json.loads(store.read(f"selections/{name}/selection.json"))
-        shards = tuple(sorted(record["shards"]))
-        images = "images" if resolution is None else _tier(store, shards, resolution)
-        return cls(store.root, name, shards, tuple(record["shards"][shard] for shard in shards), record["hash"], images)
+        file = f"selections/{name}/selection.json"
+        try:
+            record = json.loads(store.read(file))
+            counts, digest = dict(sorted(record["shards"].items())), str(record["hash"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{store.path(file)} is damaged; run pipeline/curate.py again") from error
+        images = "images" if resolution is None else _tier(store, tuple(counts), resolution)
+        return cls(store.root, name, tuple(counts), tuple(counts.values()), digest, images)
 
 
 def _tier(store: Store, shards: Sequence[str], resolution: int) -> str:

@@ -198,6 +198,12 @@ class Loop:
         self._tally = Tally.of(skipped.to(self.device, copy=True))
         self.steps_taken = steps_taken
 
+    def go_back(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
+        """`load` of an earlier state of this run. Steps that were skipped since then stay counted."""
+        skipped = self._tally.skipped
+        self.load(tensors, steps_taken)
+        self._tally = Tally.of(skipped)
+
     @contextmanager
     def evaluation_model(self) -> Iterator[Callable[..., Tensor]]:
         """XUT's forward pass as in training (compiled, in its precision), with the averages for weights, no gradients.

@@ -1,7 +1,6 @@
 """A command line -> one resolved training job, checked against the run folder it goes on from. Knows nothing of Ray."""
 
 import filecmp
-import importlib.util
 import math
 import shlex
 import shutil
@@ -172,7 +171,7 @@ def resolve(command: Command) -> Training:
         prompts=examples if command.prompts is None else _prompts(local_path("--prompts", command.prompts)),
         audit=_audit(command.audit),
         price_per_hour=_price(command.price_per_hour),
-        wandb=_wandb(command.wandb),
+        wandb=command.wandb,
         tagger=_tagger(command.tagger),
         max_failures=_max_failures(command.max_failures),
     )
@@ -306,9 +305,9 @@ def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) ->
     places = (run_folder.checkpoints_of(run, stage.after, home), run_folder.checkpoints_of(run, stage.after))
     found = Checkpoints(places[0]).newest() or Checkpoints(places[1]).newest()
     if found is None:
-        return None, (
-            f"stage {name} begins with new weights: {run} has no checkpoint of stage {stage.after}; "
-            "--from FOLDER takes another run's"
+        raise UsageError(
+            f"stage {name} begins with the weights of stage {stage.after}, of which {run} has no checkpoint; train "
+            "that first, give --from FOLDER of another run, or --from nothing for new weights"
         )
     _check_encoders(found, stage)
     return found, f"stage {name} begins with the weights of step {found.step} of stage {stage.after}: {found.folder}"
@@ -388,12 +387,15 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _audit(path: str | None) -> str | None:
-    """Absolute: workers run in folders of their own."""
+    """Absolute: workers run in folders of their own. It can be appended to: that fails here, not at the first step."""
     if path is None:
         return None
     file = local_path("--audit", path).resolve()
-    if file.is_dir():
-        raise UsageError(f"--audit {file} is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"--audit {file}: {error.strerror}; give a file that can be written") from error
     return str(file)
 
 
@@ -401,12 +403,6 @@ def _price(dollars: float | None) -> float | None:
     if dollars is not None and not 0 <= dollars < math.inf:
         raise UsageError(f"--price-per-hour {dollars}: dollars for an hour of the whole cluster, at least 0")
     return dollars
-
-
-def _wandb(wanted: bool) -> bool:
-    if wanted and importlib.util.find_spec("wandb") is None:
-        raise UsageError("--wandb needs a package that is not here: pip install wandb")
-    return wanted
 
 
 def _tagger(path: str | None) -> str | None:

@@ -79,7 +79,7 @@ def main() -> None:
     write_run_record(
         training.folder, "train", started, samples, samples, {}, steps=trained.steps, last=trained.lines[-1]
     )
-    if trained.was_stopped:
+    if trained.was_stopped and trained.steps < training.stop_step:
         print(f"run: stopped after step {trained.steps}, which is saved: resume with the same command", flush=True)
 
 

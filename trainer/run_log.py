@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from pipeline.jobs import UsageError
 from trainer.metrics import Line, Spent
 
 METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
+_STARTS_FILE = (
+    "starts.jsonl"  # a line for each start but the first: the step it went on from, and what was spent before
+)
 _INSTALL = 'pip install -c deploy/constraints.txt -e ".[{}]"'
 
 
@@ -68,11 +71,18 @@ class Log:
         self._said = False
         self.before = Spent()
         self._try(folder.mkdir, parents=True, exist_ok=True)
-        self._try(self._go_on, start_step)
-        self._tensorboard = _TensorBoard(folder / "tensorboard", start_step) if config.tensorboard else None
+        self._tensorboard: _TensorBoard | None = None
+        self._with_tensorboard = config.tensorboard
+        self.go_back(start_step)
         self._wandb: Any = None
         if config.wandb is not None:
             self._try(self._start_wandb, config.wandb, record)
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from this step's checkpoint: what was logged of later ones is forgotten."""
+        self._try(self._go_on, step)
+        if self._with_tensorboard:
+            self._tensorboard = _TensorBoard(self.folder / "tensorboard", step)
 
     def metrics(self, line: Line) -> None:
         """One line of `metrics.log_line`; "step" among it."""
@@ -119,7 +129,10 @@ class Log:
                     sys.stderr.flush()
 
     def _go_on(self, start_step: int) -> None:
-        self.before = spent(self.folder / METRICS_FILE)
+        self.before = spent(self.folder / METRICS_FILE, self.folder / _STARTS_FILE)
+        if self.before != Spent():
+            # Before its lines are forgotten: a start that is killed before its own first one has cost something too.
+            append_line(self.folder / _STARTS_FILE, {"step": start_step, **asdict(self.before)})
         for file in (METRICS_FILE, EVALUATION_FILE):
             forget_steps_after(start_step, self.folder / file)
 
@@ -167,9 +180,9 @@ def forget_steps_after(step: int, path: Path) -> None:
         _write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def spent(path: Path) -> Spent:
+def spent(*paths: Path) -> Spent:
     """What the lines of earlier starts say, steps that were lost since the last checkpoint included."""
-    lines = _lines(path) if path.exists() else []
+    lines = [line for path in paths if path.exists() for line in _lines(path)]
     return Spent(
         seconds=max((line.get("seconds") or 0 for line in lines), default=0),
         dollars=max((line.get("dollars") or 0 for line in lines), default=0),

@@ -1,29 +1,29 @@
 """JOB: prompts -> pictures, with a camera; or, with --gallery, one HTML page that shows what a run has learnt."""
 
+import argparse
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import Parser, UsageError, default_run, local_path, progress, run, write_run_record
+from pipeline.jobs import JobFailed, Parser, UsageError, default_run, local_path, run, write_run_record
+from trainer.prompts import FIELDS, Axis, Fields, Wish, numbered, parse_axis, read_prompts, swept
 
 if TYPE_CHECKING:
+    from trainer.drawing import Original
     from trainer.pictures import PictureModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleJob:
     run: str
-    prompt: list[str]
     out: str
-    negative: str
-    width: int | None
-    height: int | None
-    x_shift: float
-    y_shift: float
-    zoom: float
-    seed: int
-    steps: int
-    guidance: float
+    prompts: list[str]  # of --prompt
+    file: str | None  # of --prompts
+    like: str | None
+    given: Fields  # the settings that have a flag in this command
+    sweep: list[Axis]
+    grid: bool
     gallery: bool
     colour_agreement: int
 
@@ -31,82 +31,167 @@ class SampleJob:
 def parse_args() -> SampleJob:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--run", default=default_run(), metavar="DIR", help="of trainer/run.py, or its copy at s3://")
-    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="default: examples kept with the run")
     parser.add_argument("--out", default="pictures", metavar="DIR", help="default: pictures")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what the picture should not be like")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the side of the training crops")
-    parser.add_argument("--height", type=int, metavar="PIXELS")
-    parser.add_argument(
-        "--x-shift", type=float, default=0.0, metavar="F", help="camera right; 1 is the side of a square"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help='default: examples kept with the run; "" is allowed')
+    what.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line; or .jsonl: an object a line, whose settings go before flags"
     )
-    parser.add_argument("--y-shift", type=float, default=0.0, metavar="F", help="camera down")
-    parser.add_argument("--zoom", type=float, default=1.0, metavar="F", help="above 1 goes closer")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture; the next have N+1 ...")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of the sampler; default: 20")
-    parser.add_argument("--guidance", type=float, default=3.0, metavar="F", help="1 is off; default: 3")
+    parser.add_argument("--like", metavar="PNG", help="draw this picture of sample.py again; flags change settings")
+    parser.add_argument("--grid", action="store_true", help="also one labelled sheet of all pictures")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V,V",
+        help="a sheet of x-shift=-0.25,0,0.25; twice: a table",
+    )
     parser.add_argument("--gallery", action="store_true", help="write OUT/index.html")
     parser.add_argument(
         "--colour-agreement", type=int, default=0, metavar="N",
         help="with --gallery: draw N pictures of the selection's coloured objects and count right main colours",
     )  # fmt: skip
-    job = SampleJob(**vars(parser.parse_args()))
-    if not 0 <= job.seed < 2**62:
-        raise UsageError(f"--seed {job.seed}: from 0 to {2**62 - 1}")
+    _add_settings(parser.add_argument_group("settings of a picture"))
+    args = vars(parser.parse_args())
+    given = {name: args[name] for name in FIELDS if name != "prompt" and args[name] is not None}
+    job = SampleJob(
+        run=args["run"],
+        out=args["out"],
+        prompts=args["prompt"] or [],
+        file=args["prompts"],
+        like=args["like"],
+        given=given,
+        sweep=[parse_axis(text) for text in args["sweep"]],
+        grid=args["grid"],
+        gallery=args["gallery"],
+        colour_agreement=args["colour_agreement"],
+    )
+    _check(job)
+    return job
+
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    """Without defaults, to tell what was given; they are those of `pictures.Settings`."""
+    group.add_argument("--negative", metavar="TEXT", help="what the picture should not be like")
+    group.add_argument("--width", type=int, metavar="PIXELS", help="default: the side of the training crops")
+    group.add_argument("--height", type=int, metavar="PIXELS")
+    group.add_argument("--x-shift", type=float, metavar="F", help="camera right; 1 is the side of a square")
+    group.add_argument("--y-shift", type=float, metavar="F", help="camera down")
+    group.add_argument("--zoom", type=float, metavar="F", help="above 1 goes closer")
+    group.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next have N+1 ...; default: 0")
+    group.add_argument("--steps", type=int, metavar="N", help="of the sampler; default: 20")
+    group.add_argument(
+        "--sampler", metavar="NAME", help="euler (default), or heun: second order, twice the work a step"
+    )
+    group.add_argument("--guidance", type=float, metavar="F", help="1 is off; default: 3")
+    group.add_argument(
+        "--time-shift", type=float, metavar="F", dest="shift",
+        help="above 1: more of the steps near noise; default: by the picture's tokens, 1 at the training's size",
+    )  # fmt: skip
+    group.add_argument(
+        "--selection-rate", type=float, metavar="F",
+        help="TREAD: share of tokens that skip the middle blocks with the prompt; default: 0, none",
+    )  # fmt: skip
+    group.add_argument(
+        "--unconditional-rate", type=float, metavar="F", help="the same with the negative prompt (self-guidance)"
+    )
+
+
+def _check(job: SampleJob) -> None:
+    for name in ("width", "height"):
+        if job.given.get(name, 1) < 1:
+            raise UsageError(f"--{name} {job.given[name]}: a picture has at least 1 pixel")
+    if job.given.get("seed", 0) < 0:
+        raise UsageError(f"--seed {job.given['seed']}: at least 0")
     if job.colour_agreement < 0:
         raise UsageError(f"--colour-agreement {job.colour_agreement}: a number of pictures, 0 for none")
-    return job
+    if job.like and job.file:
+        raise UsageError("--like is one picture and --prompts a file of many: give one of the two")
+    if job.gallery and (job.like or job.file or job.grid or job.sweep):
+        raise UsageError("--gallery draws a page of its own: leave out --like, --prompts, --grid and --sweep")
+    if len(job.sweep) > 2 or len({axis.name for axis in job.sweep}) < len(job.sweep):
+        raise UsageError("--sweep: one setting, or two different ones, for the rows and the columns of a sheet")
+    for axis in job.sweep:
+        if axis.field in job.given and axis.field != "seed":
+            raise UsageError(f"--sweep {axis.name} and --{axis.name} both say what it is: leave one out")
 
 
 def main() -> None:
     job = parse_args()
     started = time.time()
+    out = local_path("--out", job.out)
     import torch  # takes seconds: not for --help
 
-    from trainer.gallery import write_gallery
-    from trainer.pictures import PictureModel, Settings, save_picture
+    from trainer.drawing import Original, request_of
+    from trainer.pictures import PictureModel
 
-    out = local_path("--out", job.out)
+    original = Original.read(Path(job.like)) if job.like else None
+    wishes = _wishes(job, original)
+    for wish in wishes or numbered([""], job.given):  # before a model is loaded, which can take minutes
+        for variant in swept(wish, job.sweep):
+            request_of(variant, side=1)
     try:
         model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        settings = Settings(
-            width=_whole_tokens(model, "width", job.width),
-            height=_whole_tokens(model, "height", job.height),
-            negative=job.negative,
-            steps=job.steps,
-            guidance=job.guidance,
-            x_shift=job.x_shift,
-            y_shift=job.y_shift,
-            zoom=job.zoom,
-        )
+        wishes = wishes or numbered(model.record["example_prompts"], job.given)
+        if job.gallery:
+            _draw_gallery(job, model, wishes, out, started)
+        else:
+            _draw_pictures(job, model, wishes, original, out, started)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    prompts = job.prompt or model.record["example_prompts"]
-    seeds = [job.seed + number for number in range(len(prompts))]
-    if job.gallery:
-        try:
-            gallery = write_gallery(model, prompts, settings, job.seed, out, job.colour_agreement)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        write_run_record(str(out), "sample", started, gallery.pictures, gallery.pictures, {}, settings=asdict(settings))
-        print(f"sample: {gallery.page}", flush=True)
-        return
-    with progress(iter(()), len(prompts), "sample", "pictures") as bar:
-        pictures = model.draw(prompts, seeds, settings, lambda done: bar.update(done - bar.n))
-    for prompt, seed, pixels in zip(prompts, seeds, pictures, strict=True):
-        print(save_picture(out, pixels, prompt, seed, settings), flush=True)
-    write_run_record(str(out), "sample", started, len(prompts), len(pictures), {}, settings=asdict(settings))
+    except torch.OutOfMemoryError as error:
+        raise JobFailed("the GPU has not enough memory for these pictures: ask for smaller ones") from error
 
 
-def _whole_tokens(model: "PictureModel", name: str, pixels: int | None) -> int:
-    """The side asked for, or the nearest one that the model can draw, with a notice."""
-    if pixels is None:
-        return model.resolution
-    if pixels < 1:
-        raise ValueError(f"--{name} {pixels}: a picture has at least 1 pixel")
-    nearest = model.nearest_size(pixels)
-    if nearest != pixels:
-        print(f"sample: {name} {pixels} rounded to {nearest}: sides are whole tokens", flush=True)
-    return nearest
+def _wishes(job: SampleJob, original: "Original | None") -> list[Wish]:
+    """Every picture's settings as far as they are known without the model; none for the run's own examples."""
+    if original:
+        prompts = job.prompts or [original.fields["prompt"]]
+        return numbered(prompts, {**original.fields, **job.given}, job.like or "")
+    if job.file:
+        first = job.given.get("seed", 0)
+        lines = read_prompts(local_path("--prompts", job.file))
+        return [Wish({**job.given, "seed": first + i, **line.fields}, line.where) for i, line in enumerate(lines)]
+    return numbered(job.prompts, job.given)
+
+
+def _draw_pictures(
+    job: SampleJob, model: "PictureModel", wishes: list[Wish], original: "Original | None", out: Path, started: float
+) -> None:
+    from trainer.drawing import batches_of, draw_to_files, fitted, request_of, write_list, write_tables
+    from trainer.sheet import MOST_ON_A_SHEET
+
+    variants = [variant for wish in wishes for variant in swept(wish, job.sweep)]
+    requests = fitted(model, [request_of(variant, model.resolution) for variant in variants])
+    on_a_sheet = max(len(requests) if job.grid else 0, len(requests) // len(wishes) if job.sweep else 0)
+    if on_a_sheet > MOST_ON_A_SHEET:
+        raise UsageError(
+            f"{on_a_sheet} pictures on a sheet: {MOST_ON_A_SHEET} at most; leave out --grid, or sweep less"
+        )
+    batches = batches_of(model, requests)
+    if original:
+        original.tell_of_differences(model)
+        if not (job.given or job.prompts or job.sweep):
+            batches = original.batches(model, requests[0])
+    pictures = draw_to_files(model, requests, batches, out, keep=job.grid or bool(job.sweep))
+    if job.sweep:
+        write_tables(out, requests, pictures, job.sweep)
+    if job.grid:
+        write_list(out, requests, pictures)
+    count = len(requests)
+    write_run_record(str(out), "sample", started, count, count, {}, settings=dict(job.given), **model.made_with)
+
+
+def _draw_gallery(job: SampleJob, model: "PictureModel", wishes: list[Wish], out: Path, started: float) -> None:
+    from trainer.drawing import request_of
+    from trainer.gallery import write_gallery
+
+    first = request_of(wishes[0], model.resolution)
+    settings = model.fitting(first.settings)
+    prompts = [str(wish.fields["prompt"]) for wish in wishes]
+    gallery = write_gallery(model, prompts, settings, first.seed, out, job.colour_agreement)
+    write_run_record(str(out), "sample", started, gallery.pictures, gallery.pictures, {}, settings=asdict(settings))
+    print(f"sample: {gallery.page}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,15 @@ class Source:
     held_out: Callable[[Sequence[int]], Batch]  # by number
 
 
-def from_newest(training: Training) -> Training:
-    """The job as it goes on from its newest checkpoint: workers that are started again find one further on than where
-    the job itself began."""
+def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
+    """The job as it goes on from its newest checkpoint, and that: workers that are started again find one further on
+    than where the job itself began. JobFailed where the one is gone that it began from."""
     found = Checkpoints(training.checkpoints).newest()
-    return training if found is None or found.step == training.start_step else training.going_on_from(found.state())
+    if found is None:
+        if training.start_step:
+            raise JobFailed(f"the checkpoint of step {training.start_step} in {training.checkpoints} is gone")
+        return training, None
+    return training if found.step == training.start_step else training.going_on_from(found.state()), found
 
 
 class Worker:
@@ -74,13 +78,14 @@ class Worker:
         self, training: Training, team: Team, device: torch.device, source: Source, bulletin: Bulletin
     ) -> None:
         self.team, self.device, self.source, self.bulletin = team, device, source, bulletin
-        self.training = team.of_leader(from_newest(training) if team.leads else training)
+        # Looked for once: one that appears meanwhile would be loaded by some workers and not by others.
+        self.training, begun_from = team.of_leader(from_newest(training) if team.leads else (training, None))
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
         self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
         self.encoder: TextEncoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
-        self.loop = build_loop(self.training, self.codec, device)
+        self.loop = build_loop(self.training, begun_from, self.codec, device)
         self.saver: Saver | None = None
         self.log: Log | None = None
         if team.leads:
@@ -100,8 +105,14 @@ class Worker:
         self.counts, self.encoding = Counts(), Stopwatch(device)
         self.last = Mark(step=self.training.start_step)
         self.told_failures = 0
+        self.unwritable: set[Path] = set()
         self.rollbacks = 0
         self.held_out: Batch | None = None
+        if team.leads and not source.data.layout.held_out_count:
+            bulletin.remark(
+                f"none of the {training.selection.count} pictures is held out, so there is no validation loss; "
+                "--set hold_out=0.1 holds out a tenth"
+            )
         self.tagger = Tagger.load(Path(training.tagger), str(device)) if training.tagger and team.leads else None
 
     def run(self) -> int:
@@ -120,10 +131,11 @@ class Worker:
             if (saves or taken % self.stage.log_every == 0) and self._report().worst_run >= _MOST_SKIPPED:
                 self._roll_back()
                 continue
-            if taken % self.stage.evaluate_every == 0 or (ends and not stops and taken > self.stage.evaluate_every):
-                self._evaluate()
             if saves:
                 self._save()
+            # Never where it is asked to stop: a spot machine may be gone before the evaluation is done.
+            if not stops and (taken % self.stage.evaluate_every == 0 or (ends and taken > self.stage.evaluate_every)):
+                self._evaluate()
         self._finish()
         return self.loop.steps_taken
 
@@ -149,8 +161,7 @@ class Worker:
 
         self.loop.step(encoded())
         if self.training.audit:
-            line = {"step": self.loop.steps_taken, "rank": self.team.rank, "ids": ids}
-            append_line(Path(self.training.audit), line)
+            self._append(Path(self.training.audit), {"step": self.loop.steps_taken, "rank": self.team.rank, "ids": ids})
 
     def _encode(self, batch: Batch) -> Inputs:
         with self.encoding.running():
@@ -160,8 +171,8 @@ class Worker:
 
     def _note_replaced(self, batch: Batch) -> None:
         for name, why in batch.replaced:
-            line = {"step": self.loop.steps_taken, "id": name, "reason": why}
-            append_line(Path(self.training.folder) / "replaced.jsonl", line)
+            line = {"step": self.loop.steps_taken + 1, "id": name, "reason": why}
+            self._append(Path(self.training.folder) / "replaced.jsonl", line)
         replaced, seen = self.counts.replaced + len(batch.replaced), self.counts.images + len(batch.ids)
         if batch.replaced and replaced > _REPLACED_EARLY + _REPLACED_SHARE * seen:
             name, why = batch.replaced[0]
@@ -170,6 +181,15 @@ class Worker:
                 f"({why}); {self.training.folder}/replaced.jsonl names them: mend the dataset and run the same command "
                 "again"
             )
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        """A disk that is full costs the lines, not the training."""
+        try:
+            append_line(path, line)
+        except OSError as error:
+            if path not in self.unwritable:
+                self.unwritable.add(path)
+                self.bulletin.remark(f"{path} cannot be written ({error}): lines are missing; training goes on")
 
     # --- What is told, kept and judged --------------------------------------------------------------------------------
 
@@ -224,10 +244,11 @@ class Worker:
                 + "; give a new run a lower rate: --set optimizer.learning_rate=..."
             )
         position = self.training.position(step)
-        load(self.loop, found)
+        self.loop.go_back(all_tensors(found), found.step)
         self.training = replace(self.training, start_step=found.step, start_position=position)
         self.last = replace(self._mark(), step=found.step)
         if self.log:
+            self.log.go_back(found.step)
             self.bulletin.remark(
                 f"no finite loss in {_MOST_SKIPPED} steps in a row before step {step}: back to step {found.step}, and "
                 "on with other samples"
@@ -284,8 +305,8 @@ class Worker:
         self.log.close()
 
 
-def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
-    """The model as it was at `start_step`: the newest checkpoint's, or that of the stage it comes after, or new."""
+def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
+    """The model as it was at `start_step`: that checkpoint's, or that of the stage it comes after, or new."""
     stage = training.stage
     on_gpu = device.type == "cuda"
     torch.manual_seed(stage.seed)
@@ -305,17 +326,16 @@ def build_loop(training: Training, codec: Codec, device: torch.device) -> Loop:
         ),
         codec.loss_weight_C,
     )
-    if training.start_step:
-        found = Checkpoints(training.checkpoints).newest()
-        assert found is not None, training.checkpoints
-        load(loop, found)
+    if begun_from:
+        loop.load(all_tensors(begun_from), begun_from.step)
     elif training.weights:
         loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
     return loop
 
 
-def load(loop: Loop, found: Checkpoint) -> None:
-    loop.load({name: found.tensors(name) for name in ("model", "ema", "optimizer")}, found.step)
+def all_tensors(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """What `Loop.load` takes."""
+    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
 
 
 def encode(

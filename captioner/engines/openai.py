@@ -20,6 +20,7 @@ from captioner.prompts import Prompt
 T = TypeVar("T")
 
 _LONGEST_ANSWER: Final = 1 << 20  # bytes: a caption has a few hundred
+_MOST_TOKENS: Final = 1 << 24  # of one answer: three of them fit a column of 32 bits
 _LONGEST_PAUSE: Final = 60.0  # seconds, whatever a server asks for
 _AGAIN: Final = {408: Failure.TIMEOUT, 409: Failure.BUSY, 425: Failure.BUSY, 429: Failure.BUSY}
 
@@ -39,6 +40,10 @@ class ServerSettings:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{self.url} is no address of a server: give one such as http://127.0.0.1:8000/v1")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(f"the URL has a user or password, which messages would show: set {KEY} instead")
+        if not self.key.isprintable():
+            raise ValueError(f"{KEY} has a line break or another character that prints nothing; set it again without")
         if self.tries < 1 or self.timeout <= 0:
             raise ValueError(f"{self.tries} tries of {self.timeout} s: give at least 1 try and more than 0 s")
 
@@ -112,17 +117,30 @@ class TryAgain(Exception):
 
 
 def completion_of(answer: Any) -> Completion:
-    """TryAgain for what is no chat completion. No text is an answer too, and judged as such."""
+    """TryAgain for what is no chat completion. No text is an answer too, and judged as such.
+
+    All of it is checked, as it goes into files with types: one odd answer would cost a whole shard.
+    """
     try:
         choice = answer["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError(f"its content is a {type(text).__name__}")
+        finish_reason = choice.get("finish_reason")
+        if not isinstance(finish_reason, str | None):
+            raise TypeError(f"its finish_reason is a {type(finish_reason).__name__}")
         usage = answer.get("usage") or {}
         tokens_in, tokens_out = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if not (0 <= tokens_in <= _MOST_TOKENS and 0 <= tokens_out <= _MOST_TOKENS):
+            raise ValueError(f"it counts {tokens_in} and {tokens_out} tokens")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise TryAgain(Failure.GARBAGE, f"{type(error).__name__} {error} in {_line(json.dumps(answer))}") from None
-    return Completion(text, choice.get("finish_reason"), tokens_in, tokens_out)
+    return Completion(_encodable(text), finish_reason and _encodable(finish_reason), tokens_in, tokens_out)
+
+
+def _encodable(text: str) -> str:
+    """With the mark of what is no text for halves of characters, which JSON can spell and no file can keep."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 async def _find_model(session: aiohttp.ClientSession, settings: ServerSettings) -> str:
@@ -131,7 +149,7 @@ async def _find_model(session: aiohttp.ClientSession, settings: ServerSettings) 
     async def ask() -> list[str]:
         answer = await _ask(session, "GET", f"{settings.api}/models")
         try:
-            return [model["id"] for model in answer["data"]]
+            return [str(model["id"]) for model in answer["data"]]
         except (KeyError, TypeError) as error:
             raise TryAgain(Failure.GARBAGE, f"no list of models: {_line(json.dumps(answer))}") from error
 
@@ -184,7 +202,7 @@ async def _ask(session: aiohttp.ClientSession, method: str, url: str, body: Any 
         raise _refusal(response.status, response.headers, url, text)
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TryAgain(Failure.GARBAGE, f"not JSON: {_line(text) or 'nothing'}") from None
 
 

@@ -84,7 +84,9 @@ class VllmEngine:
             # One output, when it is done.
             outputs = [output async for output in self._engine.generate(inputs, _sampling_params(draw), number)]
         except EngineDeadError as error:
-            raise EngineDied(f"vLLM's process for {self.model} ended; its last words are above") from error
+            raise EngineDied(
+                f"vLLM's process for {self.model} ended; its last words are above, or in Ray's log"
+            ) from error
         except Exception as error:
             if self._engine is None or self._engine.errored:
                 raise EngineDied(f"vLLM's process for {self.model} ended: {_line(error)}") from error
@@ -120,7 +122,10 @@ class _MistralChat:
 def check_weights(folder: Path) -> None:
     """ValueError for a model folder without its weights: vLLM would say so after half a minute and 100 lines."""
     index = folder / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} does not tell which file has which weight; download it again") from None
     missing = sorted(name for name in named if not (folder / name).exists())
     if missing:
         raise ValueError(
@@ -206,8 +211,8 @@ def _completion(output: Any) -> Completion:
 
 def _not_loaded(settings: VllmSettings, error: Exception) -> str:
     return (
-        f"vLLM could not load {settings.model}: {_line(error)}. Its own words are above; often memory (fewer tokens in "
-        "max_model_len, more GPUs in tensor_parallel, FP8 weights) or files that are missing"
+        f"vLLM could not load {settings.model}: {_line(error)}. Its own words are above, or in Ray's logs; "
+        "often memory (give more GPUs in --tensor-parallel, a lower --at-once or an FP8 checkpoint) or broken files"
     )
 
 

@@ -98,6 +98,23 @@ def test_an_engine_that_cannot_start_is_not_tried_again() -> None:
     assert len(tries) == 1
 
 
+def test_an_engine_that_loads_is_waited_for_also_when_the_turn_that_wanted_it_is_given_up() -> None:
+    """As when the shard that was first fails: another engine would load beside it on the same GPU."""
+    engines = Engines(seconds=0.2)
+    turns = EngineTurns(engines.start, at_once=2)
+
+    async def work() -> int:
+        first, second = (asyncio.create_task(engines.use(turns)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        number = await second
+        await turns.close()
+        return number
+
+    assert run(work) == 1
+    assert engines.log == ["start", "close"]
+
+
 def test_seconds_are_counted_for_pictures_or_for_the_engine() -> None:
     engines = Engines(seconds=0.2)
     turns = EngineTurns(engines.start, at_once=1)
@@ -107,6 +124,7 @@ def test_seconds_are_counted_for_pictures_or_for_the_engine() -> None:
         turns.feed(1)
         await asyncio.sleep(0.3)  # no picture
         await asyncio.gather(engines.use(turns, 0.2), engines.use(turns, 0.2))  # starts for 0.2 s, then one waits 0.2 s
+        await engines.use(turns, 0.2)  # nothing is ready, but nothing more would fit
         turns.feed(-1)
         await asyncio.sleep(0.3)  # nothing is wanted
         waits = turns.waits()
@@ -115,5 +133,5 @@ def test_seconds_are_counted_for_pictures_or_for_the_engine() -> None:
     pictures, engine, seconds = run(work)
     assert pictures >= 0.29
     assert engine >= 0.39
-    assert pictures + engine <= seconds - 0.29
+    assert pictures + engine <= seconds - 0.49
     assert 0.19 <= turns.seconds_starting <= engine

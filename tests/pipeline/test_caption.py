@@ -245,6 +245,7 @@ def test_whatever_the_server_does_every_row_ends_with_its_own_caption_or_its_rea
     assert run["rejected"] == Counter(expected.values()) - Counter(["not decodable"]) + Counter([reasons[13]])
     costs = run["this_job"]
     assert (costs["rows_answered"], costs["engines_started"]) == (70, 1)
+    assert costs["rejected"] == run["rejected"]
     assert costs["tokens_in"] == 300 * (70 - 3 + 2 + 1)  # less rows 13, 21, 23; row 22 thrice, row 25 twice
     assert costs["dollars"] is not None
     assert "70 rows in = 62 out + 8 rejected" in out
@@ -417,3 +418,42 @@ def test_a_wrong_command_is_refused_in_one_line(
     (line,) = job.stderr.splitlines()
     assert said in line
     assert not (root / "captions").exists()
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("config.json", "has neither config.json"),
+        ("processor_config.json", "has no processor_config.json: download"),
+        ("tokenizer.json", "has no tokenizer.json: download"),
+        ("model.safetensors", "has no weights (*.safetensors): download"),
+        ("nothing", "run: make captioner"),
+    ],
+)
+@pytest.mark.parametrize("trial", [(), ("--try", 1)])
+def test_a_model_folder_that_lacks_something_is_refused_before_anything_starts(
+    call_job: RunJob,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    without: str,
+    said: str,
+    trial: tuple[object, ...],
+) -> None:
+    """Where vLLM is not installed, so that it cannot be what refuses."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": "pixtral"}}
+    tokens = [{"id": number, "content": token} for number, token in enumerate(("<s>", "[INST]", "[/INST]", "[IMG]"))]
+    files = {
+        "config.json": config, "processor_config.json": {}, "tokenizer.json": {"added_tokens": tokens},
+        "model.safetensors": {},
+    }  # fmt: skip
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in files.items():
+        if name != without:
+            (model / name).write_text(json.dumps(content))
+    root = write_images(tmp_path, {"a": range(1)})
+    job = call_job("pipeline/caption.py", "--dataset", root, "--engine", "vllm", "--model", model, *trial)
+    assert job.returncode == 2
+    (line,) = job.stderr.splitlines()
+    assert said in line

@@ -111,7 +111,6 @@ def test_killed_it_leaves_no_engine_and_goes_on_where_it_was(tiny_pixtral: Path,
     assert again.returncode == 0, again.stderr
     rows = captions(tmp_path)
     assert len(rows) == 999
-    assert {id: rows[id]["attempts"] for id in kept if id in rows} == {id: 1 for id in kept if id in rows}
     record = json.loads((tmp_path / "captions" / "run.json").read_text())
     assert (record["this_job"]["rows_kept"], record["this_job"]["rows_answered"]) == (len(kept), 1000 - len(kept))
 

@@ -93,10 +93,14 @@ def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_
     assert plan_engines(None, 2, 99, use_gpus=True) == Pool(2, 8, 2, at_once=2)
     assert plan_engines(3, 1, 2, use_gpus=True) == Pool(2, 8, 1, at_once=2)
     assert plan_engines(None, 1, 99, use_gpus=False) == Pool(1, 8, 0, at_once=2)
-    with pytest.raises(UsageError, match="--engines 3: Ray has GPUs for 2 of 2 each"):
+    with pytest.raises(
+        UsageError, match="3 engines do not fit, each of which takes 2 GPU and a CPU: Ray has room for 2;"
+    ):
         plan_engines(3, 2, 99, use_gpus=True)
     with pytest.raises(UsageError, match="--tensor-parallel 8: no machine"):
         plan_engines(None, 8, 99, use_gpus=True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 4.0}}])
+    assert plan_engines(None, 1, 99, use_gpus=True) == Pool(2, 1, 1, at_once=2)  # others would wait for ever
 
 
 def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:

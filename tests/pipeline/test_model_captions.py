@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,7 @@ from pipeline.jobs import JobStopped
 from pipeline.model_captions import Captioner, CaptionTask, prepare
 from pipeline.records import IMAGES, TAG_CATEGORIES
 from pipeline.shards import Store
+from pipeline.unfinished import Unfinished
 
 SETTINGS = CaptionSettings(
     engine="scripted", model="none", prompt_version=PROMPT_VERSION, sampling=Sampling(), max_side=64
@@ -42,7 +43,6 @@ class Script:
     under_way: int = 0
     most: int = 0
     asked: Counter[str] = field(default_factory=Counter)  # by hint
-    block: asyncio.Event | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +110,12 @@ def write_images(store: Store, shard: str, count: int) -> ImageShard:
     return ImageShard(shard, count, f"digest of {shard}")
 
 
-def captioner(store: Store, script: Script, at_once: int = 8) -> Captioner:
+def captioner(store: Store, script: Script, at_once: int = 8, retry_rejected: bool = False) -> Captioner:
     choice = Scripted(engine="scripted", model="none", at_once=at_once, script=script)
-    return Captioner(CaptionTask(dataset=store.root, folder="captions", choice=choice, settings=SETTINGS))
+    task = CaptionTask(
+        dataset=store.root, folder="captions", choice=choice, settings=SETTINGS, retry_rejected=retry_rejected
+    )
+    return Captioner(task)
 
 
 def finished(store: Store, shard: str) -> list[tuple[str, str, str | None]]:
@@ -174,6 +177,28 @@ def test_engines_that_die_without_an_answer_stop_the_job_which_goes_on_from_ther
     work.close()
 
 
+def test_what_a_job_killed_at_its_very_end_left_does_not_count_as_asked_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.model_captions._ROWS_PER_FILE", 10)
+    part, script = write_images(store, "a", 10), Script(dies={star("a", 4)})
+    with monkeypatch.context() as killed:
+        killed.setattr(Unfinished, "remove", lambda self: None)
+        work = captioner(store, script)
+        work(part)
+        work.close()
+    assert finished(store, "a")[4][2] == "engine died on the picture"
+    assert len(list(kept(store, "a"))) == 10
+    script.dies.clear()
+    script.asked.clear()
+    work = captioner(store, script, retry_rejected=True)
+    work(part)
+    assert script.asked == {star("a", 4): 1}
+    assert finished(store, "a") == expected("a", 10)
+    assert not list(kept(store, "a"))
+    work.close()
+
+
 def test_an_engine_that_cannot_start_stops_the_job_with_its_own_line(store: Store) -> None:
     part = write_images(store, "a", 5)
     with pytest.raises(JobStopped, match=r"^no weights: fetch them$"):
@@ -186,9 +211,9 @@ def test_what_is_finished_is_kept_when_the_job_is_stopped(store: Store) -> None:
     work = captioner(store, script, at_once=4)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work, part)
-        reached = threading.Event()
-        while not reached.wait(0.01) and work.report().rows < 8:
-            pass
+        until = time.monotonic() + 20
+        while work.report().rows < 8 and time.monotonic() < until:
+            time.sleep(0.01)
         work.close()
         with pytest.raises(JobStopped, match="stopped"):
             future.result(timeout=20)

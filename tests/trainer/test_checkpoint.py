@@ -199,7 +199,7 @@ def test_a_state_of_something_else_is_passed_over(tmp_path: Path, text: str) -> 
     assert newest_step(str(tmp_path)) == 1
 
 
-def test_one_of_the_right_size_that_does_not_load_names_the_mend_and_can_be_passed_over(root: str) -> None:
+def test_one_of_the_right_size_that_does_not_load_names_the_mend(root: str) -> None:
     Checkpoints(root).save(1, of_step(1), {})
     second = Checkpoints(root).save(2, of_step(2), {})
     files = Store(second.folder)
@@ -207,9 +207,6 @@ def test_one_of_the_right_size_that_does_not_load_names_the_mend_and_can_be_pass
     assert Checkpoints(root).newest() == second
     with pytest.raises(ValueError, match=r"ema.safetensors is damaged .* remove .*step-00000002 to use"):
         second.tensors("ema")
-    older = Checkpoints(root).newest(pass_over=[second])
-    assert older is not None
-    assert older.step == 1
     files.remove("ema.safetensors")
     with pytest.raises(ValueError, match=r"remove .*step-00000002 to use"):
         second.tensors("ema")
@@ -230,7 +227,7 @@ root, kills = sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)  # or a forked child would wait for threads that it does not have
 Checkpoints(root).save(1, of_step(1), {})
 died_half_way = 0
-for _ in range(kills):
+for number in range(kills):
     before = newest_step(root)
     child = os.fork()
     if not child:
@@ -238,7 +235,9 @@ for _ in range(kills):
         for step in itertools.count(before + 1):
             saver.submit(step, of_step(step, 1 << 18), {})
             assert not saver.failures, saver.failures
-    time.sleep(0.02 + random.random() * 0.1)
+    while not list(Path(root).glob(".step-*")) if number % 2 else newest_step(root) == before:
+        time.sleep(0.001)  # at the latest in the middle of a save, however slow the machine is
+    time.sleep(random.random() * 0.02)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     died_half_way += bool(list(Path(root).glob(".step-*")))

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.jobs import UsageError
 from pipeline.records import SELECTION, TEXT_CATEGORIES
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
 from trainer.recipe import Command, Training, check_device, resolve
 from trainer.settings import micro_batch, stage_config
 from trainer.stages import STAGES
@@ -62,9 +62,10 @@ def ask(dataset: Path, tmp_path: Path) -> Any:
 
 
 def save(training: Training, step: int) -> Path:
-    """A checkpoint after `step` steps, as the training job leaves it."""
+    """A checkpoint after `step` steps, as the training job leaves it where nothing is held out."""
     tensors = {name: {"weight": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
-    return checkpoint.save(Path(training.checkpoints).parent, step, tensors, training.state(step, ROWS)).folder
+    epoch = training.first_epoch + training.position(step) // ROWS
+    return Path(Checkpoints(training.checkpoints).save(step, tensors, training.state(step, epoch)).folder)
 
 
 def refused(ask: Any, *settings: str, **flags: Any) -> str:
@@ -121,11 +122,11 @@ def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
 
 def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
     training = ask("demo")
-    state = training.state(3, samples_per_epoch=30)
+    state = training.state(3, epoch=3)
     assert (state["position"], state["epoch"], state["first_epoch"]) == (96, 3, 0)
     again = training.going_on_from(state | {"step": 3})
     assert (again.start_step, again.position(3), again.position(4)) == (3, 96, 128)
-    assert again.state(5, 30) == training.state(5, 30)
+    assert again.state(5, 5) == training.state(5, 5)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,15 @@ def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset
         curated_as(dataset, "first")
 
 
+@pytest.mark.parametrize("record", ['{"shards"', "[]", '{"shards": {"one": 40}}', '{"shards": ["one"], "hash": "x"}'])
+def test_a_damaged_record_of_the_selection_is_refused(ask: Any, dataset: Path, record: str) -> None:
+    (dataset / "selections/demo/selection.json").write_text(record)
+    try:
+        assert "selection.json is damaged; run pipeline/curate.py" in refused(ask, "demo")
+    finally:
+        curated_as(dataset, "first")
+
+
 def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp_path: Path) -> None:
     save(ask("demo"), 7)
     path = tmp_path / "run/demo/config.json"
@@ -191,15 +201,15 @@ def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp
 
 
 def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_path: Path) -> None:
-    fresh = ask("512", *TINY)
-    assert fresh.weights is None
-    assert "no checkpoint of stage 256" in fresh.notes[-1]
+    with pytest.raises(UsageError, match=r"weights of stage 256, of which .* has no checkpoint; .*--from nothing"):
+        ask("512", *TINY)
+    assert ask("512", *TINY, run="new", start_from="nothing").weights is None
     before = ask("256", *TINY)
     save(before, 5)
     folder = save(before, 9)
     encoder = (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns
     training = ask("512", *TINY)
-    assert training.weights.folder == folder
+    assert training.weights.folder == str(folder)
     assert (training.start_step, training.start_position) == (0, 0), "a schedule and an order of its own"
     assert str(folder) in training.notes[-1]
     assert (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns == encoder, "the weights know this one"
@@ -215,7 +225,7 @@ def test_from_takes_another_run_or_checkpoint_with_its_text_encoder_or_nothing(a
     older, newer = save(other, 5), save(other, 9)
     for place, found in ((tmp_path / "other", newer), (tmp_path / "other/256", newer), (older, older)):
         training = ask("512", *TINY, start_from=str(place))
-        assert training.weights.folder == found
+        assert training.weights.folder == str(found)
     tokenizers = [(tmp_path / run / "text_encoder/tokenizer.json").read_bytes() for run in ("run", "other")]
     assert tokenizers[0] == tokenizers[1]
     assert ask("512", *TINY, start_from="nothing").weights is None
@@ -290,6 +300,7 @@ def test_what_cannot_be_is_refused_with_the_mend(ask: Any, tmp_path: Path) -> No
     assert "--tagger" in refused(ask, "demo", tagger=str(tmp_path / "none"))
     assert "--price-per-hour" in refused(ask, "demo", price_per_hour=-1.0)
     assert "--max-failures" in refused(ask, "demo", max_failures=-1)
+    assert "--audit" in refused(ask, "demo", audit=str(tmp_path))
     assert "gone" in _without_text_encoder(ask, tmp_path)
 
 
@@ -297,6 +308,11 @@ def _without_text_encoder(ask: Any, tmp_path: Path) -> str:
     save(ask("demo"), 3)
     (tmp_path / "run/text_encoder").rename(tmp_path / "moved")
     return refused(ask, "demo")
+
+
+def test_the_folder_of_an_audit_is_made(ask: Any, tmp_path: Path) -> None:
+    audit = ask("demo", audit=str(tmp_path / "new/folder/audit")).audit
+    assert Path(audit).read_bytes() == b""
 
 
 def test_prompts_come_from_a_file_or_the_selection(ask: Any, tmp_path: Path) -> None:

@@ -82,6 +82,13 @@ def test_a_run_that_goes_on_forgets_what_comes_again_but_not_what_it_cost(tmp_pa
     assert log.before == Spent(seconds=60.0, dollars=3.0)
 
 
+def test_starts_that_end_before_their_first_line_forget_no_cost(tmp_path: Path) -> None:
+    append_line(tmp_path / "metrics.jsonl", {"step": 30, "seconds": 60.0, "dollars": 3.0})
+    for _ in range(3):
+        assert Log(tmp_path, 20, QUIET, {}).before == Spent(seconds=60.0, dollars=3.0)
+    assert lines(tmp_path / "metrics.jsonl") == []
+
+
 def test_a_new_run_has_spent_nothing(tmp_path: Path) -> None:
     forget_steps_after(0, tmp_path / "metrics.jsonl")
     assert spent(tmp_path / "metrics.jsonl") == Spent()

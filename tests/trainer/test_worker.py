@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +99,9 @@ def test_a_loss_that_stays_infinite_goes_back_and_then_gives_up(dataset: Path, t
         worker(wild, heard).run()
     assert [remark.split(": ")[1] for remark in heard.remarks] == ["back to step 4, and on with other samples"] * 3
     assert saved(tmp_path)[-1] == 4, "no checkpoint of what went astray"
+    skipped = [line["skipped_steps"] for line in heard.lines]
+    assert skipped == sorted(skipped), "those of before a rollback stay counted"
+    assert skipped[-1] >= 4 * 3
 
 
 def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(dataset: Path, tmp_path: Path) -> None:
@@ -112,8 +116,32 @@ def test_replaced_pictures_are_named_and_too_many_end_the_job(dataset: Path, tmp
     with pytest.raises(JobFailed, match=r"11 of 44 pictures could not be read, .* such as danbooru:1 \(truncated\)"):
         worker(training, Heard(), broken).run()
     lines = [json.loads(line) for line in (tmp_path / "demo/replaced.jsonl").read_text().splitlines()]
-    assert lines[0] == {"step": 0, "id": "danbooru:1", "reason": "truncated"}
+    assert lines[0] == {"step": 1, "id": "danbooru:1", "reason": "truncated"}
     assert len(lines) == 11
+
+
+def test_replaced_pictures_that_cannot_be_written_down_are_told(dataset: Path, tmp_path: Path) -> None:
+    training, heard = resolved(dataset, tmp_path, 2), Heard()
+    (tmp_path / "demo/replaced.jsonl").mkdir(parents=True)
+    assert worker(training, heard, source(training, replaced=(("danbooru:1", "truncated"),))).run() == 2
+    assert [line["replaced_samples"] for line in heard.lines] == [1, 2]
+    [remark] = heard.remarks
+    assert "replaced.jsonl cannot be written" in remark
+
+
+def test_asked_to_stop_it_saves_at_once_and_leaves_the_evaluation_out(dataset: Path, tmp_path: Path) -> None:
+    heard = Heard(stops_after=1)
+    assert worker(resolved(dataset, tmp_path, 9, "evaluate_every=2"), heard).run() == 2
+    assert saved(tmp_path) == [2]
+    assert not (tmp_path / "demo/evaluation.jsonl").exists()
+
+
+def test_a_checkpoint_that_is_gone_when_workers_start_is_no_reason_to_begin_anew(dataset: Path, tmp_path: Path) -> None:
+    worker(resolved(dataset, tmp_path, 2), Heard()).run()
+    training = resolved(dataset, tmp_path, 4)
+    shutil.rmtree(tmp_path / "demo/checkpoints")
+    with pytest.raises(JobFailed, match=r"checkpoint of step 2 .* is gone"):
+        worker(training, Heard())
 
 
 def test_saves_that_fail_do_not_end_training_but_the_last_one_is_missed(dataset: Path, tmp_path: Path) -> None:
@@ -161,6 +189,6 @@ def test_a_stage_of_256_pixels_trains_on_latents_of_a_vae_and_a_language_models_
     assert (training.model.in_channels, training.model.text_dim) == (4, 128)
     assert worker(training, heard).run() == 3
     [figures] = [line for line in heard.lines if "validation_loss" in line]
-    assert figures["validation_loss"] is None or figures["validation_loss"] > 0
+    assert (figures["validation_loss"] or 0) > 0
     assert (tmp_path / "run/256/grids/step-00000003.png").exists()
     PictureModel.load(tmp_path / "run", torch.device("cpu"))
