@@ -11,7 +11,14 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
     "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
-    "diffusers": {"trainer/vae.py"},
+    "diffusers": {
+        "trainer/diffusers_export.py",
+        "trainer/exported/constants.py",
+        "trainer/exported/hdm_codec.py",
+        "trainer/exported/hdm_transformer.py",
+        "trainer/exported/pipeline.py",
+        "trainer/vae.py",
+    },
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
     "vllm": {"captioner/engines/vllm.py"},

@@ -1,50 +1,90 @@
-"""JOB: the public HDM weights into this project's model folder, and back into their one-file layout."""
+"""JOB: a trained model -> a diffusers folder, or one file as the public HDM weights have it; and those weights into
+this project's model folder.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pipeline.jobs import JobFailed, Parser, UsageError, local_path, run
+from pipeline.jobs import JobFailed, Parser, UsageError, default_run, local_path, run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from trainer.checkpoint import Checkpoint
+    from trainer.model.xut import XUTConfig
+
+Weights = Literal["ema", "raw"]
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    from_released: str | None
+    run: str | None
+    to_diffusers: str | None
     to_released: str | None
+    from_released: str | None
+    weights: Weights | None
+    dtype: str | None
     config: str | None
-    out: str
+    out: str | None
 
 
 def parse_args() -> ExportJob:
     parser = Parser(prog="export.py", description=__doc__)
+    parser.add_argument(
+        "--run", metavar="DIR", help="of trainer/run.py, one of its checkpoints, its copy at s3://, or with "
+        "--to-released also a model folder that --from-released wrote"
+    )  # fmt: skip
     direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to-diffusers", metavar="DIR", help="a new folder: a diffusers pipeline with its own code")
+    direction.add_argument("--to-released", metavar="FILE", help="a new .safetensors with keys unet.model.*")
     direction.add_argument("--from-released", metavar="FILE", help="safetensors with keys unet.model.*, perhaps vae.*")
-    direction.add_argument("--to-released", metavar="DIR", help="model folder that --from-released wrote")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of a run; default: ema, the averaged ones")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of a run default: fp32; of a model folder: as it is")
+    parser.add_argument("--out", metavar="DIR", help="with --from-released: a new model folder")
     parser.add_argument(
         "--config", metavar="JSON", help="with --from-released: its architecture; default: the public 340M weights"
     )
-    parser.add_argument(
-        "--out", required=True, metavar="PATH", help="a new folder, or with --to-released a new .safetensors"
-    )
     job = ExportJob(**vars(parser.parse_args()))
-    if job.config and not job.from_released:
-        raise UsageError("--config belongs to --from-released: a model folder has its own config.json")
+    if job.from_released:
+        if given := [name for name in ("run", "weights", "dtype") if getattr(job, name)]:
+            raise UsageError(
+                f"--{given[0]} does not go with --from-released, which keeps the file's tensors as they are"
+            )
+        if not job.out:
+            raise UsageError("--from-released needs --out, a new folder")
+    elif given := [name for name in ("config", "out") if getattr(job, name)]:
+        raise UsageError(
+            f"--{given[0]} belongs to --from-released; --to-diffusers and --to-released name what they write, "
+            "and --run names the model"
+        )
     return job
 
 
 def main() -> None:
     job = parse_args()
-    out = local_path("--out", job.out)
-    for path in filter(None, (job.from_released, job.to_released, job.config)):
+    flag, new = next(
+        (flag, path)
+        for flag, path in (
+            ("--out", job.out),
+            ("--to-diffusers", job.to_diffusers),
+            ("--to-released", job.to_released),
+        )
+        if path
+    )
+    out = local_path(flag, new)
+    for path in filter(None, (job.from_released, job.config)):
         if not Path(path).exists():
             raise UsageError(f"{path} is not there")
     if out.exists():
-        raise UsageError(f"{out} is there already; give --out a new path, or remove it first")
+        raise UsageError(f"{out} is there already; give {flag} a new path, or remove it first")
     try:
-        count = _from_released(job, out) if job.from_released else _to_released(job, out)
+        if job.from_released:
+            count = _from_released(job, out)
+        else:
+            count = (_to_diffusers if job.to_diffusers else _to_released)(job, out)
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"export: {count} tensors written to {out}, read again and found equal", flush=True)
@@ -65,13 +105,90 @@ def _from_released(job: ExportJob, out: Path) -> int:
 
 def _to_released(job: ExportJob, out: Path) -> int:
     from trainer.model.released import read_tensors, to_released, write_released
-    from trainer.model.saved import load_model
+    from trainer.model.saved import is_model_folder, load_model
+    from trainer.model.xut import XUTConfig
+    from trainer.run_folder import config_of
 
-    config, tensors = load_model(Path(str(job.to_released)))
+    source = job.run or default_run()
+    if is_model_folder(Path(source)):
+        if job.weights:
+            raise UsageError(f"--weights belongs to a run; {source} is a model folder, which has one set of weights")
+        config, tensors = load_model(Path(source))
+    else:
+        found = _checkpoint(source)
+        config = XUTConfig.from_dict(config_of(found)["model"])
+        tensors = _weights(found, config, job.weights or "ema")
+    if job.dtype:
+        tensors = _converted(tensors, _dtype(job.dtype))
     released = to_released(tensors, config)
     write_released(out, config, released)
     _compare(read_tensors(out), released, out)
     return len(released)
+
+
+def _to_diffusers(job: ExportJob, out: Path) -> int:
+    from trainer.model.saved import is_model_folder
+    from trainer.run_folder import config_of
+
+    source = job.run or default_run()
+    if is_model_folder(Path(source)):
+        raise UsageError(
+            f"{source} is a model alone, without the codec and the text encoder that a diffusers folder has; "
+            "--to-diffusers needs a run of trainer/run.py"
+        )
+    found = _checkpoint(source)
+    if config_of(found)["model"].get("position_grid") == "latent":
+        raise UsageError(
+            "this model takes a position of every latent pixel, as the public release does, and the pipeline gives one "
+            "of every token: export it with --to-released"
+        )
+    import torch
+
+    from trainer.diffusers_export import write_diffusers
+    from trainer.pictures import PictureModel
+
+    picture = PictureModel.load(found.folder, torch.device("cpu"))
+    picture.model.load_state_dict(_weights(found, picture.model.config, job.weights or "ema"))
+    return write_diffusers(out, picture, _dtype(job.dtype or "fp32"))
+
+
+def _checkpoint(source: str) -> "Checkpoint":
+    """The newest one of a run, a stage or the checkpoint itself."""
+    from pipeline.shards import Store
+    from trainer.run_folder import find_checkpoint
+
+    root = Store(source).root
+    found = find_checkpoint(root)
+    if found is None:
+        raise UsageError(f"{root} has no checkpoint and is no model folder; give --run a run of trainer/run.py")
+    return found
+
+
+def _weights(found: "Checkpoint", config: "XUTConfig", weights: Weights) -> dict[str, "Tensor"]:
+    """All tensors of the model, with its averaged parameters or those that the optimizer left."""
+    from trainer.ema import EMA
+    from trainer.model.xut import XUT
+
+    model = XUT(config)
+    model.load_state_dict(found.tensors("model"))
+    if weights == "ema":
+        average = EMA(model, decay=0)
+        average.load_state_dict(found.tensors("ema"))
+        return model.state_dict() | average.weights
+    return model.state_dict()
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    dtype = getattr(torch, _DTYPES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _converted(tensors: dict[str, "Tensor"], dtype: "torch.dtype") -> dict[str, "Tensor"]:
+    """But for the frequencies of the time: rounded to half precision they turn it by a quarter of a radian."""
+    return {name: tensor if name == "time_in.frequency" else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _compare(found: dict[str, "Tensor"], wanted: dict[str, "Tensor"], out: Path) -> None:

@@ -97,7 +97,7 @@ def load_text_encoder(
     folder = model_folder(name, _MODEL_FILES, *_KIND)
     from transformers import AutoModel, AutoTokenizer  # seconds, which whoever only asks for a width should not wait
 
-    with _quiet():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model, report = AutoModel.from_pretrained(
@@ -120,7 +120,7 @@ def load_text_encoder(
 def text_width(name: str | Path) -> int:
     """The D of `load_text_encoder(name)`, read from its config alone."""
     folder = model_folder(name, _CONFIG_FILES, *_KIND)
-    with _quiet():
+    with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -136,7 +136,7 @@ def _not_loaded(name: str | Path, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' remarks and its progress bar for loading, which takes a second, off the terminal."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -179,7 +179,7 @@ def build_local_text_encoder(captions: Iterable[str], folder: Path, seed: int) -
     model = _random_qwen3(tokenizer.get_vocab_size(), tokenizer.token_to_id(_END), seed)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _quiet():
+    with quiet_transformers():
         model.save_pretrained(partial)
         from transformers import PreTrainedTokenizerFast
 

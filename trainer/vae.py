@@ -218,7 +218,7 @@ def _load_autoencoder(name: str, folder: Path, dtype: torch.dtype) -> Any:
         raise ValueError(f"the codec {name!r} has no {_WEIGHTS}, the only weights that are read; get it anew")
     try:
         # diffusers draws weights of its own first, from the global generator.
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet_diffusers(), torch.random.fork_rng(devices=[]):
             vae, report = AutoencoderKL.from_pretrained(
                 folder,
                 torch_dtype=dtype,
@@ -241,7 +241,7 @@ def _load_autoencoder(name: str, folder: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Keeps diffusers' remarks and progress bar off the terminal: what matters comes as an exception."""
     from diffusers.utils import logging
 

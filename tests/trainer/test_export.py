@@ -1,17 +1,35 @@
-"""The export job as its users run it: round trips of a released checkpoint, and refusals."""
+"""The export job as its users run it: pictures of what it wrote, round trips of a released checkpoint, refusals.
+
+What a diffusers folder draws is asked of a process that cannot import this project.
+"""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from trainer.checkpoint import Checkpoints, training_state
+from trainer.ema import EMA
+from trainer.latents import load_codec
 from trainer.model.released import to_released, write_released
 from trainer.model.saved import save_model
 from trainer.model.xut import XUT, XUTConfig
+from trainer.pictures import PictureModel, Settings
+from trainer.single_file import single_file
+from trainer.stages import STAGES
+from trainer.text import build_local_text_encoder, text_width
 
 RunJob = Callable[..., CompletedProcess[str]]
 
@@ -29,16 +47,258 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_there_and_back_gives_the_same_bytes(run_job: RunJob, release: Path, tmp_path: Path) -> None:
+def _save_run(run: Path, codec: str, config: XUTConfig) -> Path:
+    """Random weights, and others as their average, in the demo stage."""
+    torch.manual_seed(0)
+    model = XUT(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # a new model's last layer gives nothing
+    average = EMA(model, 0.9)
+    for weight in average.weights.values():
+        weight *= 1.1
+    state = training_state(
+        stage_name="demo",
+        epoch=0,
+        position=32,
+        first_epoch=0,
+        seed=0,
+        config={"stage": asdict(STAGES["demo"]) | {"codec": codec}, "model": config.to_dict()},
+        selection="abc",
+    )
+    Checkpoints.of_stage(run, "demo").save(1, {"model": model.state_dict(), "ema": average.state_dict()}, state)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of one block each, one by codec; the VAE's averages the text encoder's layers."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(1)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    ).save_pretrained(folder / "some-vae")
+    runs = {}
+    for name, codec, more in (
+        ("dct", "dct", {"patch_size": 1}),
+        ("vae", str(folder / "some-vae"), {"patch_size": 2, "text_layers": "average"}),
+    ):
+        build_local_text_encoder(["red star", "blue fish"], folder / name / "text_encoder", seed=0)
+        shape = {
+            "dim": 32,
+            "heads": 2,
+            "mlp_dim": 64,
+            "depth": 1,
+            "text_dim": text_width(folder / name / "text_encoder"),
+        }
+        config = XUTConfig.tiny(in_channels=load_codec(codec).channels, **shape, **more)
+        runs[name] = _save_run(folder / name, codec, config)
+    return runs
+
+
+PROMPTS, SEEDS = ["red star", "a very blue fish"], [3, 8]
+WIDE = {"width": 64, "height": 32, "negative": "fish", "steps": 3, "guidance": 2.0}
+CAMERA = {"x_shift": 0.25, "y_shift": -0.1, "zoom": 1.5}
+
+# Loads every folder and draws, in a process of its own.
+ELSEWHERE = """
+import importlib.util, json, sys
+from pathlib import Path
+import numpy as np, torch
+
+sys.path[:] = [path for path in sys.path if not Path(path or ".", "trainer").exists()]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+assert importlib.util.find_spec("trainer") is None and importlib.util.find_spec("pipeline") is None
+
+from diffusers import DiffusionPipeline
+
+job = json.loads(sys.argv[1])
+pipes = {
+    name: DiffusionPipeline.from_pretrained(
+        folder,
+        custom_pipeline=folder + "/pipeline.py",
+        trust_remote_code=True,
+        dtype=torch.float16 if "half" in name else None,
+    )
+    for name, folder in job["folders"].items()
+}
+for name in ("half", "half dct"):
+    assert pipes[name].transformer.dtype == torch.float16
+    constants = [*pipes[name].transformer.buffers(), *pipes["half dct"].vae.buffers()]
+    assert all(constant.dtype == torch.float32 for constant in constants)
+for number, (name, arguments) in enumerate(job["draw"]):
+    if "generator" in arguments:
+        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in arguments["generator"]]
+    pipe = pipes[name]
+    if "dtype" in arguments:
+        pipe = pipe.to(getattr(torch, arguments.pop("dtype")))
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(**arguments).images
+    np.save(Path(job["out"], f"{number}.npy"), np.stack([np.asarray(image) for image in images]))
+refused = []
+for arguments in job["refused"]:
+    try:
+        pipes["dct"](**arguments)
+        refused.append("nothing")
+    except ValueError as error:
+        refused.append(str(error))
+print(json.dumps(refused))
+assert "trainer" not in sys.modules
+"""
+
+
+def _drawn_elsewhere(
+    folders: dict[str, Path], draw: list[tuple[str, dict[str, Any]]], refused: list[dict[str, Any]], out: Path
+) -> tuple[list[np.ndarray], list[str]]:
+    job = {"folders": {name: str(path) for name, path in folders.items()}, "draw": draw, "refused": refused}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(job | {"out": str(out)})],
+        env=os.environ | {"HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [np.load(out / f"{number}.npy") for number in range(len(draw))], json.loads(done.stdout.splitlines()[-1])
+
+
+def _drawn_here(run: Path, settings: Settings, weights: str = "ema") -> tuple[np.ndarray, Tensor]:
+    """Pictures and, at full precision, the latents that they were decoded from."""
+    model = PictureModel.load(run, torch.device("cpu"))
+    if weights == "raw":
+        found = Checkpoints.of_stage(run, "demo").newest()
+        assert found is not None
+        model.model.load_state_dict(found.tensors("model"))
+    latents = []
+
+    class Recorded:
+        factor, channels = model.codec.factor, model.codec.channels
+
+        def decode(self, latents_BChw: Tensor) -> Tensor:
+            latents.append(latents_BChw)
+            return model.codec.decode(latents_BChw)
+
+    pictures = replace(model, codec=Recorded()).draw(PROMPTS, SEEDS, settings)
+    return np.stack(pictures), torch.cat(latents)
+
+
+def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
+    call_job: RunJob, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folders = {name: tmp_path / name for name in ("dct", "vae", "raw", "half", "half dct")}
+    for name, arguments in {
+        "dct": ["--run", runs["dct"]],
+        "vae": ["--run", runs["vae"]],
+        "raw": ["--run", runs["dct"] / "demo", "--weights", "raw"],
+        "half": ["--run", runs["vae"], "--dtype", "fp16"],
+        "half dct": ["--run", runs["dct"], "--dtype", "fp16"],
+    }.items():
+        job = call_job("trainer/export.py", *arguments, "--to-diffusers", folders[name])
+        assert job.returncode == 0, job.stderr
+        assert job.stderr == ""
+        assert "read again and found equal" in job.stdout
+        assert sorted(path.name for path in folders[name].iterdir()) == [
+            "model_index.json", "pipeline.py", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
+        ]  # fmt: skip
+    for file in [*folders["vae"].rglob("*.json"), *folders["vae"].rglob("*.py")]:
+        assert str(tmp_path.parent) not in file.read_text(), f"{file} names a folder of this machine"
+
+    wide = {"prompt": PROMPTS, "width": 64, "height": 32, "negative_prompt": "fish", "num_inference_steps": 3}
+    wide |= {"guidance_scale": 2.0, "seed": SEEDS}
+    by_generator = {key: value for key, value in wide.items() if key != "seed"} | {"generator": SEEDS}
+    draw = [
+        ("dct", wide | {"output_type": "latent"}),
+        ("dct", wide | CAMERA | {"output_type": "latent"}),
+        ("vae", wide | CAMERA | {"output_type": "latent"}),
+        ("raw", wide | CAMERA | {"output_type": "latent"}),
+        ("dct", wide | CAMERA),
+        ("vae", wide | CAMERA),
+        ("vae", by_generator | CAMERA),
+        ("vae", wide | CAMERA | {"output_type": "np"}),
+        ("vae", {key: value for key, value in wide.items() if key not in ("width", "height")} | {"seed": 3}),
+        ("half", wide | CAMERA),
+        ("half", wide | CAMERA | {"dtype": "bfloat16"}),
+    ]
+    refused = [
+        {"height": 30},
+        {"zoom": 0.0},
+        {"num_inference_steps": 0},
+        {"seed": -1},
+        {"guidance_scale": float("nan")},
+    ]
+    found, said = _drawn_elsewhere(folders, draw, refused, tmp_path)
+
+    plain = _drawn_here(runs["dct"], Settings(**WIDE))
+    dct, vae = (_drawn_here(runs[name], Settings(**WIDE, **CAMERA)) for name in ("dct", "vae"))
+    raw = _drawn_here(runs["dct"], Settings(**WIDE, **CAMERA), "raw")
+    wanted = [plain[1], dct[1], vae[1], raw[1]]
+    for latents, mine in zip(found, wanted, strict=False):
+        np.testing.assert_allclose(latents, mine, atol=1e-4)
+    assert min((wanted[1] - other).abs().max() for other in (wanted[0], wanted[3])) > 0.01  # they tell of an error
+    for pixels, mine in ((found[4], dct[0]), (found[5], vae[0]), (found[6], vae[0])):
+        assert mine.std() > 1
+        assert np.abs(pixels.astype(int) - mine).max() <= 1  # 1e-4 apart may round to two sides
+        assert (pixels == mine).mean() > 0.999
+    np.testing.assert_allclose((found[7] * 255).round(), vae[0], atol=1)
+    side = STAGES["demo"].resolution
+    assert found[8].shape == (2, side, side, 3)
+    for pixels in found[9:]:
+        assert 0 < np.abs(pixels.astype(int) - vae[0]).mean() < 4
+    for text, part in zip(
+        said, ("multiples of 8", "zoom", "must be at least 1", "from 0 to", "not a number"), strict=True
+    ):
+        assert part in text
+
+
+def test_a_file_alone_holds_only_what_it_needs_of_this_project() -> None:
+    source = single_file("trainer.exported.pipeline", "a note")
+    assert "# a note" in source
+    assert "def full_position_map" in source
+    assert "def crop_position_map" not in source
+    assert "from trainer" not in source
+
+
+def test_an_own_checkpoint_of_the_released_architecture_becomes_one_file(call_job: RunJob, tmp_path: Path) -> None:
+    config = XUTConfig.released(**SHAPE)
+    run = _save_run(tmp_path / "run", "dct", config)
+    found = Checkpoints.of_stage(run, "demo").newest()
+    assert found is not None
+    wanted = {"raw": found.tensors("model"), "ema": found.tensors("model") | found.tensors("ema")}
+    del wanted["ema"]["updates"]
+    for weights, tensors in wanted.items():
+        file = tmp_path / f"{weights}.safetensors"
+        job = call_job("trainer/export.py", "--run", run, "--weights", weights, "--to-released", file)
+        assert job.returncode == 0, job.stderr
+        released = to_released(tensors, config)
+        assert load_file(file).keys() == released.keys()
+        assert all(torch.equal(tensor, released[name]) for name, tensor in load_file(file).items())
+    job = call_job("trainer/export.py", "--run", run, "--dtype", "fp16", "--to-released", tmp_path / "half.safetensors")
+    assert job.returncode == 0, job.stderr
+    dtypes = {name: tensor.dtype for name, tensor in load_file(tmp_path / "half.safetensors").items()}
+    assert {name for name, dtype in dtypes.items() if dtype != torch.float16} == {"unet.model.time_emb.freqs"}
+    job = call_job("trainer/export.py", "--run", run, "--to-diffusers", tmp_path / "new")
+    assert job.returncode == 2
+    assert "takes a position of every latent pixel" in job.stderr
+
+
+def test_there_and_back_gives_the_same_bytes(call_job: RunJob, release: Path, tmp_path: Path) -> None:
     config = release.with_suffix(".json")
-    there = run_job("trainer/export.py", "--from-released", release, "--config", config, "--out", tmp_path / "ours")
+    there = call_job("trainer/export.py", "--from-released", release, "--config", config, "--out", tmp_path / "ours")
     assert there.returncode == 0, there.stderr
     assert "read again and found equal" in there.stdout
     assert {file.name for file in (tmp_path / "ours").iterdir()} == {
         "config.json", "model.safetensors", "vae.safetensors",
     }  # fmt: skip
     back = tmp_path / "back.safetensors"
-    assert run_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", back).returncode == 0
+    assert call_job("trainer/export.py", "--run", tmp_path / "ours", "--to-released", back).returncode == 0
     wanted, found = load_file(release), load_file(back)
     assert wanted.keys() == found.keys()
     assert all(wanted[name].numpy().tobytes() == found[name].numpy().tobytes() for name in wanted)
@@ -49,10 +309,10 @@ def test_no_file_is_written_over(call_job: RunJob, release: Path, tmp_path: Path
     save_model(tmp_path / "ours", XUTConfig.released(**SHAPE), XUT(XUTConfig.released(**SHAPE)).state_dict())
     (tmp_path / "back.json").write_text("mine")
     for out, said in (("back.safetensors", "back.json is there already"), ("back.json", "is there already")):
-        job = call_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / out)
+        job = call_job("trainer/export.py", "--run", tmp_path / "ours", "--to-released", tmp_path / out)
         assert job.returncode == 2
         assert said in job.stderr
-    job = call_job("trainer/export.py", "--to-released", tmp_path / "ours", "--out", tmp_path / "new.bin")
+    job = call_job("trainer/export.py", "--run", tmp_path / "ours", "--to-released", tmp_path / "new.bin")
     assert "must end in .safetensors" in job.stderr
     assert (tmp_path / "back.json").read_text() == "mine"
 
@@ -74,9 +334,21 @@ def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_
         (["--from-released", "nowhere.safetensors", "--out", "new"], "nowhere.safetensors is not there"),
         (["--from-released", "{release}", "--out", "new"], "these weights do not fit the config"),
         (["--from-released", "{release}", "--out", "{release}"], "is there already; give --out a new path"),
-        (["--to-released", "{folder}", "--out", "new"], "is no model folder: it has no config.json and no model.saf"),
-        (["--to-released", "{folder}", "--config", "c", "--out", "new"], "--config belongs to --from-released"),
-        (["--out", "new"], "one of the arguments --from-released --to-released is required"),
+        (["--run", "{folder}", "--to-released", "new"], "has no checkpoint and is no model folder; give --run a run"),
+        (["--run", "{folder}", "--to-diffusers", "new"], "has no checkpoint and is no model folder; give --run a run"),
+        (["--run", "{folder}", "--to-diffusers", "{folder}"], "is there already; give --to-diffusers a new path"),
+        (["--run", "{run}", "--to-released", "new"], "this model is not of the released architecture, it differs in: "),
+        (["--run", "{model}", "--to-diffusers", "new"], "is a model alone, without the codec and the text encoder"),
+        (["--run", "{model}", "--weights", "raw", "--to-released", "new"], "--weights belongs to a run"),
+        (["--run", "{run}", "--to-released", "s3://bucket/new"], "must be a path on this machine's file system"),
+        (["--to-released", "{folder}", "--config", "c"], "--config belongs to --from-released"),
+        (["--to-released", "{folder}", "--out", "new"], "--out belongs to --from-released"),
+        (
+            ["--from-released", "{release}", "--dtype", "fp16", "--out", "new"],
+            "--dtype does not go with --from-released",
+        ),
+        (["--from-released", "{release}"], "--from-released needs --out, a new folder"),
+        (["--out", "new"], "one of the arguments --to-diffusers --to-released --from-released is required"),
         (["--from-released", "{folder}", "--out", "new"], "is not a file; give a .safetensors file"),
         (["--from-released", "{release}", "--config", "{release}", "--out", "new"], "is not a JSON file"),
         (["--from-released", "{text}", "--out", "new"], "is not a safetensors file (Error while deserializing"),
@@ -85,10 +357,17 @@ def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_
     ],
 )
 def test_refusals_are_one_line(
-    call_job: RunJob, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+    call_job: RunJob,
+    release: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
 ) -> None:
+    paths = {name: tmp_path / name for name in ("text", "list", "pickle", "model")} | {"run": runs["dct"]}
+    save_model(paths["model"], XUTConfig.released(**SHAPE), XUT(XUTConfig.released(**SHAPE)).state_dict())
     files = {"text": b"not a model", "list": b"[]"}
-    paths = {name: tmp_path / name for name in (*files, "pickle")}
     for name, data in files.items():
         paths[name].write_bytes(data)
     torch.save({"weight": torch.zeros(1)}, paths["pickle"])

@@ -17,11 +17,12 @@ def axial_frequencies(head_dim: int) -> Tensor:
     """Frequencies (1, F, 2), the same for y and x: half of them evenly spaced in log from pi to 5 pi, the others zero.
 
     So the first half of a head's dims turns with the position, the second half never (HDM report, section 3.4).
+    Float32 also where a model is built under another default type, as diffusers does to load one in half precision.
     Positions span about 1: the slowest pair turns half a circle over a square picture, the fastest two and a half.
     """
     turning = head_dim // 8
-    steps_F = torch.arange(turning) / max(1, turning - 1)
-    frequency_F = torch.cat([math.pi * 5**steps_F, torch.zeros(turning)])
+    steps_F = torch.arange(turning, dtype=torch.float32) / max(1, turning - 1)
+    frequency_F = torch.cat([math.pi * 5**steps_F, torch.zeros(turning, dtype=torch.float32)])
     return frequency_F[None, :, None].expand(-1, -1, 2).contiguous()
 
 

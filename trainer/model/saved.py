@@ -25,6 +25,10 @@ def save_model(folder: Path, config: XUTConfig, tensors: Mapping[str, Tensor]) -
     partial.rename(folder)
 
 
+def is_model_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / MODEL).is_file()
+
+
 def load_model(folder: Path) -> tuple[XUTConfig, dict[str, Tensor]]:
     """The inverse of `save_model`. ValueError for a folder that is none of it."""
     missing = [name for name in (CONFIG, MODEL) if not (folder / name).is_file()]
