@@ -168,9 +168,15 @@ def _weights(found: "Checkpoint", config: "XUTConfig", weights: Weights) -> dict
     """All tensors of the model, with its averaged parameters or those that the optimizer left."""
     from trainer.ema import EMA
     from trainer.model.xut import XUT
+    from trainer.pretrained import first_line
 
     model = XUT(config)
-    model.load_state_dict(found.tensors("model"))
+    try:
+        model.load_state_dict(found.tensors("model"))
+    except RuntimeError as error:
+        raise UsageError(
+            f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
+        ) from error
     if weights == "ema":
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -104,6 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 PROMPTS, SEEDS = ["red star", "a very blue fish"], [3, 8]
 WIDE = {"width": 64, "height": 32, "negative": "fish", "steps": 3, "guidance": 2.0}
 CAMERA = {"x_shift": 0.25, "y_shift": -0.1, "zoom": 1.5}
+ROUTED = {"selection_rate": 0.25, "unconditional_rate": 0.5}
 
 # Loads every folder and draws, in a process of its own.
 ELSEWHERE = """
@@ -176,17 +177,7 @@ def _drawn_here(run: Path, settings: Settings, weights: str = "ema") -> tuple[np
         found = Checkpoints.of_stage(run, "demo").newest()
         assert found is not None
         model.model.load_state_dict(found.tensors("model"))
-    latents = []
-
-    class Recorded:
-        factor, channels = model.codec.factor, model.codec.channels
-
-        def decode(self, latents_BChw: Tensor) -> Tensor:
-            latents.append(latents_BChw)
-            return model.codec.decode(latents_BChw)
-
-    pictures = replace(model, codec=Recorded()).draw(PROMPTS, SEEDS, settings)
-    return np.stack(pictures), torch.cat(latents)
+    return np.stack(model.draw(PROMPTS, SEEDS, settings)), model.latents(PROMPTS, SEEDS, settings)
 
 
 def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
@@ -219,6 +210,8 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
         ("dct", wide | CAMERA | {"output_type": "latent"}),
         ("vae", wide | CAMERA | {"output_type": "latent"}),
         ("raw", wide | CAMERA | {"output_type": "latent"}),
+        ("dct", wide | ROUTED | {"time_shift": 2.0, "output_type": "latent"}),
+        ("dct", wide | {"sampler": "heun", "guidance_scale": 1.0, "output_type": "latent"}),
         ("dct", wide | CAMERA),
         ("vae", wide | CAMERA),
         ("vae", by_generator | CAMERA),
@@ -239,18 +232,22 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
     plain = _drawn_here(runs["dct"], Settings(**WIDE))
     dct, vae = (_drawn_here(runs[name], Settings(**WIDE, **CAMERA)) for name in ("dct", "vae"))
     raw = _drawn_here(runs["dct"], Settings(**WIDE, **CAMERA), "raw")
-    wanted = [plain[1], dct[1], vae[1], raw[1]]
-    for latents, mine in zip(found, wanted, strict=False):
+    routed = _drawn_here(runs["dct"], Settings(**WIDE, **ROUTED, shift=2.0))
+    heun = _drawn_here(runs["dct"], Settings(**(WIDE | {"guidance": 1.0}), sampler="heun"))
+    wanted = [drawn[1] for drawn in (plain, dct, vae, raw, routed, heun)]
+    for latents, mine in zip(found[:6], wanted, strict=True):
         np.testing.assert_allclose(latents, mine, atol=1e-4)
-    assert min((wanted[1] - other).abs().max() for other in (wanted[0], wanted[3])) > 0.01  # they tell of an error
-    for pixels, mine in ((found[4], dct[0]), (found[5], vae[0]), (found[6], vae[0])):
+    # They are apart from each other, so that a setting which is passed over is an error.
+    assert min((plain[1] - other).abs().max() for other in (dct[1], routed[1], heun[1])) > 0.01
+    assert (dct[1] - raw[1]).abs().max() > 0.01
+    for pixels, mine in ((found[6], dct[0]), (found[7], vae[0]), (found[8], vae[0])):
         assert mine.std() > 1
         assert np.abs(pixels.astype(int) - mine).max() <= 1  # 1e-4 apart may round to two sides
         assert (pixels == mine).mean() > 0.999
-    np.testing.assert_allclose((found[7] * 255).round(), vae[0], atol=1)
+    np.testing.assert_allclose((found[9] * 255).round(), vae[0], atol=1)
     side = STAGES["demo"].resolution
-    assert found[8].shape == (2, side, side, 3)
-    for pixels in found[9:]:
+    assert found[10].shape == (2, side, side, 3)
+    for pixels in found[11:]:
         assert 0 < np.abs(pixels.astype(int) - vae[0]).mean() < 4
     for text, part in zip(
         said, ("multiples of 8", "zoom", "must be at least 1", "from 0 to", "not a number"), strict=True

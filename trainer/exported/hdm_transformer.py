@@ -32,10 +32,13 @@ class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         encoder_attention_mask: Tensor,
         position_map: Tensor,
         aspect: Tensor,
+        selection_rate: float = 0.0,
+        routing_key: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, H, W) at latents of that shape and timestep (B,) from 1 (noise) to 0.
 
         Text is (B, T, width) and its mask (B, T); position_map (B, N, 2); aspect (B,), log(width / height).
+        selection_rate: share of the image tokens that skip the middle blocks, chosen by routing_key (B,), int64.
         """
         velocity: Tensor = self.xut(
             hidden_states,
@@ -44,6 +47,8 @@ class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             text_mask=encoder_attention_mask,
             position_map=position_map,
             aspect=aspect,
+            selection_rate=selection_rate,
+            routing_key=routing_key,
         )
         return velocity
 

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from trainer.flow import draw_noise, sample_key
+from trainer.flow import draw_noise, sample_key, shift_for_tokens
 from trainer.positions import camera, full_position_map
-from trainer.sampler import Velocity, guided, heun
+from trainer.sampler import Velocity, guided, guided_apart, heun, time_grid
 from trainer.text import TextEncoder
 
 _SEEDS = 1 << 62
@@ -58,8 +58,10 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         x_shift: float = 0.0,
         y_shift: float = 0.0,
         zoom: float = 1.0,
-        solver: Literal["euler", "heun"] = "euler",
+        sampler: Literal["euler", "heun"] = "euler",
         time_shift: float | None = None,
+        selection_rate: float = 0.0,
+        unconditional_rate: float = 0.0,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
     ) -> Any:
@@ -71,8 +73,11 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         side of a square picture. A picture depends on its seed alone, whatever is drawn beside it, and has the same
         noise on every device. seed: of the first picture, the next have seed + 1 ...; or one for each picture.
         generator: stands for the seed that it was given; what it has drawn since does not matter. Neither: by chance.
-        solver: heun is second order and asks the model twice a step; euler goes by the scheduler. time_shift: above 1
-        spends more steps near noise; default: the scheduler's shift.
+        sampler: heun is second order and asks the model twice a step; euler goes by the scheduler. time_shift: above 1
+        spends more steps near noise; default: the scheduler's shift (1) for pictures with as many tokens as the
+        training's crops, and by the number of tokens for others (SD3, section 5.3.2).
+        selection_rate, unconditional_rate: TREAD's self-guidance, the shares of image tokens that skip the middle
+        blocks with the prompt and with the negative prompt.
         output_type: "pt" (B, 3, height, width) and "np" (B, height, width, 3) in [0, 1], "latent" (B, C, H, W).
 
         ValueError for a size, number of steps, seed or camera out of its range.
@@ -90,63 +95,78 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale {guidance_scale} is not a number")
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver {solver!r} must be euler or heun")
+        if sampler not in ("euler", "heun"):
+            raise ValueError(f"sampler {sampler!r} must be euler or heun")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} must be pil, np, pt or latent")
-        keys = [sample_key(number, 0, 0) for number in _seeds(seed, generator, len(prompts))]
+        seeds = _seeds(seed, generator, len(prompts))
         width = self.config.resolution if width is None else width
         height = self.config.resolution if height is None else height
+        token = self.factor * self.transformer.config.architecture["patch_size"]
+        if width < 1 or height < 1 or width % token or height % token:
+            raise ValueError(f"{width} x {height} pixels: sides must be multiples of {token}, the pixels of a token")
         device = self._execution_device
+        map_N2 = full_position_map(width, height, height // token, width // token, device=device)
+        map_N2 = camera(map_N2, x_shift, y_shift, zoom)
+        aspect = math.log(width / height)
+        keys_B = torch.tensor([sample_key(number, 0, 0) for number in seeds], device=device)
 
-        shape = (self.transformer.xut.config.in_channels, height // self.factor, width // self.factor)
-        velocity = guided(
-            self._velocity(prompts, negatives, width, height, (x_shift, y_shift, zoom), device), guidance_scale
-        )
-        noise_BCHW = draw_noise(torch.tensor(keys, device=device), shape)
-        shift = self.scheduler.config.get("shift", 1.0) if time_shift is None else time_shift
+        def branch(texts: list[str], rate: float) -> Velocity:
+            return self._velocity(texts, map_N2, aspect, keys_B.repeat(len(texts) // len(keys_B)), rate)
+
+        if guidance_scale == 1:
+            velocity = branch(prompts, selection_rate)
+        elif selection_rate == unconditional_rate:
+            velocity = guided(branch([*prompts, *negatives], selection_rate), guidance_scale)
+        else:
+            parts = branch(prompts, selection_rate), branch(negatives, unconditional_rate)
+            velocity = guided_apart(*parts, guidance_scale)
+        shape = (self.transformer.config.architecture["in_channels"], height // self.factor, width // self.factor)
+        noise_BCHW = draw_noise(keys_B, shape)
+        if time_shift is None:
+            by_tokens = shift_for_tokens(width * height, self.config.resolution**2)
+            time_shift = self.scheduler.config.get("shift", 1.0) * by_tokens
         with self.progress_bar(total=num_inference_steps) as bar:
-            if solver == "heun":
-                latents_BCHW = heun(velocity, noise_BCHW, num_inference_steps, shift, lambda done, steps: bar.update())
+            if sampler == "heun":
+                steps = num_inference_steps
+                latents_BCHW = heun(velocity, noise_BCHW, steps, time_shift, lambda done, of: bar.update())
             else:
-                latents_BCHW = self._scheduled(velocity, noise_BCHW, num_inference_steps, shift, bar)
+                latents_BCHW = self._scheduled(velocity, noise_BCHW, num_inference_steps, time_shift, bar)
         images = latents_BCHW if output_type == "latent" else self._pictures(latents_BCHW, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _velocity(
-        self,
-        prompts: list[str],
-        negatives: list[str],
-        width: int,
-        height: int,
-        camera_at: tuple[float, float, float],
-        device: torch.device,
+        self, texts: list[str], map_N2: Tensor, aspect: float, keys_B: Tensor, selection_rate: float
     ) -> Velocity:
-        """Of 2B latents, the first half under the prompts and the second under the negative prompts."""
-        model = self.transformer.xut.config
-        token = self.factor * model.patch_size
-        if width < 1 or height < 1 or width % token or height % token:
-            raise ValueError(f"{width} x {height} pixels: sides must be multiples of {token}, the pixels of a token")
-        map_N2 = full_position_map(width, height, height // token, width // token, device=device)
-        map_N2 = camera(map_N2, *camera_at)
-        encoder = TextEncoder(self.text_encoder, self.tokenizer, model.text_layers)
-        text_BTD, mask_BT = encoder.encode([*prompts, *negatives], self.config.text_tokens)
-        count, dtype = 2 * len(prompts), self.transformer.dtype
-        aspect_B = torch.full((count,), math.log(width / height), device=device)
+        """XUT's forward pass for these texts, one a picture."""
+        encoder = TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.architecture["text_layers"])
+        text_BTD, mask_BT = encoder.encode(texts, self.config.text_tokens)
+        count, dtype = len(texts), self.transformer.dtype
+        aspect_B = torch.full((count,), aspect, device=map_N2.device)
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
             # Weights of half precision meet float32 latents, times and positions as they did in training.
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out: Tensor = self.transformer(x_BCHW, t_B, text_BTD, mask_BT, map_N2.expand(count, -1, -1), aspect_B)
+            with torch.autocast(map_N2.device.type, dtype, enabled=dtype != torch.float32):
+                out: Tensor = self.transformer(
+                    x_BCHW,
+                    t_B,
+                    text_BTD,
+                    mask_BT,
+                    map_N2.expand(count, -1, -1),
+                    aspect_B,
+                    selection_rate,
+                    # Other tokens at every time: what one step leaves out the next one sees.
+                    keys_B + (t_B * 2**32).long() if selection_rate else None,
+                )
             return out.float()  # guidance multiplies what half precision rounds away
 
         return velocity
 
     def _scheduled(self, velocity: Velocity, latents_BCHW: Tensor, steps: int, shift: float, bar: Any) -> Tensor:
-        """By a copy of the scheduler: that of the pipeline keeps its shift."""
-        scheduler = self.scheduler.from_config(self.scheduler.config, shift=shift)
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=latents_BCHW.device)
+        """By a copy of the scheduler, with times that are shifted already."""
+        scheduler = self.scheduler.from_config(self.scheduler.config, shift=1.0)
+        scheduler.set_timesteps(sigmas=time_grid(steps, shift)[:-1], device=latents_BCHW.device)
         for i, timestep in enumerate(scheduler.timesteps):
             t_B = scheduler.sigmas[i].expand(len(latents_BCHW))
             latents_BCHW = scheduler.step(velocity(latents_BCHW, t_B), timestep, latents_BCHW).prev_sample
