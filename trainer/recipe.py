@@ -137,10 +137,12 @@ def resolve(command: Command) -> Training:
     stage, model_fields, notes = stage_config(command.stage, overrides.parse(command.settings))
     total = total_steps(stage, command.steps)
     micro = micro_batch(stage, command.workers)
-    channels, factor = _codec_shape(stage.codec)
-    check_grid(stage, factor)
     selection = _selection(command.dataset, command.stage, stage)
     run = local_path("--run", command.run).resolve()
+    if run.is_file():
+        raise UsageError(f"--run {run} is a file; give a folder, which is made where there is none")
+    channels, factor = _codec_shape(stage.codec)
+    check_grid(stage, factor)
     home = _checkpoint_home(command, run)
     checkpoints = run_folder.checkpoints_of(run, command.stage, home)
     own = Checkpoints(checkpoints).newest()
@@ -409,9 +411,10 @@ def _tagger(path: str | None) -> str | None:
     if path is None:
         return None
     folder = local_path("--tagger", path).resolve()
-    if not folder.is_dir():
+    if not any((folder / name).is_file() for name in ("model.onnx", "config.json")):
         raise UsageError(
-            f"--tagger {folder} is no folder; give one with a classifier, as for pipeline/score.py --model"
+            f"--tagger {folder} has neither model.onnx nor config.json; give a folder with a classifier, as for "
+            "pipeline/score.py --model"
         )
     return str(folder)
 

@@ -134,7 +134,7 @@ class Worker:
             if saves:
                 self._save()
             # Never where it is asked to stop: a spot machine may be gone before the evaluation is done.
-            if not stops and (taken % self.stage.evaluate_every == 0 or (ends and taken > self.stage.evaluate_every)):
+            if not stops and (ends or taken % self.stage.evaluate_every == 0):
                 self._evaluate()
         self._finish()
         return self.loop.steps_taken

@@ -31,13 +31,14 @@ class Heard:
 
     stops_after: int = 1000
     lines: list[Line] = field(default_factory=list)
+    evaluations: list[Line] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def stop_is_asked(self) -> bool:
         return len(self.lines) >= self.stops_after
 
     def tell(self, line: Line) -> None:
-        self.lines.append(line)
+        (self.lines if "step" in line else self.evaluations).append(line)
 
     def remark(self, text: str) -> None:
         self.remarks.append(text)
@@ -188,7 +189,7 @@ def test_a_stage_of_256_pixels_trains_on_latents_of_a_vae_and_a_language_models_
     training, heard = resolve(command), Heard()
     assert (training.model.in_channels, training.model.text_dim) == (4, 128)
     assert worker(training, heard).run() == 3
-    [figures] = [line for line in heard.lines if "validation_loss" in line]
+    [figures] = heard.evaluations
     assert (figures["validation_loss"] or 0) > 0
     assert (tmp_path / "run/256/grids/step-00000003.png").exists()
     PictureModel.load(tmp_path / "run", torch.device("cpu"))
