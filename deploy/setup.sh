@@ -12,7 +12,7 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 echo "setup: installing into .venv (about 2 minutes the first time)"
 # torch first and by its exact version: any later range is then satisfied by it.
 pip install -c deploy/constraints.txt torch==2.13.0
-pip install -c deploy/constraints.txt -e '.[trainer,dev]'
+pip install -c deploy/constraints.txt -e '.[trainer,web,dev]'
 
 # pillow-simd decodes and resizes up to twice as fast and is source only. It owns the same PIL folder as pillow, which
 # other packages require by name: so pillow stays installed, and pillow-simd is built over it.

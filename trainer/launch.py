@@ -295,8 +295,8 @@ class _Loader:
 
     def __init__(self, data: TrainingData, gives_way: bool) -> None:
         self.data = data
-        if gives_way and hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        if gives_way:
+            os.nice(19)
 
     def load(self, positions: range) -> Batch:
         return load_batch(self.data, positions)
