@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.images import Crop, Refused, square_crop
 from pipeline.jobs import JobFailed
 from pipeline.records import TEXT_CATEGORIES
 from trainer.captions import CaptionConfig, TextParts, full_text, training_text
-from trainer.flow import Stream, sample_generator, sample_key
+from trainer.flow import Stream, keyed_uniform, sample_generator, sample_key
 from trainer.layout import Layout
 from trainer.layout import Selection as Selection
 from trainer.order import Order, streams_of
@@ -120,7 +121,8 @@ def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64])
         key_B[here] = sample_key(data.order.seed, int(epoch), place_B[here])
     group_B, row_B = data.layout.locate(data.order.samples(positions))
     groups = _ROW_GROUPS.take(data.layout, Counter(group_B.tolist()), data.cached_row_groups)
-    places = zip(group_B.tolist(), row_B.tolist(), key_B.tolist(), strict=True)
+    chance_B3 = keyed_uniform(torch.from_numpy(key_B), (3,), Stream.CROP).tolist()
+    places = zip(group_B.tolist(), row_B.tolist(), key_B.tolist(), chance_B3, strict=True)
     return join([_training_sample(data, groups, *place) for place in places])
 
 
@@ -147,17 +149,21 @@ def join(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def _training_sample(data: TrainingData, groups: dict[int, RowGroup], group: int, nth: int, key: int) -> Batch:
+def _training_sample(
+    data: TrainingData, groups: dict[int, RowGroup], group: int, nth: int, key: int, chances: Sequence[float]
+) -> Batch:
     """Training row `nth` of a row group or, where it cannot be read, the next one that can: of the same row group, in
-    which the first row follows the last, then of those after it. Which one that is depends on the place alone."""
+    which the first row follows the last, then of those after it. Which one that is depends on the place alone.
+    `chances`: three in [0, 1), of the crop and its mirroring."""
     failures: list[tuple[str, str]] = []
-    across, down, mirroring = sample_generator(key, Stream.CROP).random(3)
+    across, down, mirroring = chances
     for other in range(group, group + _MOST_ROW_GROUPS):
         number = other % len(data.layout.counts_G)
         found = groups.get(number) or _ROW_GROUPS.take(data.layout, {number: 0}, data.cached_row_groups)[number]
-        rows = found.training_rows(data.layout.hold_out)
+        count = len(found.row_T)
         # Not always the first of another row group: it would stand for every picture of one that is lost.
-        for row in np.roll(rows, -nth % max(1, len(rows))).tolist():
+        for place in range(nth, nth + count):
+            row = int(found.row_T[place % count])
             cut = _crop(found, row, data.crop.resolution, across, down)
             if isinstance(cut, Crop):
                 parts = text_parts(found.row(row))

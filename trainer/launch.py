@@ -290,7 +290,7 @@ class _Loader:
     """An actor, on any node, that reads the samples of some streams.
 
     gives_way: where the training computes on the same CPUs. A thread of it that is put off by a decoder holds up all
-    the others; so the loader runs when a CPU is idle, and always has a few batches' time.
+    the others, and the loader always has a few batches' time. (Never SCHED_IDLE: beside a busy process it starves.)
     """
 
     def __init__(self, data: TrainingData, gives_way: bool) -> None:

@@ -1,8 +1,8 @@
-"""BENCH: training with samples streamed from the dataset against the same samples held in memory, which cost no reading.
+"""BENCH: training with samples streamed from the dataset against the same ones held in memory, which cost no reading.
 
 One Ray Train job takes turns: a block of steps on streamed batches, then a block on those again. So both do the same
-work (a step's depends on how long its texts are) on the same machine within a minute of each other. The first quarter of
-each block is left out: what was read ahead before it began is used up there.
+work (a step's depends on how long its texts are) on the same machine within a minute of each other. The first quarter
+of each block is left out: what was read ahead before it began is used up there.
 
     python tests/bench/train_stream.py --dataset demo/dataset --blocks 6
 """
