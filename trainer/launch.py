@@ -194,6 +194,7 @@ class _Watcher:
         name = f"train {self.training.stage_name}"
         with progress(iter(()), self.training.stop_step, name, "steps") as bar:
             bar.update(self.training.start_step)
+            bar.refresh()
             while True:
                 ends = self._ends.wait(_LOOK_SECONDS)
                 if self.was_stopped and not told:
