@@ -10,13 +10,14 @@ PACKAGES = ("pipeline", "captioner", "trainer")
 # Each heavy package is imported in the files that wire it in, and nowhere else.
 ONLY_IN = {
     "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
-    "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "transformers": {"pipeline/classifiers.py", "trainer/stand_ins.py", "trainer/text.py"},
     "diffusers": {
         "trainer/diffusers_export.py",
         "trainer/exported/constants.py",
         "trainer/exported/hdm_codec.py",
         "trainer/exported/hdm_transformer.py",
         "trainer/exported/pipeline.py",
+        "trainer/stand_ins.py",
         "trainer/vae.py",
     },
     "onnxruntime": {"pipeline/classifiers.py"},

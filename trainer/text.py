@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from trainer.pretrained import first_line, frozen_dtype, model_folder
+from trainer.pretrained import first_line, folder_at_hand, frozen_dtype, model_folder
 
 # Few lengths, so few compiled graphs, and yet little padding. Without a compiler a smaller multiple is faster.
 LENGTH_MULTIPLE = 32
@@ -128,6 +128,19 @@ def text_width(name: str | Path) -> int:
     return int(config.get_text_config().hidden_size)
 
 
+def token_counts(texts: Sequence[str], name: str) -> list[int] | None:
+    """Tokens of each text by the tokenizer of the text encoder `name`, by one made from these texts for "local"; None
+    where it is not on this machine."""
+    if name == "local":
+        tokenizer = _train_tokenizer(texts)
+    else:
+        folder = folder_at_hand(name)
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            return None
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+
+
 def _not_loaded(name: str | Path, error: Exception) -> str:
     return (
         f"the text encoder {str(name)!r} cannot be loaded ({first_line(error)}). It needs config.json, tokenizer.json "
@@ -156,7 +169,7 @@ _END = "<|endoftext|>"
 
 # 64 texts of 32 tokens in 8 ms on one CPU core, besides 3 ms of tokenizer; twice the heads and feed-forward take 12 ms
 # and tell a probe no more.
-_WIDTH = 128
+LOCAL_WIDTH = 128
 _HEADS, _HEAD_DIM = 2, 16
 _MLP_WIDTH = 32
 # The image model takes text as a bag of tokens, so what belongs together must meet here. The first layer sees three
@@ -213,7 +226,7 @@ def _random_qwen3(vocabulary: int, end: int, seed: int) -> Any:
 
     config = Qwen3Config(
         vocab_size=vocabulary,
-        hidden_size=_WIDTH,
+        hidden_size=LOCAL_WIDTH,
         intermediate_size=_MLP_WIDTH,
         num_hidden_layers=len(_LAYERS),
         num_attention_heads=_HEADS,

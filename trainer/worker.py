@@ -21,10 +21,11 @@ from trainer.grid import grid_png
 from trainer.latents import Codec, load_codec
 from trainer.loop import Inputs, Loop, LoopConfig, Reading
 from trainer.metrics import Counts, Line, Mark, Pace, Stopwatch, batch_counts, log_line, peak_teraflops
-from trainer.model.xut import XUT
+from trainer.model.xut import XUT, XUTConfig
 from trainer.pictures import PictureModel
 from trainer.recipe import Training
 from trainer.run_log import Log, LogConfig, append_line
+from trainer.stages import StageConfig
 from trainer.tagger import Tagger, tag_agreement
 from trainer.team import Team
 from trainer.text import TextEncoder, load_text_encoder
@@ -307,16 +308,25 @@ class Worker:
 
 def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
     """The model as it was at `start_step`: that checkpoint's, or that of the stage it comes after, or new."""
-    stage = training.stage
+    loop = new_loop(training.stage, training.model, training.stop_step, codec, device)
+    if begun_from:
+        loop.load(all_tensors(begun_from), begun_from.step)
+    elif training.weights:
+        loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
+    return loop
+
+
+def new_loop(stage: StageConfig, model: XUTConfig, steps: int, codec: Codec, device: torch.device) -> Loop:
+    """With a new model; `steps`: of the whole schedule."""
     on_gpu = device.type == "cuda"
     torch.manual_seed(stage.seed)
-    loop = Loop(
-        XUT(training.model, stage.checkpointing).to(device),
+    return Loop(
+        XUT(model, stage.checkpointing).to(device),
         LoopConfig(
             resolution=stage.resolution,
             batch_size=stage.batch_size,
             selection_rate=stage.selection_rate,
-            total_steps=training.stop_step,
+            total_steps=steps,
             ema_decay=stage.ema_decay,
             clip_norm=stage.clip_norm,
             timestep_shift=stage.timestep_shift,
@@ -326,11 +336,6 @@ def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, 
         ),
         codec.loss_weight_C,
     )
-    if begun_from:
-        loop.load(all_tensors(begun_from), begun_from.step)
-    elif training.weights:
-        loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
-    return loop
 
 
 def all_tensors(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
