@@ -1,5 +1,7 @@
 """About how much GPU memory one training worker needs, in closed form."""
 
+from functools import lru_cache
+
 import torch
 
 from trainer.model.routing import kept_image_tokens
@@ -11,6 +13,7 @@ _BYTES_PER_PARAMETER = 20  # fp32: the weight, its gradient, AdamW's two moments
 _BESIDES = 3_000_000_000
 
 
+@lru_cache
 def parameters(config: XUTConfig) -> int:
     """Of the whole model; nothing is allocated."""
     with torch.device("meta"):
