@@ -176,18 +176,20 @@ def _pairs(args: Namespace, name: str) -> dict[str, float]:
 
 
 def _stages(args: Namespace) -> list[str]:
-    """In training order."""
+    """In training order; of a dataset those whose speed is known or measured, so that its demo can stay in it."""
     from trainer.planning import RECIPE
     from trainer.stages import STAGES
 
+    given = _pairs(args, "images_per_second")
     if args.stages is None and args.dataset is not None:
         from trainer.corpus import selections_of
 
         if not (found := selections_of(args.dataset)):
             raise UsageError(f"{args.dataset} has no selection of a stage; make one with pipeline/curate.py")
-        args.stages = found
+        planned = [name for name in found if args.measure or name in RECIPE or name in given]
+        args.stages = planned or found
     asked = args.stages or list(RECIPE)
-    for name in [*asked, *_pairs(args, "images"), *_pairs(args, "images_per_second")]:
+    for name in [*asked, *_pairs(args, "images"), *given]:
         if name not in STAGES:
             raise UsageError(f"there is no stage {name!r}; stages: {', '.join(STAGES)}")
     return [name for name in STAGES if name in asked]

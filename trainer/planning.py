@@ -27,7 +27,7 @@ from trainer.stages import STAGES
 RECIPE = tuple(PUBLISHED)
 # Of a VAE and a language model that are not on this machine: those of the recipe.
 _VAE_SHAPE = (4, 8)
-_LOCAL_TEXT_WIDTH = 128
+_LOCAL_TEXT_WIDTH = 128  # of trainer/text.py, which takes seconds to import
 _LEAST_MEMORY_SHARE = 0.95  # of a GPU's memory; the rest is never free
 
 
@@ -229,7 +229,8 @@ def measured_remark(found: Measured) -> str:
     return (
         f"measured: stage {setting.name}, model {stage.model}, {stage.resolution} pixels, {setting.text_tokens} text "
         f"tokens, {found.encoders}, on {found.device}: {found.steps} steps of {stage.micro_batch} in "
-        f"{found.seconds:.1f} s{memory_used}; an optimizer step after each, synthetic batches"
+        f"{found.seconds:.1f} s{memory_used}, after one that is not counted; an optimizer step after each, synthetic "
+        "batches"
     )
 
 

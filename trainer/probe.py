@@ -60,31 +60,34 @@ def measure(settings: Sequence[Setting], seconds: float, device: torch.device) -
             encoders = {key: _encoders(setting, device)}
         share = left / (len(settings) - number)
         setting = _as_probed(setting, encoders[key], share * rate / _CPU_STEPS if device.type == "cpu" else math.inf)
-        while True:
-            expected = 2 * setting.stage.micro_batch * setting.work.total / rate
-            if device.type == "cpu" and expected > left:
-                remarks.append(
-                    f"stage {setting.name} is not measured: by arithmetic its probe takes {expected:.0f} s here"
-                )
-                break
-            try:
-                found, spent = _probe(setting, encoders[key], share, device)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                fewer = setting.stage.micro_batch // 2
-                if not fewer:
-                    remarks.append(f"stage {setting.name} is not measured: one sample does not fit into the GPU")
-                    break
-                remarks.append(
-                    f"stage {setting.name}: micro batch {fewer} instead of {2 * fewer}, for the GPU's memory"
-                )
-                setting = _with_micro_batch(setting, fewer)
-                continue
+        expected = 2 * setting.stage.micro_batch * setting.work.total / rate
+        if device.type == "cpu" and expected > left:
+            remarks.append(f"stage {setting.name} is not measured: by arithmetic its probe takes {expected:.0f} s here")
+            continue
+        found, spent, remark = _probe_what_fits(setting, encoders[key], share, device)
+        remarks += [remark] if remark else []
+        if found:
             measured.append(found)
             rate = found.operations_per_second
             left = max(0.0, left - spent)
-            break
     return measured, remarks
+
+
+def _probe_what_fits(
+    setting: Setting, encoders: Encoders, seconds: float, device: torch.device
+) -> tuple[Measured | None, float, str]:
+    """`_probe` with the largest halving of the micro batch that fits into the GPU's memory; and a remark on that."""
+    size = whole = setting.stage.micro_batch
+    while size:
+        try:
+            found, spent = _probe(_with_micro_batch(setting, size), encoders, seconds, device)
+        except torch.OutOfMemoryError:
+            size //= 2
+        else:
+            smaller = f"stage {setting.name}: micro batch {size} instead of {whole}, for the GPU's memory"
+            return found, spent, smaller if size < whole else ""
+        torch.cuda.empty_cache()  # after the exception is gone, which holds the model
+    return None, 0.0, f"stage {setting.name} is not measured: one sample does not fit into the GPU"
 
 
 def _probe(setting: Setting, encoders: Encoders, seconds: float, device: torch.device) -> tuple[Measured, float]:

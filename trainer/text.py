@@ -169,7 +169,7 @@ _END = "<|endoftext|>"
 
 # 64 texts of 32 tokens in 8 ms on one CPU core, besides 3 ms of tokenizer; twice the heads and feed-forward take 12 ms
 # and tell a probe no more.
-LOCAL_WIDTH = 128
+_WIDTH = 128
 _HEADS, _HEAD_DIM = 2, 16
 _MLP_WIDTH = 32
 # The image model takes text as a bag of tokens, so what belongs together must meet here. The first layer sees three
@@ -226,7 +226,7 @@ def _random_qwen3(vocabulary: int, end: int, seed: int) -> Any:
 
     config = Qwen3Config(
         vocab_size=vocabulary,
-        hidden_size=LOCAL_WIDTH,
+        hidden_size=_WIDTH,
         intermediate_size=_MLP_WIDTH,
         num_hidden_layers=len(_LAYERS),
         num_attention_heads=_HEADS,

@@ -17,8 +17,10 @@ from pipeline.records import SELECTION, TEXT_CATEGORIES
 from trainer import costs, overrides
 from trainer.budget import LATER_FLOOR, LEAST, affordable
 from trainer.costs import Machine, Measured, Pictures, Rates, Speed
+from trainer.planning import Texts, setting_of
 from trainer.settings import stage_config, total_steps
 from trainer.stages import STAGES
+from trainer.stand_ins import local_text_encoder
 
 CallJob = Callable[..., CompletedProcess[str]]
 Plan = Callable[..., dict[str, Any]]
@@ -337,6 +339,11 @@ def test_a_probe_times_real_steps_and_the_plan_follows(plan: Plan) -> None:
     assert row["images_per_second"] == pytest.approx(probe["images_per_second"] * made["machine"]["count"])
     assert row["hours"] == pytest.approx(36_000 / row["images_per_second"] / 3600)
     assert any(line.startswith("measured: stage demo, model tiny, 32 pixels") for line in made["assumptions"])
+
+
+def test_the_embedded_text_encoder_is_as_wide_as_planned() -> None:
+    setting = setting_of("demo", {}, 1, Texts(None, ""))
+    assert setting.model.text_dim == local_text_encoder(torch.device("cpu")).dim
 
 
 def measured(name: str, **changes: Any) -> Measured:
