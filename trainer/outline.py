@@ -44,6 +44,6 @@ def outline_html(width: int, height: int) -> str:
 <rect class="frame" {rectangle} /><path class="frame" d="M-0.1 0H0.1M0-0.1V0.1" />
 <rect class="view" {rectangle} />
 </svg>
-<p><span class="frame-key">- - the frame as trained</span> <span class="view-key">— what the camera sees</span></p>
+<p class="frame-key">- - the frame as trained</p><p class="view-key">— what the camera sees</p>
 <p class="words">all of the frame</p>
 </div>"""

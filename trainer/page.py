@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import gradio as gr
 from fastapi import FastAPI
@@ -23,7 +23,7 @@ from trainer.live import Draw, Drawn, ModelFacts, Step
 from trainer.outline import MOVE_OUTLINE, outline_html
 from trainer.page_figures import PageFigures
 from trainer.passwords import CheckLogin
-from trainer.pictures import Request, Settings, read_origin, save_picture
+from trainer.pictures import Request, Sampler, Settings, read_origin, save_picture
 from trainer.turns import QueueFull, Turns
 
 _TITLE: Final = "homemade-diffusion"
@@ -35,7 +35,8 @@ _LARGEST_SEED: Final = 2**31  # of the random ones: short enough to be read alou
 _STYLE: Final = """
 .gradio-container { max-width: 1000px !important; margin: auto !important }
 #picture img, #history img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100% }
-#outline { max-width: 220px; margin: auto; text-align: center; font-size: 0.85em }
+#camera, #camera .styler, #camera .column { background: var(--block-background-fill) }
+#outline { max-width: 200px; margin: auto; padding: 6px; text-align: center; font-size: 0.8em }
 #outline svg { width: 100%; aspect-ratio: 1; overflow: hidden }
 #outline rect, #outline path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.5px }
 #outline .frame { stroke: currentColor; stroke-dasharray: 5 4; opacity: 0.6 }
@@ -168,29 +169,34 @@ def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str,
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         stop = gr.Button("Stop", elem_id="stop")
-    with gr.Group(), gr.Row(equal_height=True):
-        with gr.Column(scale=3, min_width=240):
-            for name, label, most in (("x_shift", "x shift: right", 1.0), ("y_shift", "y shift: down", 1.0)):
-                form[name] = gr.Slider(-most, most, value=0, step=0.01, label=f"Camera {label}", elem_id=name)
-            form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Camera zoom: closer", elem_id="zoom")
-        with gr.Column(scale=2, min_width=180):
+    with gr.Group(elem_id="camera"), gr.Row(equal_height=True):
+        with gr.Column(scale=3, min_width=190):
+            form["x_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="Camera x (right)", elem_id="x_shift")
+            form["y_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="Camera y (down)", elem_id="y_shift")
+            form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Zoom (closer)", elem_id="zoom")
+        with gr.Column(scale=2, min_width=150):
             gr.HTML(outline_html(start.width, start.height), padding=False)
     presets = size_presets(facts.resolution, facts.token)
-    preset = gr.Radio(
-        [(label, f"{width}x{height}") for label, (width, height) in presets.items()],
-        value=f"{start.width}x{start.height}", label="Size", elem_id="preset",
-    )  # fmt: skip
     with gr.Row():
-        form["width"] = gr.Number(start.width, label=f"Width, to {limits.largest_side}", elem_id="width", min_width=90)
-        form["height"] = gr.Number(start.height, label=f"Height, in {facts.token}s", elem_id="height", min_width=90)
-        form["seed"] = gr.Number(0, label="Seed", elem_id="seed", min_width=90)
-        dice = gr.Button("Random seed", elem_id="random-seed", min_width=90)
+        preset = gr.Dropdown(
+            [(label, f"{width}x{height}") for label, (width, height) in presets.items()],
+            value=f"{start.width}x{start.height}", label="Size", elem_id="preset", min_width=130,
+        )  # fmt: skip
+        form["width"] = gr.Number(start.width, label="Width", elem_id="width", min_width=80)
+        form["height"] = gr.Number(start.height, label="Height", elem_id="height", min_width=80)
     with gr.Row():
-        form["steps"] = gr.Number(min(start.steps, limits.most_steps), label="Steps", elem_id="steps", min_width=90)
-        form["guidance"] = gr.Number(start.guidance, label="Guidance", elem_id="guidance", min_width=90)
-        form["sampler"] = gr.Radio(["euler", "heun"], value=start.sampler, label="Sampler", elem_id="sampler")
+        form["sampler"] = gr.Dropdown(
+            list(get_args(Sampler)), value=start.sampler, label="Sampler", elem_id="sampler", min_width=130
+        )
+        form["steps"] = gr.Number(min(start.steps, limits.most_steps), label="Steps", elem_id="steps", min_width=80)
+        form["guidance"] = gr.Number(start.guidance, label="Guidance", elem_id="guidance", min_width=80)
+    with gr.Row(equal_height=True):
+        form["seed"] = gr.Number(0, label="Seed", elem_id="seed", min_width=130)
+        dice = gr.Button("Random seed", elem_id="random-seed", min_width=130)
     # These run in the browser alone.
-    preset.input(None, preset, [form["width"], form["height"]], js='(size) => size.split("x").map(Number)')
+    sides = [form["width"], form["height"]]
+    preset.input(None, preset, sides, js='(size) => size.split("x").map(Number)')
+    gr.on([side.input for side in sides], None, None, preset, js="() => null")
     dice.click(None, None, form["seed"], js=f"() => Math.floor(Math.random() * {_LARGEST_SEED})")
     camera = [form[name] for name in ("width", "height", "x_shift", "y_shift", "zoom")]
     gr.on([field.change for field in camera], None, camera, None, js=MOVE_OUTLINE)
