@@ -28,12 +28,12 @@ from trainer.turns import QueueFull, Turns
 
 _TITLE: Final = "homemade-diffusion"
 _HISTORY: Final = 48  # pictures of a session that are kept; older ones are removed
-_FILES_LIVE: Final = 24 * 3600  # seconds
 _MOST_EXAMPLES: Final = 6
 _LARGEST_SEED: Final = 2**31  # of the random ones: short enough to be read aloud
 
 _STYLE: Final = """
-.gradio-container { max-width: 1000px !important; margin: auto !important }
+.gradio-container { max-width: 1100px !important; margin: auto !important }
+.gradio-container main { padding: 12px !important }
 #picture img, #history img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100% }
 #camera, #camera .styler, #camera .column { background: var(--block-background-fill) }
 #outline { max-width: 200px; margin: auto; padding: 6px; text-align: center; font-size: 0.8em }
@@ -99,26 +99,26 @@ def page_app(studio: Studio, login: CheckLogin | None) -> ASGIApp:
 def _blocks(studio: Studio) -> gr.Blocks:
     facts, limits = studio.facts, studio.limits
     start = Settings(width=facts.resolution, height=facts.resolution)
-    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(3600, _FILES_LIVE)) as page:
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## {_TITLE}\n{html.escape(facts.about)}")
         history = gr.State([], delete_callback=_forget)
         with gr.Row():
             with gr.Column(scale=5):
-                form, draw, stop = _form(facts, limits, start)
+                form, preset, draw, stop = _form(facts, limits, start)
             with gr.Column(scale=4):
                 picture = gr.Image(
                     label="Picture", type="filepath", interactive=False, elem_id="picture", height=380, buttons=[]
                 )
                 message = gr.HTML("", elem_id="message", padding=False)
-                download = gr.DownloadButton("Download the PNG and its settings", interactive=False, elem_id="download")
+                download = gr.DownloadButton("Download the PNG", interactive=False, elem_id="download")
                 gallery = gr.Gallery(
-                    label="This session: click on one to have its settings back",
+                    label="This session; a click brings settings back",
                     elem_id="history", columns=4, height=250, allow_preview=False, interactive=False, buttons=[],
                 )  # fmt: skip
         _examples(facts, form)
 
         async def on_draw(kept: list[str], *values: Any) -> AsyncIterator[dict[Any, Any]]:
-            async for shown in _drawing(studio, dict(zip(FORM, values, strict=True))):
+            async for shown in drawing(studio, dict(zip(FORM, values, strict=True))):
                 if isinstance(shown, str):
                     yield {message: shown}
                     continue
@@ -134,14 +134,14 @@ def _blocks(studio: Studio) -> gr.Blocks:
         def on_select(kept: list[str], event: gr.SelectData) -> list[Any]:
             index = event.index
             if not isinstance(index, int) or not 0 <= index < len(kept):  # of a page from before the server's start
-                return [gr.skip()] * (len(FORM) + 3)
+                return [gr.skip()] * (len(FORM) + 4)
             path = kept[index]
             again = form_of(read_origin(Path(path)))
             shown = gr.DownloadButton(value=path, interactive=True)
-            return [*again.values(), path, shown, _note("the settings of this picture are in the form again")]
+            return [*again.values(), None, path, shown, _note("the settings of this picture are in the form again")]
 
         fields = [form[name] for name in FORM]
-        drawing = gr.on(
+        job = gr.on(
             [draw.click, form["prompt"].submit, form["negative"].submit],
             on_draw,
             inputs=[history, *fields],
@@ -152,16 +152,16 @@ def _blocks(studio: Studio) -> gr.Blocks:
             show_progress="hidden",
             api_name="draw",
         )
-        stop.click(lambda: _note("stopped"), outputs=message, cancels=[drawing], api_visibility="private")
+        stop.click(lambda: _note("stopped"), outputs=message, cancels=[job], api_visibility="private")
         gallery.select(
-            on_select, inputs=history, outputs=[*fields, picture, download, message], api_visibility="private"
+            on_select, inputs=history, outputs=[*fields, preset, picture, download, message], api_visibility="private"
         )
     page.queue(max_size=None, api_open=False)
     return page
 
 
-def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str, Any], gr.Button, gr.Button]:
-    """The fields by their names in FORM, and the buttons below them."""
+def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str, Any], Any, gr.Button, gr.Button]:
+    """The fields by their names in FORM, the list of sizes, and the buttons."""
     form: dict[str, Any] = {
         "prompt": gr.Textbox(label="Prompt", lines=2, elem_id="prompt", placeholder="empty: whatever comes to mind"),
         "negative": gr.Textbox(label="Negative prompt", lines=1, elem_id="negative"),
@@ -171,16 +171,16 @@ def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str,
         stop = gr.Button("Stop", elem_id="stop")
     with gr.Group(elem_id="camera"), gr.Row(equal_height=True):
         with gr.Column(scale=3, min_width=190):
-            form["x_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="Camera x (right)", elem_id="x_shift")
-            form["y_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="Camera y (down)", elem_id="y_shift")
-            form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Zoom (closer)", elem_id="zoom")
+            form["x_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="x shift →", elem_id="x_shift")
+            form["y_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="y shift ↓", elem_id="y_shift")
+            form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Zoom", elem_id="zoom")
         with gr.Column(scale=2, min_width=150):
             gr.HTML(outline_html(start.width, start.height), padding=False)
     presets = size_presets(facts.resolution, facts.token)
     with gr.Row():
         preset = gr.Dropdown(
             [(label, f"{width}x{height}") for label, (width, height) in presets.items()],
-            value=f"{start.width}x{start.height}", label="Size", elem_id="preset", min_width=130,
+            value=f"{start.width}x{start.height}", label="Size", elem_id="preset", scale=2, min_width=150,
         )  # fmt: skip
         form["width"] = gr.Number(start.width, label="Width", elem_id="width", min_width=80)
         form["height"] = gr.Number(start.height, label="Height", elem_id="height", min_width=80)
@@ -200,7 +200,7 @@ def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str,
     dice.click(None, None, form["seed"], js=f"() => Math.floor(Math.random() * {_LARGEST_SEED})")
     camera = [form[name] for name in ("width", "height", "x_shift", "y_shift", "zoom")]
     gr.on([field.change for field in camera], None, camera, None, js=MOVE_OUTLINE)
-    return form, draw, stop
+    return form, preset, draw, stop
 
 
 def _examples(facts: ModelFacts, form: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ class _Done:
     message: str
 
 
-async def _drawing(studio: Studio, values: dict[str, Any]) -> AsyncIterator[str | _Done]:
+async def drawing(studio: Studio, values: dict[str, Any]) -> AsyncIterator[str | _Done]:
     """What to show while a picture waits and is drawn; the last is the picture, or words for why there is none."""
     figures, turns = studio.figures, studio.turns
     try:
