@@ -36,6 +36,7 @@ _STYLE: Final = """
 .gradio-container main { padding: 12px !important }
 #picture img, #history img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100% }
 #camera, #camera .styler, #camera .column { background: var(--block-background-fill) }
+#history .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important }
 #outline { max-width: 200px; margin: auto; padding: 6px; text-align: center; font-size: 0.8em }
 #outline svg { width: 100%; aspect-ratio: 1; overflow: hidden }
 #outline rect, #outline path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.5px }
@@ -111,8 +112,9 @@ def _blocks(studio: Studio) -> gr.Blocks:
                 )
                 message = gr.HTML("", elem_id="message", padding=False)
                 download = gr.DownloadButton("Download the PNG", interactive=False, elem_id="download")
+                gr.Markdown("This session; a click brings settings back")
                 gallery = gr.Gallery(
-                    label="This session; a click brings settings back",
+                    show_label=False,
                     elem_id="history", columns=4, height=250, allow_preview=False, interactive=False, buttons=[],
                 )  # fmt: skip
         _examples(facts, form)
