@@ -22,6 +22,7 @@ ONLY_IN = {
     },
     "onnxruntime": {"pipeline/classifiers.py"},
     "tokenizers": {"trainer/text.py"},
+    "peft": {"trainer/lora.py"},
     "vllm": {"captioner/engines/vllm.py"},
     "mistral_common": {"captioner/engines/vllm.py"},
     "aiohttp": {"captioner/engines/openai.py", "pipeline/s3.py"},

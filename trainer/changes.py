@@ -25,6 +25,8 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     stage = dict(record["stage"])
     del stage["model"], stage["patch_size"], stage["selection"]  # said in full by the record's model and selection
     settings = {name: record[name] for name in ("steps", "workers", "checkpoints") if name in record}
+    lora = record.get("lora") or {"rank": 0, "sha256": "none"}
+    settings |= {"lora.rank": lora["rank"], "lora.base": lora["sha256"][:12]}
     named = _dotted(stage) | _dotted({"model": record["model"], "selection": record["selection"]}) | settings
     plain: dict[str, Any] = json.loads(json.dumps(named))
     return plain
@@ -49,6 +51,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 def of_weights(changed: Changes) -> Changes:
     """Those after which the weights mean nothing."""
     return {name: pair for name, pair in changed.items() if name in ENCODERS or name.startswith("model.")}
+
+
+def of_adapters(changed: Changes) -> Changes:
+    """Those after which adapters mean nothing: another rank, or other weights below them; the folder may have moved."""
+    return {name: pair for name, pair in changed.items() if name.startswith("lora.")}
 
 
 def of_state(changed: Changes) -> Changes:

@@ -22,7 +22,7 @@ from trainer.pictures import (
 from trainer.prompts import Axis, Fields, Wish, checked_fields
 from trainer.sheet import Labelled, list_png, table_png
 
-_MADE_WITH = ("checkpoint", "device", "precision", "torch")  # PictureModel.made_with
+_MADE_WITH = ("checkpoint", "adapters", "device", "precision", "torch")  # PictureModel.made_with
 
 
 def request_of(wish: Wish, side: int) -> Request:
@@ -133,7 +133,13 @@ class Original:
                 f"{model.steps_taken}: the picture will be another one; --run takes the path of a checkpoint, too",
                 flush=True,
             )
-        others = [name for name in _MADE_WITH[1:] if self.made_with[name] != now[name]]
+        if self.made_with["adapters"] != now.get("adapters"):
+            print(
+                f"sample: {self.path} was drawn with {_listed(self.made_with['adapters'])}, and this is with "
+                f"{_listed(now.get('adapters'))}: the picture will be another one; --lora FOLDER:SCALE gives them",
+                flush=True,
+            )
+        others = [name for name in ("device", "precision", "torch") if self.made_with[name] != now[name]]
         if others:
             changes = ", ".join(f"{name} {self.made_with[name]} -> {now[name]}" for name in others)
             print(f"sample: {self.path} was drawn with {changes}: pixels may differ a little", flush=True)
@@ -154,6 +160,15 @@ class Original:
         if not right:
             raise UsageError(f"--like {self.path}: its text is damaged where it tells what was drawn beside it")
         return [Batch(prompts, seeds, request.settings, [0], [place])]
+
+
+def _listed(adapters: Any) -> str:
+    """What `PictureModel.made_with` says of them, for a notice."""
+    try:
+        each = [f"adapters {each['sha256'][:12]} at {each['scale']}" for each in adapters or []]
+    except (KeyError, TypeError):
+        return "unknown adapters"
+    return " and ".join(each) or "no adapters"
 
 
 # --- Sheets ---------------------------------------------------------------------------------------------------------

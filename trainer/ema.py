@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's parameters: the weights that are sampled from and evaluated."""
+"""An exponential moving average of what a module learns: the weights that are sampled from and evaluated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainer.learnt import learning_parameters
+
 _UPDATES = "updates"  # the count's name in a saved state
 
 
 class EMA:
-    """`weights` holds the averages in fp32, by parameter name: what `module.load_state_dict` takes (buffers apart).
+    """`weights` holds the averages in fp32, by parameter name: what `module.load_state_dict` takes (buffers, and
+    parameters that are frozen, apart).
 
     `updates` counts them, a 0-dim int64 tensor on the module's device: whether a step counts is known only there.
     """
@@ -19,7 +22,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay {decay} must be at least 0 and below 1")
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.weights = {name: p.detach().float().clone() for name, p in learning_parameters(module).items()}
         self.updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.weights.values())).device)
         assert _UPDATES not in self.weights, "a parameter has the name of the count of updates"
 
@@ -73,6 +76,6 @@ class EMA:
         self.updates.copy_(state[_UPDATES])
 
     def _parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        parameters = list(module.named_parameters())
+        parameters = list(learning_parameters(module).items())
         assert [name for name, _ in parameters] == list(self.weights), "an EMA follows the module it was made from"
         return parameters

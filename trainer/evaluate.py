@@ -13,13 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from trainer.conventions import aspect, crop_positions
 from trainer.ema import EMA
 from trainer.flow import draw_noise, flow_loss, interpolate, velocity_target
 from trainer.loop import Inputs
 from trainer.metrics import Line
-from trainer.model.xut import XUT
+from trainer.model.xut import XUT, XUTConfig
 from trainer.pictures import PictureModel, Pixels, Settings
-from trainer.positions import crop_position_map
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def validation_losses(
     batches: Iterable[Inputs],
     *,
     resolution: int,
-    patch_size: int,
+    config: XUTConfig,
     loss_weight_C: Tensor,
 ) -> Tensor:
     """(T + 1,) float64 on the device: the sum of the samples' losses at each of TIMES, then how many samples they are.
@@ -69,19 +69,19 @@ def validation_losses(
     """
     sums = torch.zeros(len(TIMES) + 1, dtype=torch.float64, device=loss_weight_C.device)
     for inputs in batches:
-        sums[:-1] += _losses(velocity, inputs, resolution, patch_size, loss_weight_C)
+        sums[:-1] += _losses(velocity, inputs, resolution, config, loss_weight_C)
         sums[-1] += len(inputs.keys_B)
     return sums
 
 
 def _losses(
-    velocity: Callable[..., Tensor], inputs: Inputs, resolution: int, patch_size: int, loss_weight_C: Tensor
+    velocity: Callable[..., Tensor], inputs: Inputs, resolution: int, config: XUTConfig, loss_weight_C: Tensor
 ) -> Tensor:
     """(T,): summed over the samples. Dense, whatever the training's selection rate."""
     x_BCHW = inputs.latents_BCHW.float()
     noise_BTCHW = draw_noise(inputs.keys_B ^ _OWN_NOISE, (len(TIMES), *x_BCHW.shape[1:]))
-    x0_B, y0_B, width_B, height_B = inputs.frame_B4.unbind(1)
-    position_map = crop_position_map(x0_B, y0_B, resolution, width_B, height_B, x_BCHW.shape[-1] // patch_size)
+    position_map = crop_positions(config, inputs.frame_B4, resolution, x_BCHW.shape[-1])
+    aspect_B = aspect(config, inputs.frame_B4[:, 2], inputs.frame_B4[:, 3])
     losses = []
     for noise_BCHW, t in zip(noise_BTCHW.unbind(1), TIMES, strict=True):
         t_B = torch.full((len(x_BCHW),), t, device=x_BCHW.device)
@@ -91,7 +91,7 @@ def _losses(
             text=inputs.text_BTD,
             text_mask=inputs.text_mask_BT,
             position_map=position_map,
-            aspect=torch.log(width_B / height_B),
+            aspect=aspect_B,
         )
         losses.append(flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW), loss_weight_C).double().sum())
     return torch.stack(losses)

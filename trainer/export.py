@@ -1,5 +1,5 @@
-"""JOB: a trained model -> a diffusers folder, or one file as the public HDM weights have it; and those weights into
-this project's model folder.
+"""JOB: a trained model -> a diffusers folder, one file as the public HDM weights have it, or a folder of adapters; and
+the public weights into this project's model folder.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.checkpoint import Checkpoint
-    from trainer.model.xut import XUTConfig
 
-Weights = Literal["ema", "raw"]
+Weights = Literal["ema", "raw"]  # of trainer.weights, which imports torch
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -24,6 +23,7 @@ class ExportJob:
     run: str | None
     to_diffusers: str | None
     to_released: str | None
+    to_lora: str | None
     from_released: str | None
     weights: Weights | None
     dtype: str | None
@@ -40,6 +40,7 @@ def parse_args() -> ExportJob:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to-diffusers", metavar="DIR", help="a new folder: a diffusers pipeline with its own code")
     direction.add_argument("--to-released", metavar="FILE", help="a new .safetensors with keys unet.model.*")
+    direction.add_argument("--to-lora", metavar="DIR", help="a new folder: the adapters of a run with --lora, for peft")
     direction.add_argument("--from-released", metavar="FILE", help="safetensors with keys unet.model.*, perhaps vae.*")
     parser.add_argument("--weights", choices=("ema", "raw"), help="of a run; default: ema, the averaged ones")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="of a run default: fp32; of a model folder: as it is")
@@ -57,8 +58,8 @@ def parse_args() -> ExportJob:
             raise UsageError("--from-released needs --out, a new folder")
     elif given := [name for name in ("config", "out") if getattr(job, name)]:
         raise UsageError(
-            f"--{given[0]} belongs to --from-released; --to-diffusers and --to-released name what they write, "
-            "and --run names the model"
+            f"--{given[0]} belongs to --from-released; --to-diffusers, --to-released and --to-lora name what they "
+            "write, and --run names the model"
         )
     return job
 
@@ -71,6 +72,7 @@ def main() -> None:
             ("--out", job.out),
             ("--to-diffusers", job.to_diffusers),
             ("--to-released", job.to_released),
+            ("--to-lora", job.to_lora),
         )
         if path
     )
@@ -84,7 +86,7 @@ def main() -> None:
         if job.from_released:
             count = _from_released(job, out)
         else:
-            count = (_to_diffusers if job.to_diffusers else _to_released)(job, out)
+            count = (_to_diffusers if job.to_diffusers else _to_lora if job.to_lora else _to_released)(job, out)
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"export: {count} tensors written to {out}, read again and found equal", flush=True)
@@ -106,8 +108,7 @@ def _from_released(job: ExportJob, out: Path) -> int:
 def _to_released(job: ExportJob, out: Path) -> int:
     from trainer.model.released import read_tensors, to_released, write_released
     from trainer.model.saved import is_model_folder, load_model
-    from trainer.model.xut import XUTConfig
-    from trainer.run_folder import config_of
+    from trainer.weights import trained_model
 
     source = job.run or default_run()
     if is_model_folder(Path(source)):
@@ -115,9 +116,8 @@ def _to_released(job: ExportJob, out: Path) -> int:
             raise UsageError(f"--weights belongs to a run; {source} is a model folder, which has one set of weights")
         config, tensors = load_model(Path(source))
     else:
-        found = _checkpoint(source)
-        config = XUTConfig.from_dict(config_of(found)["model"])
-        tensors = _weights(found, config, job.weights or "ema")
+        model = trained_model(_checkpoint(source), job.weights or "ema")
+        config, tensors = model.config, model.state_dict()
     if job.dtype:
         tensors = _converted(tensors, _dtype(job.dtype))
     released = to_released(tensors, config)
@@ -146,10 +146,34 @@ def _to_diffusers(job: ExportJob, out: Path) -> int:
 
     from trainer.diffusers_export import write_diffusers
     from trainer.pictures import PictureModel
+    from trainer.weights import trained_model
 
     picture = PictureModel.load(found.folder, torch.device("cpu"))
-    picture.model.load_state_dict(_weights(found, picture.model.config, job.weights or "ema"))
+    if job.weights == "raw":
+        picture.model.load_state_dict(trained_model(found, "raw").state_dict())
     return write_diffusers(out, picture, _dtype(job.dtype or "fp32"))
+
+
+def _to_lora(job: ExportJob, out: Path) -> int:
+    from trainer.lora import read_adapters, write_adapters
+    from trainer.model.saved import is_model_folder
+    from trainer.run_folder import config_of
+    from trainer.weights import Lora, adapters
+
+    source = job.run or default_run()
+    found = None if is_model_folder(Path(source)) else _checkpoint(source)
+    lora = Lora.of(config_of(found)) if found else None
+    if found is None or lora is None:
+        raise UsageError(
+            f"{source} has no adapters: it was not trained with --lora; --to-diffusers and --to-released take whole "
+            "models"
+        )
+    tensors = adapters(found, job.weights or "ema")
+    if job.dtype:
+        tensors = _converted(tensors, _dtype(job.dtype))
+    exported = write_adapters(out, tensors, lora.rank)
+    _compare(read_adapters(out)[1], exported, out)
+    return len(exported)
 
 
 def _checkpoint(source: str) -> "Checkpoint":
@@ -162,26 +186,6 @@ def _checkpoint(source: str) -> "Checkpoint":
     if found is None:
         raise UsageError(f"{root} has no checkpoint and is no model folder; give --run a run of trainer/run.py")
     return found
-
-
-def _weights(found: "Checkpoint", config: "XUTConfig", weights: Weights) -> dict[str, "Tensor"]:
-    """All tensors of the model, with its averaged parameters or those that the optimizer left."""
-    from trainer.ema import EMA
-    from trainer.model.xut import XUT
-    from trainer.pretrained import first_line
-
-    model = XUT(config)
-    try:
-        model.load_state_dict(found.tensors("model"))
-    except RuntimeError as error:
-        raise UsageError(
-            f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
-        ) from error
-    if weights == "ema":
-        average = EMA(model, decay=0)
-        average.load_state_dict(found.tensors("ema"))
-        return model.state_dict() | average.weights
-    return model.state_dict()
 
 
 def _dtype(name: str) -> "torch.dtype":

@@ -11,8 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, distributed, nn
 
+from trainer.conventions import aspect, crop_positions
 from trainer.ema import EMA
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
+from trainer.learnt import learnt_state, load_learnt_state
 from trainer.model.xut import XUT, compiled
 from trainer.optim import (
     OptimizerConfig,
@@ -23,7 +25,6 @@ from trainer.optim import (
     set_learning_rate,
     step_unless,
 )
-from trainer.positions import crop_position_map
 
 Precision = Literal["fp32", "bf16"]
 
@@ -177,9 +178,12 @@ class Loop:
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps beside `steps_taken`: model, ema, optimizer. Not copies: a step changes them."""
+        """What a checkpoint keeps beside `steps_taken`: model, ema, optimizer. Not copies: a step changes them.
+
+        Of a model that is partly frozen, as one with adapters is, only what learns.
+        """
         optimizer = optimizer_tensors(self.optimizer, self.model) | {_SKIPPED: self._tally.skipped}
-        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer}
+        return {"model": learnt_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
         """The inverse of `tensors`; what follows is then bit-equal on a CPU to never having stopped.
@@ -187,7 +191,7 @@ class Loop:
         Without "optimizer" that starts anew, and without "ema" the averages start at the loaded weights: for a stage
         that follows another. Raises ValueError for an optimizer or averages, RuntimeError for a model, of other shapes.
         """
-        self.model.load_state_dict(tensors["model"])
+        load_learnt_state(self.model, tensors["model"])
         if "ema" in tensors:
             self.ema.load_state_dict(dict(tensors["ema"]))
         else:
@@ -235,6 +239,7 @@ class Loop:
         return total
 
     def _sample_losses(self, inputs: Inputs) -> Tensor:
+        config = self.model.config
         x_BCHW = inputs.latents_BCHW.float()
         noise_BCHW = draw_noise(inputs.keys_B, x_BCHW.shape[1:])
         t_B = draw_times(inputs.keys_B, self.config.timestep_shift)
@@ -243,8 +248,8 @@ class Loop:
             t_B,
             text=inputs.text_BTD,
             text_mask=inputs.text_mask_BT,
-            position_map=self._position_map(inputs),
-            aspect=torch.log(inputs.frame_B4[:, 2] / inputs.frame_B4[:, 3]),
+            position_map=crop_positions(config, inputs.frame_B4, self.config.resolution, x_BCHW.shape[-1]),
+            aspect=aspect(config, inputs.frame_B4[:, 2], inputs.frame_B4[:, 3]),
             selection_rate=self.config.selection_rate,
             routing_key=inputs.keys_B,
         )
@@ -255,11 +260,6 @@ class Loop:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self._forward(x_BCHW, t_B, text=text if bf16 else text.float(), **inputs)
-
-    def _position_map(self, inputs: Inputs) -> Tensor:
-        x0_B, y0_B, width_B, height_B = inputs.frame_B4.unbind(1)
-        grid = inputs.latents_BCHW.shape[-1] // self.model.config.patch_size
-        return crop_position_map(x0_B, y0_B, self.config.resolution, width_B, height_B, grid)
 
 
 _SKIPPED = "skipped_steps"  # beside the optimizer's own tensors, whose names all have a dot

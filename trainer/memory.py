@@ -9,6 +9,7 @@ from trainer.model.xut import XUT, XUTConfig
 from trainer.stages import StageConfig
 
 _BYTES_PER_PARAMETER = 20  # fp32: the weight, its gradient, AdamW's two moments, its moving average
+_BYTES_FROZEN = 4  # the weight
 # Frozen encoders in bfloat16 (Qwen3-0.6B: 1.2 GB, the image encoder: 0.2 GB) and CUDA itself.
 _BESIDES = 3_000_000_000
 
@@ -41,10 +42,15 @@ def activation_bytes(config: XUTConfig, stage: StageConfig, codec_factor: int) -
     return round(2 * kept * (1 if stage.compiled and stage.precision == "bf16" else 4))
 
 
-def training_bytes(config: XUTConfig, stage: StageConfig, micro_batch: int, codec_factor: int) -> int:
-    """20 bytes a parameter + the activations of one micro batch + 3 GB for the frozen encoders and CUDA."""
+def training_bytes(
+    config: XUTConfig, stage: StageConfig, micro_batch: int, codec_factor: int, frozen: bool = False
+) -> int:
+    """20 bytes a parameter + the activations of one micro batch + 3 GB for the frozen encoders and CUDA.
+
+    frozen: 4 bytes a parameter; the adapters on it are left out, a hundredth of that.
+    """
     return (
-        _BYTES_PER_PARAMETER * parameters(config)
+        (_BYTES_FROZEN if frozen else _BYTES_PER_PARAMETER) * parameters(config)
         + micro_batch * activation_bytes(config, stage, codec_factor)
         + _BESIDES
     )

@@ -19,6 +19,11 @@ from trainer.muon import Muon
 
 Role = Literal["input", "hidden", "condition", "output", "vector", "frozen"]
 
+# Of an adapter (trainer.lora), whose rank does not grow with the width: A has a fan-out that stays, B a fan-in. So muP
+# gives A the rate / fan_in and B the plain one, as LoRA+ (arXiv 2402.12354) finds best. Never Muon: it makes an update
+# of one spectral norm in A and in B, and what changes the model is their product, in which each scales the other.
+_ADAPTER_ROLES: dict[str, Role] = {"lora_A": "output", "lora_B": "input"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -60,7 +65,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     frozen: does not learn. vector: biases, norms, rotary frequencies. input: matrices whose fan-in stays when the model
     gets wider (the model names these layers in INPUT_LAYERS). output: those whose fan-out stays (OUTPUT_LAYERS).
     condition: matrices that grow both ways and see one vector a sample (CONDITION_LAYERS). hidden: those that see
-    tokens.
+    tokens. The two matrices of an adapter are output and input.
     """
     inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
     outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
@@ -72,6 +77,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             return "frozen"
         if parameter.dim() != 2:
             return "vector"
+        if adapter := _ADAPTER_ROLES.keys() & set(layer.split(".")):
+            return _ADAPTER_ROLES[adapter.pop()]
         if layer in inputs:
             return "input"
         if layer in outputs:
@@ -111,9 +118,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         ]
 
     adamw = AdamW(groups(with_muon=False), betas=config.betas, eps=config.eps, fused=True)
-    if config.kind == "adamw":
-        return adamw
-    return MuonAndAdamW(Muon(groups(with_muon=True), momentum=config.muon_momentum), adamw)
+    for_muon = groups(with_muon=True)
+    return MuonAndAdamW(Muon(for_muon, momentum=config.muon_momentum), adamw) if for_muon else adamw
 
 
 class MuonAndAdamW(Optimizer):

@@ -5,7 +5,6 @@ Axes: B batch, C latent channels, H W rows and columns, N image tokens, 3 = RGB.
 
 import hashlib
 import json
-import math
 import re
 import struct
 import tempfile
@@ -26,16 +25,18 @@ from torch import Tensor
 
 from pipeline.shards import Store
 from trainer.checkpoint import Checkpoint
-from trainer.ema import EMA
+from trainer.conventions import aspect, pads_text, picture_positions
 from trainer.flow import draw_noise, sample_key, shift_for_tokens
 from trainer.latents import Codec, load_codec
+from trainer.lora import WEIGHTS, merge_folder
 from trainer.model.routing import kept_image_tokens
 from trainer.model.xut import XUT, XUTConfig
-from trainer.positions import camera, full_position_map
+from trainer.positions import camera
 from trainer.pretrained import first_line
 from trainer.run_folder import config_of, find_checkpoint, text_encoder_of_checkpoint
 from trainer.sampler import OnStep, Velocity, euler, guided, guided_apart, heun
 from trainer.text import TextEncoder, load_text_encoder
+from trainer.weights import trained_model
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -128,13 +129,14 @@ class PictureModel:
     precision: str = "fp32"  # of the model's forward pass: "bf16" as in training on a GPU
     metrics: str = ""  # folder of the stage's metrics.jsonl, here or on S3
     checkpoint: Checkpoint | None = None  # that it was loaded from; none while it is trained
+    adapters: tuple[dict[str, Any], ...] = ()  # merged since: sha256 of their file, and scale
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device) -> "PictureModel":
         """From the path of a run, a stage or a checkpoint, here or on S3: see `run_folder.find_checkpoint`.
 
-        On a GPU in the precision of the training. ValueError where there is no finished checkpoint, a damaged one, or
-        one whose codec or text encoder is not there.
+        On a GPU in the precision of the training; adapters are merged into their base. ValueError where there is no
+        finished checkpoint, a damaged one, or one whose codec, text encoder or base is not there.
         """
         root = Store(str(run)).root
         found = find_checkpoint(root)
@@ -145,17 +147,8 @@ class PictureModel:
         codec = load_codec(stage["codec"], device)  # before the model: what may be missing is looked for first
         with _local_folder(text_encoder_of_checkpoint(found)) as folder:
             encoder = load_text_encoder(folder, device, layers=config.text_layers)
-        model = XUT(config).to(device).eval()
-        average = EMA(model, decay=0)
-        average.load_state_dict(found.tensors("ema"))
-        try:
-            model.load_state_dict(found.tensors("model") | average.weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
-            ) from error
         return cls(
-            model,
+            trained_model(found).to(device).eval(),
             codec,
             encoder,
             stage["text_tokens"],
@@ -167,11 +160,19 @@ class PictureModel:
             checkpoint=found,
         )
 
+    def with_adapters(self, folder: Path, scale: float) -> "PictureModel":
+        """This model, whose weights change, with the adapters of a folder of peft's layout. ValueError as
+        `lora.merge_folder`."""
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() if (folder / WEIGHTS).is_file() else ""
+        merge_folder(self.model, folder, scale)
+        return replace(self, adapters=(*self.adapters, {"sha256": digest, "scale": scale}))
+
     @property
     def made_with(self) -> dict[str, Any]:
         """What besides the settings decides a picture's bits, ready for JSON."""
         found = self.checkpoint
-        return {
+        merged = {"adapters": list(self.adapters)} if self.adapters else {}
+        return merged | {
             "checkpoint": {"step": found.step, "saved_at": found.saved_at} if found else None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "precision": self.precision,
@@ -278,12 +279,12 @@ class PictureModel:
 
     def _velocity(self, texts: list[str], keys_B: Tensor, settings: Settings, selection_rate: float) -> Velocity:
         """XUT's forward pass for these texts, one a picture."""
-        width, height, count = settings.width, settings.height, len(texts)
-        rows, columns = height // self.token, width // self.token
-        map_N2 = full_position_map(width, height, rows, columns, device=self.device)
-        map_BN2 = camera(map_N2, settings.x_shift, settings.y_shift, settings.zoom).expand(count, -1, -1)
-        aspect_B = torch.full((count,), math.log(width / height), device=self.device)
-        text_BTD, mask_BT = self.encoder.encode(texts, self.text_tokens)
+        width, height, config = settings.width, settings.height, self.model.config
+        map_N2 = picture_positions(config, width, height, self.codec.factor, self.device)
+        map_BN2 = camera(map_N2, settings.x_shift, settings.y_shift, settings.zoom).expand(len(texts), -1, -1)
+        sides_2B = torch.tensor([[width], [height]], device=self.device).expand(-1, len(texts))
+        aspect_B = aspect(config, *sides_2B.double()).float()
+        text_BTD, mask_BT = self.encoder.encode(texts, self.text_tokens, padding_is_text=pads_text(config))
         bf16 = self.precision == "bf16"
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:

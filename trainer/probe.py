@@ -14,6 +14,7 @@ from trainer.data import Batch
 from trainer.flow import sample_key
 from trainer.latents import Codec, load_codec
 from trainer.metrics import peak_teraflops
+from trainer.model.xut import XUT
 from trainer.pretrained import folder_at_hand, frozen_dtype
 from trainer.stand_ins import WORDS, local_text_encoder, qwen3_600m, sdxl_vae
 from trainer.text import TextEncoder, load_text_encoder
@@ -92,16 +93,17 @@ def _probe_what_fits(
 
 def _probe(setting: Setting, encoders: Encoders, seconds: float, device: torch.device) -> tuple[Measured, float]:
     """Also the seconds that it took out of the time for training steps."""
-    stage = setting.stage
+    stage = replace(setting.stage, text_tokens=setting.text_tokens, text_multiple=1)
     on_gpu = device.type == "cuda"
     compiles = stage.compiled and on_gpu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    loop = new_loop(stage, setting.model, stage.samples // stage.batch_size, encoders.codec, device)
+    model = XUT(setting.model, stage.checkpointing)
+    loop = new_loop(stage, model, stage.samples // stage.batch_size, encoders.codec, device)
     batch = _batch(setting)
 
     def step() -> None:
-        loop.step([encode(batch, encoders.codec, encoders.text, setting.text_tokens, 1, device)])
+        loop.step([encode(batch, encoders.codec, encoders.text, stage, device)])
         if on_gpu:
             torch.cuda.synchronize(device)
 

@@ -11,14 +11,19 @@ from typing import Any
 
 from pipeline.jobs import UsageError, local_path
 from trainer import changes, memory, overrides, run_folder
+from trainer.adapted import Adapted, adapted_weights
 from trainer.checkpoint import Checkpoint, Checkpoints, training_state
 from trainer.data import CropConfig, Selection, example_texts, selection_texts
 from trainer.latents import codec_shape
+from trainer.model.saved import is_model_folder
 from trainer.model.xut import XUTConfig
 from trainer.run_folder import text_encoder_of
 from trainer.settings import PRESETS, check_grid, micro_batch, stage_config, total_steps
 from trainer.stages import StageConfig
 from trainer.text import build_local_text_encoder, text_width
+from trainer.weights import Lora
+
+_TINY_MILLIONS = 20  # parameters that a CPU trains adapters on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class Command:
     steps: int | None = None  # in all, instead of the stage's own number
     settings: Sequence[str] = ()  # of --set
     start_from: str | None = None  # a run or checkpoint folder, or "nothing"; None: the stage before in this run
+    lora: int | None = None  # rank of adapters, which are trained instead of the whole model
     new_order: bool = False  # begin a new epoch where the order of the data is another one since the checkpoint
     audit: str | None = None
     price_per_hour: float | None = None
@@ -64,6 +70,7 @@ class Training:
     start_position: int  # of the data order, at start_step; a multiple of the batch
     first_epoch: int  # number of the epoch that begins at position 0
     weights: Checkpoint | None  # of another stage or run: its model and EMA are where step 0 begins
+    lora: Lora | None  # adapters are trained, on these weights
     began_from: str | None  # that checkpoint's folder, also in the runs that go on from there
     notes: tuple[str, ...]  # what the user should know before it starts, a line each
     prompts: list[str]  # of the picture grid while training
@@ -102,6 +109,7 @@ class Training:
             "workers": self.workers,
             "checkpoints": self.checkpoint_home,
             "began_from": self.began_from,
+            "lora": asdict(self.lora) if self.lora else None,
             "run": self.run,
             "example_prompts": self.example_prompts,
         }
@@ -134,25 +142,30 @@ def resolve(command: Command) -> Training:
 
     Leaves the resolved config in the stage's folder, and the text encoder "local" in the run's.
     """
-    stage, model_fields, notes = stage_config(command.stage, overrides.parse(command.settings))
-    total = total_steps(stage, command.steps)
-    micro = micro_batch(stage, command.workers)
-    selection = _selection(command.dataset, command.stage, stage)
     run = local_path("--run", command.run).resolve()
     if run.is_file():
         raise UsageError(f"--run {run} is a file; give a folder, which is made where there is none")
-    channels, factor = _codec_shape(stage.codec)
-    check_grid(stage, factor)
     home = _checkpoint_home(command, run)
     checkpoints = run_folder.checkpoints_of(run, command.stage, home)
     own = Checkpoints(checkpoints).newest()
-    donor, origin = (None, "") if own else _donor(command, stage, run, home)
+    adapted = adapted_weights(command.lora, command.start_from, own) if command.lora is not None else None
+    stage, model_fields, notes = stage_config(
+        command.stage, overrides.parse(command.settings), adapted.stage_fields() if adapted else None
+    )
+    total = total_steps(stage, command.steps)
+    micro = micro_batch(stage, command.workers)
+    selection = _selection(command.dataset, command.stage, stage)
+    channels, factor = _codec_shape(stage.codec)
+    check_grid(stage, factor)
+    donor, origin = (None, "") if own else _donor(command, stage, run, home, adapted)
     text_encoder = _text_encoder(run, stage, selection, own, donor)
     examples = example_texts(selection, 6)
     training = Training(
         stage_name=command.stage,
         stage=stage,
-        model=_model(stage, model_fields, channels, text_encoder),
+        model=adapted.fitting(stage, channels, text_encoder)
+        if adapted
+        else _model(stage, model_fields, channels, text_encoder),
         selection=selection,
         codec_factor=factor,
         run=str(run),
@@ -167,8 +180,9 @@ def resolve(command: Command) -> Training:
         stop_step=total,
         start_position=0,
         first_epoch=0,
-        weights=donor,
-        began_from=donor.folder if donor else None,
+        weights=None if adapted else donor,
+        lora=adapted.lora if adapted else None,
+        began_from=adapted.lora.base if adapted else donor.folder if donor else None,
         notes=tuple(notes),
         prompts=examples if command.prompts is None else _prompts(local_path("--prompts", command.prompts)),
         audit=_audit(command.audit),
@@ -180,8 +194,8 @@ def resolve(command: Command) -> Training:
     if own is not None:
         training = _going_on(training, own, command)
     else:
-        if donor is not None:
-            _check_donor(training, donor)
+        if training.weights is not None:
+            _check_donor(training, training.weights)
         training = replace(training, notes=(*training.notes, origin))
     run_folder.write_config(run, command.stage, training.record())
     return training
@@ -192,16 +206,18 @@ def check_device(training: Training, gpus: int) -> None:
     try the stage without."""
     if gpus or training.stage.model == "tiny":
         return
-    stage, factor = training.stage, training.codec_factor
+    stage, factor, frozen = training.stage, training.codec_factor, training.lora is not None
     millions = memory.parameters(training.model) / 1e6
-    needed = memory.training_bytes(training.model, stage, training.micro_batch, factor) / 1e9
+    if frozen and millions < _TINY_MILLIONS:
+        return  # of a model folder, which has no preset
+    needed = memory.training_bytes(training.model, stage, training.micro_batch, factor, frozen) / 1e9
     sample = memory.activation_bytes(training.model, stage, factor) / 1e6
     raise UsageError(
-        f"there is no GPU, and stage {training.stage_name} trains {millions:.0f}M parameters, for which each worker "
-        f"needs a GPU with about {needed:.0f} GB (20 bytes a parameter + {training.micro_batch} samples of "
-        f"{sample:.0f} MB + 3 GB); less with --set micro_batch={max(1, training.micro_batch // 4)}. To try the stage "
-        "on this machine: --set model=tiny --set codec=dct --set text_encoder=local --set batch_size=8 --steps 10, and "
-        "--run with a folder of its own"
+        f"there is no GPU, and stage {training.stage_name} trains {'adapters on ' if frozen else ''}{millions:.0f}M "
+        f"parameters, for which each worker needs a GPU with about {needed:.0f} GB ({4 if frozen else 20} bytes a "
+        f"parameter + {training.micro_batch} samples of {sample:.0f} MB + 3 GB); less with --set "
+        f"micro_batch={max(1, training.micro_batch // 4)}. To try the stage on this machine: --set model=tiny --set "
+        "codec=dct --set text_encoder=local --set batch_size=8 --steps 10, and --run with a folder of its own"
     )
 
 
@@ -290,16 +306,28 @@ def _checkpoint_home(command: Command, run: Path) -> str | None:
     return (run_folder.read_config(run, command.stage) or {}).get("checkpoints")
 
 
-def _donor(command: Command, stage: StageConfig, run: Path, home: str | None) -> tuple[Checkpoint | None, str]:
-    """The checkpoint whose weights a stage without own ones begins with, and a line that says so."""
+def _donor(
+    command: Command, stage: StageConfig, run: Path, home: str | None, adapted: Adapted | None
+) -> tuple[Checkpoint | None, str]:
+    """The checkpoint whose weights, and text encoder, a stage without own ones begins with, and a line that says so."""
     name = command.stage
+    if adapted is not None:
+        if adapted.base.checkpoint is not None:
+            _check_encoders(adapted.base.checkpoint, stage)
+        kept = "which stay as they are; keep them: the adapters mean nothing without"
+        return adapted.base.checkpoint, (
+            f"stage {name} trains adapters of rank {adapted.lora.rank} on the weights of {adapted.base.folder}, {kept}"
+        )
     if command.start_from == "nothing":
         return None, f"stage {name} begins with new weights"
     if command.start_from is not None:
         path = local_path("--from", command.start_from).resolve()
         found = run_folder.find_checkpoint(str(path), wanted=stage.after)
         if found is None:
-            raise UsageError(f"--from {path} has no checkpoint; give a run folder, a stage's in it, or a checkpoint's")
+            adapters = "; --lora RANK trains adapters on a model folder" if is_model_folder(path) else ""
+            raise UsageError(
+                f"--from {path} has no checkpoint; give a run folder, a stage's in it, or a checkpoint's{adapters}"
+            )
         _check_encoders(found, stage)
         return found, f"stage {name} begins with the weights of {found.folder}"
     if stage.after is None:
@@ -344,7 +372,7 @@ def _going_on(training: Training, own: Checkpoint, command: Command) -> Training
     state, before = own.state(), run_folder.config_of(own)
     changed = changes.changes(before, training.record())
     _refuse(
-        changes.of_weights(changed) | changes.of_state(changed),
+        changes.of_weights(changed) | changes.of_adapters(changed) | changes.of_state(changed),
         f"{training.folder} was begun with other settings",
         "its weights and its optimizer's state mean nothing to these; set the same again, or give another --run folder",
     )
@@ -369,7 +397,7 @@ def _going_on(training: Training, own: Checkpoint, command: Command) -> Training
         notes.append(f"a new order of the data: epoch {training.first_epoch} begins")
     elif command.new_order:
         notes.append("--new-order: the order of the data is the same; going on where it stopped")
-    if command.start_from not in (None, "nothing"):
+    if command.start_from not in (None, "nothing") and training.lora is None:
         notes.append("--from is for a stage without checkpoints: left out")
     return replace(training, notes=tuple(notes))
 

@@ -35,7 +35,11 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "--from", dest="start_from", metavar="FOLDER",
         help="begin with the weights of this run, stage or checkpoint folder, or with new ones: nothing; "
-        "default: the newest of the stage before",
+        "default: the newest of the stage before; with --lora also a model folder of export.py --from-released",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK",
+        help="train low-rank adapters on the weights of --from, which stay as they are, instead of a whole model",
     )  # fmt: skip
     parser.add_argument(
         "--new-order", action="store_true",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class SampleJob:
     run: str
     out: str
+    adapters: list[tuple[Path, float]]  # of --lora: folder and scale
     prompts: list[str]  # of --prompt
     file: str | None  # of --prompts
     like: str | None
@@ -32,6 +33,10 @@ def parse_args() -> SampleJob:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--run", default=default_run(), metavar="DIR", help="of trainer/run.py, or its copy at s3://")
     parser.add_argument("--out", default="pictures", metavar="DIR", help="default: pictures")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FOLDER[:SCALE]",
+        help="merge adapters that export.py --to-lora or peft wrote; scale 1 unless given; repeatable",
+    )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help='default: examples kept with the run; "" is allowed')
     what.add_argument(
@@ -57,6 +62,7 @@ def parse_args() -> SampleJob:
     job = SampleJob(
         run=args["run"],
         out=args["out"],
+        adapters=[_adapters(text) for text in args["lora"]],
         prompts=args["prompt"] or [],
         file=args["prompts"],
         like=args["like"],
@@ -97,6 +103,20 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _adapters(text: str) -> tuple[Path, float]:
+    """FOLDER or FOLDER:SCALE; a folder may have a colon in its name."""
+    folder, colon, scale = text.rpartition(":")
+    if not colon or local_path("--lora", text).is_dir():
+        return Path(text), 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not -10 <= number <= 10:  # so that NaN is refused, too
+        raise UsageError(f"--lora {text}: a scale from -10 to 10; 1 is as they were trained, 0 leaves them out")
+    return Path(folder), number
+
+
 def _check(job: SampleJob) -> None:
     for name in ("width", "height"):
         if job.given.get(name, 1) < 1:
@@ -132,6 +152,8 @@ def main() -> None:
             request_of(variant, side=1)
     try:
         model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        for folder, scale in job.adapters:
+            model = model.with_adapters(folder, scale)
         wishes = wishes or numbered(model.record["example_prompts"], job.given)
         if job.gallery:
             _draw_gallery(job, model, wishes, out, started)

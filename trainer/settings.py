@@ -1,6 +1,7 @@
 """The settings of one training: a stage with what --set changes, its steps, and how workers share a batch."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.jobs import UsageError
@@ -13,30 +14,57 @@ PRESETS = {"tiny": XUTConfig.tiny, "small": XUTConfig.small, "base": XUTConfig.b
 # What a tiny model is trained with unless told otherwise, so that any stage can be tried without a download.
 _EMBEDDED = {"codec": "dct", "text_encoder": "local"}
 # Fields of the model that follow from others, and from which.
+# Of a run that trains adapters, unless told otherwise: a stage is a schedule for new weights.
+_LORA = {
+    "optimizer.kind": "adamw",
+    "optimizer.learning_rate": 5e-4,
+    "optimizer.warmup_steps": 100,
+    "samples": 64_000,
+    "batch_size": 32,
+    "ema_decay": 0.995,  # 2,000 steps
+    "checkpoint_every": 250,
+    "keep_every": 0,
+    "evaluate_every": 250,
+}
 _FOLLOWS_FROM = {"model.in_channels": "codec", "model.text_dim": "text_encoder", "model.patch_size": "patch_size"}
 
 
-def stage_config(name: str, settings: dict[str, str]) -> tuple[StageConfig, dict[str, Any], list[str]]:
-    """The stage with what --set changes of it, the fields that it changes of the model, and notes for the user."""
+def stage_config(
+    name: str, settings: dict[str, str], base: Mapping[str, Any] | None = None
+) -> tuple[StageConfig, dict[str, Any], list[str]]:
+    """The stage with what --set changes of it, the fields that it changes of the model, and notes for the user.
+
+    base: fields of the stage that follow from the weights on which adapters are trained, unless --set names others.
+    """
     if name not in STAGES:
         raise UsageError(f"there is no stage {name!r}; stages: {', '.join(STAGES)}")
     for field, source in _FOLLOWS_FROM.items():
         if field in settings:
             raise UsageError(f"--set {field}={settings[field]}: it follows from {source}; set that instead")
+    for field in settings if base is not None else ():
+        if field.partition(".")[0] in ("model", "patch_size"):
+            raise UsageError(f"--set {field}={settings[field]}: with --lora the model is that of --from")
     model_types = {f"model.{field}": hint for field, hint in overrides.field_types(XUTConfig).items()}
     known = {field: hint for field, hint in model_types.items() if field not in _FOLLOWS_FROM}
     values = overrides.typed(settings, overrides.field_types(StageConfig) | known)
     model = {field.removeprefix("model."): values.pop(field) for field in known if field in values}
     embedded = _embedded(STAGES[name], values)
     try:
-        stage = overrides.replaced(STAGES[name], embedded | values)
+        stage = overrides.replaced(STAGES[name], embedded | (_LORA | dict(base) if base is not None else {}) | values)
     except ValueError as error:
         given = " ".join(f"--set {field}={settings[field]}" for field in values)
         raise UsageError(f"{given}: {error}") from error
     if stage.model not in PRESETS:
         raise UsageError(f"--set model={stage.model}: there is no such model; presets: {', '.join(PRESETS)}")
-    listed = " and ".join(f"{field}={value}" for field, value in embedded.items())
-    return stage, model, [f"a tiny model comes with {listed}, unless --set names others"] if embedded else []
+    notes = [f"a tiny model comes with {_listed(embedded)}, unless --set names others"] if embedded else []
+    if base is not None:
+        defaults = {field: value for field, value in _LORA.items() if field not in values}
+        notes.append(f"adapters are trained with {_listed(defaults)}, unless --set names others")
+    return stage, model, notes
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return " and ".join(f"{field}={value}" for field, value in fields.items())
 
 
 def _embedded(stage: StageConfig, values: dict[str, Any]) -> dict[str, str]:

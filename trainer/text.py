@@ -52,13 +52,19 @@ class TextEncoder:
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         # Stands for an empty text, which many tokenizers turn into no token at all, and fills up short ones.
         self._empty_token = next(token for token in special if token is not None)
+        self._padding_token = next(token for token in reversed(special) if token is not None)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], max_tokens: int, multiple: int = LENGTH_MULTIPLE) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, multiple: int = LENGTH_MULTIPLE, padding_is_text: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """fp32 embeddings (B, T, D), 0 at padding, and the mask (B, T), True at real tokens.
 
         T is the longest text's length rounded up to a `multiple`, and max_tokens at most; what is longer is cut.
         Padding is on the right, where it cannot reach a causal model's real tokens. Every text has a token at least.
+
+        padding_is_text, as the public weights were trained: T is max_tokens, padding keeps the hidden states that the
+        model gives it, and the mask is True everywhere.
         """
         assert texts, "nothing to encode"
         if max_tokens < 1:
@@ -66,8 +72,9 @@ class TextEncoder:
         ids = self.tokenizer(list(texts), verbose=False)["input_ids"]
         ids = [row[:max_tokens] or [self._empty_token] for row in ids]
         longest = max(len(row) for row in ids)
-        length = min(max_tokens, math.ceil(longest / multiple) * multiple)
-        ids_BT = torch.tensor([row + [self._empty_token] * (length - len(row)) for row in ids])
+        length = max_tokens if padding_is_text else min(max_tokens, math.ceil(longest / multiple) * multiple)
+        padding = self._padding_token if padding_is_text else self._empty_token  # which is masked anyway
+        ids_BT = torch.tensor([row + [padding] * (length - len(row)) for row in ids])
         mask_BT = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
         ids_BT, mask_BT = ids_BT.to(self.model.device), mask_BT.to(self.model.device)
         average = self.layers == "average"
@@ -75,6 +82,8 @@ class TextEncoder:
             input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False, output_hidden_states=average
         )
         hidden_BTD: Tensor = _average(output.hidden_states[1:]) if average else output.last_hidden_state
+        if padding_is_text:
+            return hidden_BTD.to(torch.float32), torch.ones_like(mask_BT)
         return hidden_BTD.to(torch.float32).masked_fill(~mask_BT[:, :, None], 0), mask_BT
 
 

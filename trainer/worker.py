@@ -15,20 +15,24 @@ from torch import Tensor
 
 from pipeline.jobs import JobFailed
 from trainer.checkpoint import Checkpoint, Checkpoints, Saver
+from trainer.conventions import pads_text
 from trainer.data import Batch, TrainingData
 from trainer.evaluate import GridConfig, Validation, dealt_back, draw_share, validation_losses
 from trainer.grid import grid_png
 from trainer.latents import Codec, load_codec
 from trainer.loop import Inputs, Loop, LoopConfig, Reading
+from trainer.lora import add_adapters
 from trainer.metrics import Counts, Line, Mark, Pace, Stopwatch, batch_counts, log_line, peak_teraflops
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.xut import XUT
 from trainer.pictures import PictureModel
 from trainer.recipe import Training
+from trainer.run_folder import config_of
 from trainer.run_log import Log, LogConfig, append_line
 from trainer.stages import StageConfig
 from trainer.tagger import Tagger, tag_agreement
 from trainer.team import Team
 from trainer.text import TextEncoder, load_text_encoder
+from trainer.weights import Lora, trained_model
 
 # Steps in a row without a finite loss: not a bad batch, but weights that have gone astray.
 _MOST_SKIPPED: Final = 3
@@ -166,9 +170,7 @@ class Worker:
 
     def _encode(self, batch: Batch) -> Inputs:
         with self.encoding.running():
-            return encode(
-                batch, self.codec, self.encoder, self.stage.text_tokens, self.stage.text_multiple, self.device
-            )
+            return encode(batch, self.codec, self.encoder, self.stage, self.device, pads_text(self.training.model))
 
     def _note_replaced(self, batch: Batch) -> None:
         for name, why in batch.replaced:
@@ -263,7 +265,7 @@ class Worker:
             with self.loop.evaluation_model() as velocity:
                 sums = validation_losses(
                     velocity, self._held_out_inputs(count), resolution=self.stage.resolution,
-                    patch_size=self.stage.patch_size, loss_weight_C=self.codec.loss_weight_C,
+                    config=self.training.model, loss_weight_C=self.codec.loss_weight_C,
                 )  # fmt: skip
             validation = Validation.of(torch.tensor(self.team.sum(sums.tolist()), dtype=torch.float64))
             line |= validation.line()
@@ -307,21 +309,26 @@ class Worker:
 
 
 def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
-    """The model as it was at `start_step`: that checkpoint's, or that of the stage it comes after, or new."""
-    loop = new_loop(training.stage, training.model, training.stop_step, codec, device)
+    """The model as it was at `start_step`: that checkpoint's, or that of the stage it comes after, or new.
+
+    ValueError, with the mend, where the base of adapters is gone or changed.
+    """
+    torch.manual_seed(training.stage.seed)
+    loop = new_loop(training.stage, _new_model(training), training.stop_step, codec, device)
     if begun_from:
         loop.load(all_tensors(begun_from), begun_from.step)
+    elif training.weights and Lora.of(config_of(training.weights)):
+        loop.load({"model": trained_model(training.weights).state_dict()}, steps_taken=0)
     elif training.weights:
         loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
     return loop
 
 
-def new_loop(stage: StageConfig, model: XUTConfig, steps: int, codec: Codec, device: torch.device) -> Loop:
-    """With a new model; `steps`: of the whole schedule."""
+def new_loop(stage: StageConfig, model: XUT, steps: int, codec: Codec, device: torch.device) -> Loop:
+    """At its first step of `steps`, those of the whole schedule."""
     on_gpu = device.type == "cuda"
-    torch.manual_seed(stage.seed)
     return Loop(
-        XUT(model, stage.checkpointing).to(device),
+        model.to(device),
         LoopConfig(
             resolution=stage.resolution,
             batch_size=stage.batch_size,
@@ -338,16 +345,31 @@ def new_loop(stage: StageConfig, model: XUTConfig, steps: int, codec: Codec, dev
     )
 
 
+def _new_model(training: Training) -> XUT:
+    """Random, or a frozen base with new adapters; on the CPU, whose random numbers are the same everywhere."""
+    checkpointing = training.stage.checkpointing
+    if training.lora is None:
+        return XUT(training.model, checkpointing)
+    model = training.lora.base_model(checkpointing)
+    add_adapters(model, training.lora.rank)
+    return model
+
+
 def all_tensors(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """What `Loop.load` takes."""
     return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
 
 
 def encode(
-    batch: Batch, codec: Codec, encoder: TextEncoder, text_tokens: int, text_multiple: int, device: torch.device
+    batch: Batch,
+    codec: Codec,
+    encoder: TextEncoder,
+    stage: StageConfig,
+    device: torch.device,
+    padding_is_text: bool = False,
 ) -> Inputs:
     """Pixels -> latents and text -> embeddings, by the frozen encoders of this worker."""
-    text_BTD, mask_BT = encoder.encode(batch.texts, text_tokens, text_multiple)
+    text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple, padding_is_text)
     pixels_B3HW = on_device(batch.pixels_BHW3, device).permute(0, 3, 1, 2)
     return Inputs(
         latents_BCHW=codec.encode(pixels_B3HW),

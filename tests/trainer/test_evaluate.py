@@ -20,6 +20,7 @@ from trainer.pictures import PictureModel
 from trainer.text import build_local_text_encoder, load_text_encoder
 
 CHANNELS, SIDE = 4, 16  # of latents
+CONFIG = XUTConfig.tiny(in_channels=CHANNELS, text_dim=16, dim=32)
 ONES_C = torch.ones(CHANNELS)
 
 
@@ -49,13 +50,13 @@ def part(whole: Inputs, start: int, stop: int) -> Inputs:
 
 
 def evaluate(velocity: Callable[..., Tensor], *batches: Inputs, weight_C: Tensor = ONES_C) -> Tensor:
-    return validation_losses(velocity, batches, resolution=128, patch_size=2, loss_weight_C=weight_C)
+    return validation_losses(velocity, batches, resolution=128, config=CONFIG, loss_weight_C=weight_C)
 
 
 def tiny() -> XUT:
     """All of its weights are random, those that start at zero too."""
     torch.manual_seed(0)
-    model = XUT(XUTConfig.tiny(in_channels=CHANNELS, text_dim=16, dim=32))
+    model = XUT(CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
