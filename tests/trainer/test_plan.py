@@ -185,7 +185,7 @@ def test_energy_money_and_bandwidth_follow_from_the_hours() -> None:
 
 def test_a_checkpoint_has_the_bytes_of_weights_averages_and_moments() -> None:
     from trainer.latents import load_codec
-    from trainer.model.xut import XUTConfig
+    from trainer.model.xut import XUT, XUTConfig
     from trainer.optim import OptimizerConfig
     from trainer.worker import new_loop
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_has_the_bytes_of_weights_averages_and_moments() -> None:
         STAGES["demo"], optimizer=OptimizerConfig(), samples=32, checkpoint_every=1, keep_last=1, keep_every=0
     )
     codec = load_codec("dct")
-    model = XUTConfig.tiny(in_channels=codec.channels, patch_size=1)
+    model = XUT(XUTConfig.tiny(in_channels=codec.channels, patch_size=1))
     loop = new_loop(stage, model, 1, codec, torch.device("cpu"))
     for parameter in loop.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
