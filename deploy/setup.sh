@@ -14,6 +14,12 @@ echo "setup: installing into .venv (about 2 minutes the first time)"
 pip install -c deploy/constraints.txt torch==2.13.0
 pip install -c deploy/constraints.txt -e '.[trainer,web,dev]'
 
+# The web page's tests need a browser, and skip without.
+if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && can_install; then
+    echo "setup: installing chromium for the tests of the web page, if this system has it"
+    { apt-get update -qq >/dev/null 2>&1 && apt_install chromium; } || true
+fi
+
 # pillow-simd decodes and resizes up to twice as fast and is source only. It owns the same PIL folder as pillow, which
 # other packages require by name: so pillow stays installed, and pillow-simd is built over it.
 simd=12.1.1.post0

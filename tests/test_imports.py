@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "captioner", "trainer")
 # Each heavy package is imported in the files that wire it in, and nowhere else.
 ONLY_IN = {
-    "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py"},
-    "transformers": {"pipeline/classifiers.py", "trainer/text.py"},
+    "ray": {"pipeline/cluster.py", "pipeline/dataflow.py", "trainer/launch.py", "trainer/replicas.py"},
+    "transformers": {"pipeline/classifiers.py", "trainer/stand_ins.py", "trainer/text.py"},
     "diffusers": {
         "trainer/diffusers_export.py",
         "trainer/exported/constants.py",
         "trainer/exported/hdm_codec.py",
         "trainer/exported/hdm_transformer.py",
         "trainer/exported/pipeline.py",
+        "trainer/stand_ins.py",
         "trainer/vae.py",
     },
     "onnxruntime": {"pipeline/classifiers.py"},
@@ -28,6 +29,7 @@ ONLY_IN = {
     "s3fs": {"pipeline/s3.py"},
     "tensorboard": {"trainer/run_log.py"},
     "wandb": {"trainer/run_log.py"},
+    "gradio": {"trainer/page.py"},
     "jinja2": {"pipeline/caption_trial.py", "pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.

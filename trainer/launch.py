@@ -1,4 +1,4 @@
-"""The only trainer file that imports ray: a Ray Train job whose workers get their samples from loader actors.
+"""Training on Ray (replicas.py has sampling): a Ray Train job whose workers get their samples from loader actors.
 
 Plain actors and not Ray Data: its order is not reproducible, its iterators hold no position (ray issues 37633, 48224),
 and its executor, a Python loop in the worker's process, made a training step on two cores three times as long.
@@ -194,6 +194,7 @@ class _Watcher:
         name = f"train {self.training.stage_name}"
         with progress(iter(()), self.training.stop_step, name, "steps") as bar:
             bar.update(self.training.start_step)
+            bar.refresh()
             while True:
                 ends = self._ends.wait(_LOOK_SECONDS)
                 if self.was_stopped and not told:

@@ -1,5 +1,7 @@
 """About how much GPU memory one training worker needs, in closed form."""
 
+from functools import lru_cache
+
 import torch
 
 from trainer.model.routing import kept_image_tokens
@@ -12,6 +14,7 @@ _BYTES_FROZEN = 4  # the weight
 _BESIDES = 3_000_000_000
 
 
+@lru_cache
 def parameters(config: XUTConfig) -> int:
     """Of the whole model; nothing is allocated."""
     with torch.device("meta"):

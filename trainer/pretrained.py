@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 
 def model_folder(name: str | Path, files: Sequence[str], kind: str, needs: str, example: str) -> Path:
@@ -24,6 +25,16 @@ def model_folder(name: str | Path, files: Sequence[str], kind: str, needs: str, 
             f"({first_line(error)}). Give a folder with {needs}, or a name like {example} where the hub can be reached "
             "or has been before"
         ) from error
+
+
+def folder_at_hand(name: str) -> Path | None:
+    """The folder of the model `name` where it is on this machine, whole or not; the network is not touched."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def first_line(error: Exception) -> str:

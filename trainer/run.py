@@ -1,9 +1,14 @@
 """JOB: train one stage on a selection of the dataset; run it again to go on from the newest checkpoint."""
 
+import os
 import time
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from pipeline.jobs import Parser, default_dataset, default_run, run, write_run_record
+from pipeline.jobs import Parser, default_dataset, default_run, local_path, run, write_run_record
+
+if TYPE_CHECKING:
+    from trainer.recipe import Command
 
 
 def parse_args() -> Namespace:
@@ -61,17 +66,29 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    started = time.time()
-    from pipeline.cluster import cluster  # torch and Ray take seconds to import: not for --help
-    from trainer.launch import train
-    from trainer.recipe import Command, resolve
+    from trainer.recipe import Command  # torch and Ray take seconds to import: not for --help
+    from trainer.run_folder import only_job
 
-    training = resolve(Command(**vars(args)))
+    with only_job(local_path("--run", args.run)):
+        _train(Command(**vars(args)))
+
+
+def _train(command: "Command") -> None:
+    started = time.time()
+    import torch
+
+    from pipeline.cluster import cluster
+    from trainer.launch import train
+    from trainer.recipe import check_device, resolve
+
+    training = resolve(command)
     for note in training.notes:
         print(f"run: {note}", flush=True)
     if training.start_step >= training.stop_step:
         print(f"run: {training.folder} has its {training.stop_step} steps; --steps N trains longer", flush=True)
         return
+    if not os.environ.get("RAY_ADDRESS"):
+        check_device(training, torch.cuda.device_count())  # before a Ray of its own starts; another's is asked later
     print(
         f"run: steps {training.start_step} to {training.stop_step} of {training.stage.batch_size} samples: "
         f"{training.workers} workers x {training.accumulation} micro batches of {training.micro_batch}",

@@ -6,7 +6,11 @@ RUN/<stage>/checkpoints/step-<N>/        or HOME/<stage>/checkpoints/ with --che
 RUN/<stage>/metrics.jsonl, run.json ...
 """
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,24 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.stages import STAGES
 
 _CONFIG = "config.json"
+
+
+@contextmanager
+def only_job(run: Path) -> Iterator[None]:
+    """Two jobs would prune each other's checkpoints: UsageError where another process is inside. The lock is the
+    kernel's and of the folder itself, so that it goes with its process, however that ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another job is training in {run}: wait for it or stop it (ray job list), or give this one a --run of "
+            "its own"
+        ) from error
+    finally:
+        os.close(folder)
 
 
 def stage_folder(run: Path, stage: str) -> Path:

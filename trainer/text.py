@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from trainer.pretrained import first_line, frozen_dtype, model_folder
+from trainer.pretrained import first_line, folder_at_hand, frozen_dtype, model_folder
 
 # Few lengths, so few compiled graphs, and yet little padding. Without a compiler a smaller multiple is faster.
 LENGTH_MULTIPLE = 32
@@ -135,6 +135,19 @@ def text_width(name: str | Path) -> int:
         except (OSError, ValueError) as error:
             raise ValueError(_not_loaded(name, error)) from error
     return int(config.get_text_config().hidden_size)
+
+
+def token_counts(texts: Sequence[str], name: str) -> list[int] | None:
+    """Tokens of each text by the tokenizer of the text encoder `name`, by one made from these texts for "local"; None
+    where it is not on this machine."""
+    if name == "local":
+        tokenizer = _train_tokenizer(texts)
+    else:
+        folder = folder_at_hand(name)
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            return None
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
 
 
 def _not_loaded(name: str | Path, error: Exception) -> str:

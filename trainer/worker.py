@@ -313,16 +313,27 @@ def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, 
 
     ValueError, with the mend, where the base of adapters is gone or changed.
     """
-    stage = training.stage
+    torch.manual_seed(training.stage.seed)
+    loop = new_loop(training.stage, _new_model(training), training.stop_step, codec, device)
+    if begun_from:
+        loop.load(all_tensors(begun_from), begun_from.step)
+    elif training.weights and Lora.of(config_of(training.weights)):
+        loop.load({"model": trained_model(training.weights).state_dict()}, steps_taken=0)
+    elif training.weights:
+        loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
+    return loop
+
+
+def new_loop(stage: StageConfig, model: XUT, steps: int, codec: Codec, device: torch.device) -> Loop:
+    """At its first step of `steps`, those of the whole schedule."""
     on_gpu = device.type == "cuda"
-    torch.manual_seed(stage.seed)
-    loop = Loop(
-        _new_model(training).to(device),
+    return Loop(
+        model.to(device),
         LoopConfig(
             resolution=stage.resolution,
             batch_size=stage.batch_size,
             selection_rate=stage.selection_rate,
-            total_steps=training.stop_step,
+            total_steps=steps,
             ema_decay=stage.ema_decay,
             clip_norm=stage.clip_norm,
             timestep_shift=stage.timestep_shift,
@@ -332,13 +343,6 @@ def build_loop(training: Training, begun_from: Checkpoint | None, codec: Codec, 
         ),
         codec.loss_weight_C,
     )
-    if begun_from:
-        loop.load(all_tensors(begun_from), begun_from.step)
-    elif training.weights and Lora.of(config_of(training.weights)):
-        loop.load({"model": trained_model(training.weights).state_dict()}, steps_taken=0)
-    elif training.weights:
-        loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
-    return loop
 
 
 def _new_model(training: Training) -> XUT:

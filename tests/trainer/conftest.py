@@ -1,8 +1,14 @@
 """One small dataset and one undisturbed run for all tests of training jobs."""
 
+import os
+import re
+import signal
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -11,6 +17,7 @@ import pytest
 RunJob = Callable[..., CompletedProcess[str]]
 StartJob = Callable[..., "subprocess.Popen[str]"]
 
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 # Every step is logged and every fourth one saved; one evaluation, at the end.
 SETTINGS = ("--steps", STEPS, "--set", "log_every=1", "--set", "checkpoint_every=4", "--set", f"evaluate_every={STEPS}")
@@ -80,6 +87,46 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {"model": model.state_dict(), "ema": EMA(model, 0.9).state_dict()}
     Checkpoints.of_stage(run, "demo").save(1, tensors, state)
     return run
+
+
+@dataclass(frozen=True)
+class ServedPage:
+    """A running trainer/serve.py with the random run, which draws on one thread."""
+
+    url: str  # with a slash at its end
+    queue: int = 1
+    largest_side: int = 128
+    most_steps: int = 1000
+
+
+@pytest.fixture(scope="session")
+def served(random_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPage]:
+    page, log = ServedPage(""), tmp_path_factory.mktemp("served") / "log"
+    limits = ("--queue", page.queue, "--largest-side", page.largest_side, "--most-steps", page.most_steps)
+    command = [sys.executable, ROOT / "trainer/serve.py", "--run", random_run, "--port", 0, *limits]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        yield replace(page, url=_address(server, log))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        server.kill()
+        server.wait(timeout=60)
+
+
+def _address(server: "subprocess.Popen[bytes]", log: Path) -> str:
+    """As soon as the page answers there."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and server.poll() is None:
+        if found := re.search(r"http://127.0.0.1:\d+/", log.read_text()):
+            with urllib.request.urlopen(found[0], timeout=60):
+                return found[0]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
 
 
 @pytest.fixture

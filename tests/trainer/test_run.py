@@ -9,6 +9,8 @@ from subprocess import CompletedProcess
 import numpy as np
 from PIL import Image
 
+from trainer.run_folder import only_job
+
 RunJob = Callable[..., CompletedProcess[str]]
 
 
@@ -69,6 +71,14 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     changed["config"]["stage"]["optimizer"]["kind"] = "adamw"
     state.write_text(json.dumps(changed))
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 13), "optimizer.kind: adamw -> muon", "--run")
+
+
+def test_a_second_job_keeps_out_of_a_run_that_one_trains(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    with only_job(tmp_path / "run"):
+        _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 1), "another job is training", "--run")
+        assert not list((tmp_path / "run").iterdir())
+    with only_job(tmp_path / "run"):
+        pass
 
 
 def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
