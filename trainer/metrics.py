@@ -89,12 +89,14 @@ def batch_counts(
     selection_rate: float,
     waiting_seconds: float = 0,
     replaced: int = 0,
+    frozen: bool = False,
 ) -> Counts:
-    """Of one (micro-)batch: tokens are those of one image and its padded text."""
+    """Of one (micro-)batch: tokens are those of one image and its padded text. frozen: only adapters learn."""
+    done = products(model, image_tokens, text_tokens, selection_rate)
     return Counts(
         images=images,
         tokens=images * (image_tokens + text_tokens),
-        operations=images * products(model, image_tokens, text_tokens, selection_rate).step,
+        operations=images * (done.frozen_step if frozen else done.step),
         waiting_seconds=waiting_seconds,
         replaced=replaced,
     )

@@ -160,7 +160,7 @@ class Worker:
                 image_tokens = (inputs.latents_BCHW.shape[-1] // self.stage.patch_size) ** 2
                 self.counts += batch_counts(
                     self.training.model, len(batch.ids), image_tokens, inputs.text_BTD.shape[1],
-                    self.stage.selection_rate, waited, len(batch.replaced),
+                    self.stage.selection_rate, waited, len(batch.replaced), frozen=self.training.lora is not None,
                 )  # fmt: skip
                 yield inputs
 

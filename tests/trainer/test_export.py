@@ -345,7 +345,7 @@ def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_
             "--dtype does not go with --from-released",
         ),
         (["--from-released", "{release}"], "--from-released needs --out, a new folder"),
-        (["--out", "new"], "one of the arguments --to-diffusers --to-released --from-released is required"),
+        (["--out", "new"], "one of the arguments --to-diffusers --to-released --to-lora --from-released is required"),
         (["--from-released", "{folder}", "--out", "new"], "is not a file; give a .safetensors file"),
         (["--from-released", "{release}", "--config", "{release}", "--out", "new"], "is not a JSON file"),
         (["--from-released", "{text}", "--out", "new"], "is not a safetensors file (Error while deserializing"),

@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.jobs import UsageError
 from trainer.checkpoint import Checkpoint, Checkpoints, write_tensors
 from trainer.latents import load_codec
 from trainer.learnt import learning_parameters, learnt_state
 from trainer.lora import add_adapters, merge_adapters, merge_folder, write_adapters
+from trainer.model.arithmetic import products
 from trainer.model.saved import save_model
 from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig, build_optimizer
@@ -121,6 +124,19 @@ def test_the_compiled_model_is_still_one_graph_and_the_same_function() -> None:
     add_adapters(model, 2)
     scatter(learnt_state(model))
     torch.testing.assert_close(velocity(compiled(model, backend="eager")), velocity(model), atol=1e-5, rtol=1e-5)
+
+
+def test_the_arithmetic_of_a_step_is_a_little_more_than_the_closed_form_says() -> None:
+    config = XUTConfig(dim=256, heads=4, mlp_dim=768, depth=1, text_dim=64)
+    with torch.device("meta"):
+        model = XUT(config)
+        x, t, text, positions = (torch.empty(shape) for shape in ((1, 4, 32, 32), (1,), (1, 32, 64), (1, 256, 2)))
+    add_adapters(model, 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, t, text=text, position_map=positions, aspect=t).sum().backward()
+    closed = products(config, 256, 32)
+    assert 0.85 * counter.get_total_flops() < closed.frozen_step < counter.get_total_flops()
+    assert closed.step > 1.15 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
