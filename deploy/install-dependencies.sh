@@ -8,7 +8,8 @@ python - "$@" >/tmp/requirements.txt <<'PYTHON'
 import sys, tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print(*project["dependencies"], *(name for extra in sys.argv[1:] for name in project["optional-dependencies"][extra]), sep="\n")
+asked = [project["optional-dependencies"][extra] for extra in sys.argv[1:]]
+print(*project["dependencies"], *sum(asked, []), sep="\n")
 PYTHON
 pip install --quiet -c "$constraints" -r /tmp/requirements.txt
 rm /tmp/requirements.txt
