@@ -143,7 +143,8 @@ all=$(in_head python -c "from pipeline.shards import Store; print(len(Store('s3:
 say "killed worker container $victim: $before of $all shards were finished before, $after right after"
 [ "$after" -lt "$all" ] || fail "the kill came too late to disturb anything; give more IMAGES"
 in_head ray job logs --follow ingest >"$scratch/job" 2>&1 || true
-in_head ray job status ingest 2>&1 | grep -q SUCCEEDED || { tail -n 40 "$scratch/job"; fail "the ingest"; }
+in_head ray job status ingest 2>&1 | grep -qi succeeded || { tail -n 40 "$scratch/job"; fail "the ingest"; }
+grep -o 'Task [^.]* failed. There are [^.]*' "$scratch/job" | sed 's/^/    (Ray) /' || true
 shown
 wait_for_nodes 2
 rest_of_chain killed
