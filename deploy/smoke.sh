@@ -13,7 +13,7 @@ IMAGES=${IMAGES:-1600}
 STEPS=${STEPS:-20}
 export DASHBOARD_PORT="${DASHBOARD_PORT:-18265}" S3_PORT="${S3_PORT:-19000}"
 
-project=hdm-smoke-$$
+project=hdm-smoke-$(od -An -N4 -tx1 /dev/urandom | tr -d " \n")  # no name is the beginning of another
 scratch=$(mktemp -d)
 files="-f docker-compose.yml"
 say() { echo "smoke: $*"; }
@@ -25,11 +25,13 @@ containers() {  # of a service
     $ENGINE ps -q --filter "label=com.docker.compose.project=$project" --filter "label=com.docker.compose.service=$1"
 }
 clean_up() {
-    for _ in 1 2 3; do  # a container that others depend on may be in the way of its own removal
-        compose down --volumes --timeout 5 >"$scratch/down" 2>&1 || true
-        left=$($ENGINE ps -aq --filter "name=$project" && $ENGINE volume ls -q --filter "name=$project")
-        [ -n "$left" ] || break
+    for _ in 1 2; do  # one that others depend on may not go before them
+        for container in $($ENGINE ps -aq --filter "name=$project"); do  # not every compose knows what --scale made
+            $ENGINE rm --force "$container" >"$scratch/down" 2>&1 || true
+        done
     done
+    compose down --volumes >>"$scratch/down" 2>&1 || true
+    left=$($ENGINE ps -aq --filter "name=$project" && $ENGINE volume ls -q --filter "name=$project")
     [ -z "$left" ] || { cat "$scratch/down"; say "could not remove all of $project"; }
     rm -rf "$scratch"
 }
@@ -144,7 +146,6 @@ say "killed worker container $victim: $before of $all shards were finished befor
 [ "$after" -lt "$all" ] || fail "the kill came too late to disturb anything; give more IMAGES"
 in_head ray job logs --follow ingest >"$scratch/job" 2>&1 || true
 in_head ray job status ingest 2>&1 | grep -qi succeeded || { tail -n 40 "$scratch/job"; fail "the ingest"; }
-grep -o 'Task [^.]* failed. There are [^.]*' "$scratch/job" | sed 's/^/    (Ray) /' || true
 shown
 wait_for_nodes 2
 rest_of_chain killed
