@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
+from ray.util import metrics
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.metrics import Counter
 
 from pipeline.jobs import JobFailed, JobStopped, Standing, UsageError, progress
 
@@ -161,6 +162,9 @@ class _Actor:
 
         return _attempt(work, shard)
 
+    def answer(self) -> None:
+        """That it is there."""
+
     def report(self) -> tuple[str, Any]:
         """What the work says of itself, None before it is made."""
         return self.life, self.work.report() if isinstance(self.work, LongWork) else None
@@ -196,31 +200,41 @@ def map_shards_with(
     """As map_shards, for work that is dear to make, such as a model: `make_work` is called once in each actor.
 
     `watch` turns the reports of LongWork into what the progress bar shows, every few seconds, and into metrics of Ray.
-    JobStopped where the work raises it. Plain actors, and not Ray Data's: these retry a shard that kills its actor for
-    ever, need a CPU besides the actors' or hang, and put an error about themselves on the terminal (ray 2.60).
+    JobStopped where the work raises it. A shard whose process or node goes is given to another actor. Plain actors,
+    and not Ray Data's: these retry a shard that kills its actor for ever, need a CPU besides the actors' or hang, and
+    put an error about themselves on the terminal (ray 2.60).
     """
     remote = ray.remote(
-        num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_task_retries=_RETRIES,
-        max_concurrency=pool.at_once + (1 if watch else 0),
+        num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_concurrency=pool.at_once + (1 if watch else 0)
     )(_Actor)  # fmt: skip
     actors = [remote.remote(make_work) for _ in range(pool.actors)]
-    idle = actors * pool.at_once  # each has one shard before any has a second
+    places = _Places(actors, pool.at_once)
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, str]] = {}
+    losses = Counter[str]()  # of the process that worked on a shard
     failures: dict[str, str] = {}
     watched = _Watched(actors, watch) if watch else None
     with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
         try:
             while waiting or running:
-                while idle and waiting:
-                    actor, name = idle.pop(), waiting.pop()
+                places.look()
+                while places.free and waiting:
+                    actor, name = places.free.pop(), waiting.pop()
                     running[actor.run.remote(shards[name])] = actor, name
-                finished, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS if watched else None)
-                for done in finished:
+                for done in _first(list(running), _LOOK_SECONDS if watched or places.lost else None):
                     actor, name = running.pop(done)
-                    if failure := _failure(done):
+                    failure = _failure(done)
+                    if failure is None:
+                        places.lost.append(actor)
+                        losses[name] += 1
+                        if losses[name] <= _RETRIES:
+                            waiting.append(name)
+                            continue
+                        failure = f"its process ended {losses[name]} times, perhaps out of memory"
+                    else:
+                        places.free.append(actor)
+                    if failure:
                         failures[name] = failure
-                    idle.append(actor)
                     if not watched:
                         bar.update(rows(shards[name]))
                 if watched and (watched.is_due() or not (waiting or running)):
@@ -231,15 +245,46 @@ def map_shards_with(
     return failures
 
 
-def _failure(done: Any) -> str:
+class _Places:
+    """Where shards can go. An actor whose process or node was lost has no place until it answers again: calls before
+    that fail at once, so that it would seem to be free and take one shard after the other along."""
+
+    def __init__(self, actors: list[Any], at_once: int) -> None:
+        self.free = actors * at_once  # each has one shard before any has a second
+        self.lost: list[Any] = []  # one for each shard that was
+        self._asked: dict[Any, Any] = {}
+
+    def look(self) -> None:
+        """Ask the lost ones, and free the places of those that answer."""
+        for actor in set(self.lost) - set(self._asked.values()):
+            self._asked[actor.answer.remote()] = actor
+        for answer in _first(list(self._asked), timeout=0):
+            actor = self._asked.pop(answer)
+            with suppress(RayError):
+                ray.get(answer)
+                self.free += [actor] * self.lost.count(actor)
+                self.lost = [other for other in self.lost if other != actor]
+
+
+def _first(refs: list[Any], timeout: float | None) -> list[Any]:
+    """What is ready first, or nothing after `timeout` seconds."""
+    if not refs:  # ray.wait would raise
+        time.sleep(min(1.0, timeout or 0))
+        return []
+    ready: list[Any] = ray.wait(refs, num_returns=1, timeout=timeout)[0]
+    return ready
+
+
+def _failure(done: Any) -> str | None:
+    """As _attempt; None where the process or its node was lost. JobStopped where the work raised it."""
     try:
         return str(ray.get(done))
     except RayTaskError as error:
         if isinstance(error.cause, JobStopped):
             raise error.cause from None
         raise
-    except RayError as error:
-        return f"{type(error).__name__}: its process ended {_RETRIES + 1} times, perhaps out of memory"
+    except RayError:
+        return None
 
 
 class _Watched:
@@ -248,7 +293,7 @@ class _Watched:
     def __init__(self, actors: list[Any], watch: Callable[[list[Any]], Standing]) -> None:
         self.actors, self.watch = actors, watch
         self.reports: dict[str, Any] = {}  # by life
-        self.counters: dict[str, Counter] = {}
+        self.counters: dict[str, metrics.Counter] = {}
         self.counted: dict[tuple[str, str], float] = {}
         self.looked = time.monotonic()
 
@@ -272,7 +317,9 @@ class _Watched:
     def count(self, counts: dict[str, dict[str, float]]) -> None:
         for metric, by_kind in counts.items():
             if metric not in self.counters:
-                self.counters[metric] = Counter(metric, description=metric.replace("_", " "), tag_keys=("kind",))
+                self.counters[metric] = metrics.Counter(
+                    metric, description=metric.replace("_", " "), tag_keys=("kind",)
+                )
             for kind, value in by_kind.items():
                 more = value - self.counted.get((metric, kind), 0)
                 if more > 0:  # Ray refuses 0

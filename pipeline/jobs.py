@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -56,11 +56,40 @@ class Standing:
     counts: dict[str, dict[str, float]]  # metric -> kind -> how much so far
 
 
+# Flags that name what a job makes.
+_MADE: Final = ("dataset", "run", "checkpoints", "out")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose refusals are one line, like every other error of a job."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """UsageError for what would be written into the folder that `ray job submit --working-dir` uploaded: Ray
+        removes it some time after the job, and other nodes have their own."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name in _MADE if _is_uploaded() else ():
+            path = getattr(found, name, None) or "s3://"
+            if "://" not in path and not os.path.isabs(os.path.expanduser(path)):
+                raise UsageError(
+                    f"--{name} {path} would be in the uploaded folder, which Ray removes: give s3://bucket/prefix or "
+                    "the full path of a folder that all nodes share, by this flag or by HDM_DATASET and HDM_RUN in "
+                    "the env_vars of --runtime-env-json"
+                )
+        return found, rest
+
+
+def submission() -> dict[str, Any]:
+    """What Ray tells a job that came by `ray job submit`: its `runtime_env` and `metadata`; {} for any other."""
+    told: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return told if "job_submission_id" in told.get("metadata", {}) else {}
+
+
+def _is_uploaded() -> bool:
+    """Whether this job runs in a folder that was uploaded for it."""
+    return "working_dir" in submission().get("runtime_env", {})
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -1,0 +1,42 @@
+"""Makes the bucket of an s3:// path in a store that has just been started.
+
+python deploy/make_bucket.py s3://bucket/prefix
+"""
+
+import sys
+import time
+
+from pipeline import s3
+from pipeline.jobs import UsageError, run
+from pipeline.s3 import S3Unavailable
+
+_PATIENCE = 120.0  # seconds for the store to come up
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("s3://"):
+        raise UsageError("give one path s3://bucket/prefix")
+    bucket = "s3://" + sys.argv[1].removeprefix("s3://").split("/")[0]
+    patient_until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            made = make_bucket(bucket)
+            break
+        except S3Unavailable:
+            if time.monotonic() > patient_until:
+                raise
+    print(f"make_bucket: {bucket}", "made" if made else "is there already", flush=True)
+
+
+def make_bucket(bucket: str) -> bool:
+    """Whether it was not there yet."""
+    files = s3.connect(bucket)
+    with s3.named_errors(bucket):
+        if files.exists(bucket):
+            return False
+        files.mkdir(bucket)
+    return True
+
+
+if __name__ == "__main__":
+    run(main)

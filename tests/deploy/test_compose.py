@@ -1,0 +1,187 @@
+"""The cluster of containers as it is written down. deploy/smoke.sh runs it, where there are containers."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+NODES = ("head", "worker", "captioner", "trainer")
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy").glob("*.sh"))
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GRAFANA_PASSWORD")
+
+
+def constraints(name: str) -> dict[str, str]:
+    lines = (ROOT / "deploy" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def settings(path: Path) -> dict[str, str]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def make_env(path: Path) -> None:
+    subprocess.run(["sh", str(ROOT / "deploy/make-env.sh"), str(path)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/smoke.yml"])
+def test_it_is_a_compose_file_by_the_specifications_schema(name: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(ROOT / name)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_nothing_is_published_beyond_this_machine() -> None:
+    ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(str(port).startswith("127.0.0.1:") for port in ports), ports
+    assert not any(service.get("network_mode") or service.get("privileged") for service in SERVICES.values())
+
+
+def test_credentials_come_from_the_environment_and_their_absence_stops_it() -> None:
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            if re.search("KEY|SECRET|PASSWORD|TOKEN", variable):
+                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", str(value)), (name, variable)
+
+
+def test_every_setting_is_described() -> None:
+    used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    described = settings(ROOT / ".env.example")
+    assert used | {"COMPOSE_PROFILES"} == set(described)
+    assert [name for name in SECRETS if described[name]] == []
+
+
+def test_credentials_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    make_env(one)
+    make_env(other)
+    made = settings(one)
+    assert one.stat().st_mode & 0o777 == 0o600
+    assert all(len(made[name]) >= 20 and made[name] != settings(other)[name] for name in SECRETS)
+    assert {k: v for k, v in made.items() if k not in SECRETS} == {
+        k: v for k, v in settings(ROOT / ".env.example").items() if k not in SECRETS
+    }
+    make_env(one)
+    assert settings(one) == made
+
+
+def test_credentials_are_in_no_commit_image_or_upload() -> None:
+    # `ray job submit --working-dir .` leaves out what git ignores.
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    sent = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "/.env" in ignored
+    assert next(line for line in sent if not line.startswith("#")) == "*"
+    assert all((ROOT / line[1:]).exists() for line in sent if line.startswith("!"))
+    assert "!.env" not in sent
+
+
+def test_every_image_has_a_fixed_version() -> None:
+    images = [service["image"] for service in SERVICES.values()]
+    images += re.findall(r"^FROM (\S+:\S+)", DOCKERFILE, re.MULTILINE)
+    assert all(re.fullmatch(r"[\w./-]+:v?\d[\w.-]+", image) for image in images), images
+
+
+def test_our_images_have_the_projects_version_and_are_built_from_the_targets_they_are_called_by() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    built = {service["image"]: service["build"]["target"] for service in SERVICES.values() if "build" in service}
+    assert built == {f"hdm-{target}:{version}": target for target in ("pipeline", "captioner", "trainer")}
+    assert set(built.values()) <= set(re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE))
+
+
+def test_all_images_have_one_python_and_one_ray() -> None:
+    bases = set(re.findall(r"^FROM (\S+) AS", DOCKERFILE, re.MULTILINE))
+    assert bases == {"python:3.11-slim-bookworm", "base"}
+    # Tasks, actors and tables go from one image to the other.
+    one, other = constraints("constraints.txt"), constraints("constraints-captioner.txt")
+    for package in (
+        "ray",
+        "pyarrow",
+        "numpy",
+        "pandas",
+        "pillow",
+        "s3fs",
+        "aiobotocore",
+        "aiohttp",
+        "prometheus_client",
+    ):
+        assert one[package] == other[package], package
+
+
+def test_the_images_install_the_versions_that_were_tried_together() -> None:
+    setup = (ROOT / "deploy/setup.sh").read_text()
+    known = constraints("constraints.txt") | {"vllm": constraints("constraints-captioner.txt")["vllm"]}
+    known["pillow-simd"] = re.search(r"^simd=(\S+)", setup, re.MULTILINE).group(1)  # type: ignore[union-attr]
+    named = re.findall(r"([\w-]+)==([\w.]+)", DOCKERFILE)
+    assert {name for name, _ in named} == {"torch", "vllm", "pillow-simd"}
+    assert [(name, version) for name, version in named if known[name] != version] == []
+    assert all(" -c deploy/constraints" in line or "--no-deps" in line for line in _pip_installs()), _pip_installs()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for asked in re.findall(r"install-dependencies\.sh deploy/constraints[\w-]*\.txt(.*)", DOCKERFILE):
+        assert set(asked.split()) <= set(extras)
+
+
+def _pip_installs() -> list[str]:
+    return re.findall(r"pip install .*|pip wheel .*", DOCKERFILE)
+
+
+def test_no_container_of_ours_runs_as_root_or_gains_rights() -> None:
+    for target in ("pipeline", "trainer", "captioner", "s3"):
+        stage = DOCKERFILE.split(f" AS {target}\n")[1].split("\nFROM ")[0]
+        assert stage.strip().splitlines()[-1] == "USER hdm", target
+    for name in NODES:
+        assert SERVICES[name]["cap_drop"] == ["ALL"]
+        assert SERVICES[name]["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_nodes_share_one_token_which_only_the_head_may_write() -> None:
+    assert SERVICES["head"]["volumes"][0] == "token:/home/hdm/.ray"
+    for name in NODES[1:]:
+        assert SERVICES[name]["volumes"][0] == "token:/home/hdm/.ray:ro"
+    assert all(SERVICES[name]["environment"]["RAY_AUTH_MODE"] == "token" for name in NODES)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_limits_and_comes_back(name: str) -> None:
+    service = SERVICES[name]
+    assert service["restart"] in ("unless-stopped", "on-failure")
+    assert service["deploy"]["resources"]["limits"]["memory"]
+    # One that ends by itself has nothing to be asked.
+    assert "healthcheck" in service or service["restart"] == "on-failure"
+
+
+def test_only_the_services_for_gpus_ask_for_them() -> None:
+    def devices(service: dict[str, Any]) -> Any:
+        return service["deploy"]["resources"].get("reservations", {}).get("devices")
+
+    asking = {name for name, service in SERVICES.items() if devices(service)}
+    assert asking == {name for name, service in SERVICES.items() if "gpu" in service.get("profiles", ())}
+    assert asking == {"captioner", "trainer"}
+
+
+def test_what_is_mounted_from_here_is_here() -> None:
+    mounted = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
+    named = {volume.split(":")[0] for volume in mounted if not volume.startswith(".")}
+    assert named == set(COMPOSE["volumes"])
+    for path in (volume.split(":")[0] for volume in mounted if volume.startswith(".")):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_one_for_any_shell(script: str) -> None:
+    checked = subprocess.run(["sh", "-n", str(ROOT / script)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_smoke_test_can_be_run_as_it_is_named() -> None:
+    assert os.access(ROOT / "deploy/smoke.sh", os.X_OK)
