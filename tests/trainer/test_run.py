@@ -7,6 +7,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
+import pytest
 from PIL import Image
 
 RunJob = Callable[..., CompletedProcess[str]]
@@ -69,6 +70,17 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     changed["config"]["stage"]["optimizer"]["kind"] = "adamw"
     state.write_text(json.dumps(changed))
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 13), "optimizer.kind: adamw -> muon", "--run")
+
+
+def test_the_number_of_workers_may_come_from_the_environment(
+    call_job: RunJob, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one command is right on every cluster: `trainer/run.py --stage 1024`."""
+    monkeypatch.setenv("HDM_WORKERS", "3")
+    _refuses(_train(call_job, dataset, tmp_path), "--workers 3 does not divide")
+    _refuses(_train(call_job, dataset, tmp_path, "--workers", 5), "--workers 5 does not divide")
+    monkeypatch.setenv("HDM_WORKERS", "four")
+    _refuses(_train(call_job, dataset, tmp_path), "--workers", "'four'")
 
 
 def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
