@@ -3,7 +3,7 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
+Definition = Callable[[str], jsonschema.Draft7Validator]
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
-DEFINITIONS = ROOT.parent / "shared" / "data" / "kuberay"
 FILES = {"RayCluster": ["raycluster"], "RayJob": ["rayjob-caption", "rayjob-caption-vllm", "rayjob-train"]}
 RAY_FILES = [(kind, name) for kind, names in FILES.items() for name in names]
 # Of one image each: a pod that gets another could not do its work.
@@ -78,34 +79,38 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     return closed
 
 
-@cache
-def _definition(kind: str) -> jsonschema.Draft7Validator:
-    path = DEFINITIONS / f"ray.io_{kind.lower()}s.yaml"
-    if not path.exists():
-        pytest.skip("no KubeRay definitions beside this checkout")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: a second, or half a minute
-    definition = yaml.load(path.read_text(), Loader=loader)
-    [version] = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
-    schema = _closed(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}  # its definition is Kubernetes' own
-    return jsonschema.Draft7Validator(schema)
+@pytest.fixture(scope="session")
+def definition(kuberay_definitions: Path) -> Definition:
+    """definition("RayJob") -> what validates one."""
+
+    @cache
+    def load(kind: str) -> jsonschema.Draft7Validator:
+        path = kuberay_definitions / f"ray.io_{kind.lower()}s.yaml"
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: a second, or half a minute
+        definition = yaml.load(path.read_text(), Loader=loader)
+        [version] = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
+        schema = _closed(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}  # its definition is Kubernetes' own
+        return jsonschema.Draft7Validator(schema)
+
+    return load
 
 
 @pytest.mark.parametrize(("kind", "name"), RAY_FILES)
-def test_kuberay_takes_the_manifest(kind: str, name: str) -> None:
+def test_kuberay_takes_the_manifest(definition: Definition, kind: str, name: str) -> None:
     [manifest] = _documents(name)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
-    assert [f"{error.json_path}: {error.message}" for error in _definition(kind).iter_errors(manifest)] == []
+    assert [f"{error.json_path}: {error.message}" for error in definition(kind).iter_errors(manifest)] == []
 
 
 @pytest.mark.parametrize("path", ["spec", "spec.headGroupSpec", "spec.workerGroupSpecs.0.template.spec.containers.0"])
-def test_a_misspelt_field_would_be_found(path: str) -> None:
+def test_a_misspelt_field_would_be_found(definition: Definition, path: str) -> None:
     [manifest] = _documents("raycluster")
     part: Any = manifest
     for step in path.split("."):
         part = part[int(step)] if step.isdigit() else part[step]
     part["replica"] = 1
-    [error] = _definition("RayCluster").iter_errors(manifest)
+    [error] = definition("RayCluster").iter_errors(manifest)
     assert "'replica' was unexpected" in error.message
 
 

@@ -52,7 +52,7 @@ def _ray_commands() -> Iterator[list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules, when imported
-@pytest.mark.parametrize("words", _ray_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(_ray_commands()), ids=" ".join)
 def test_ray_knows_its_commands_and_flags(words: list[str]) -> None:
     from ray.scripts.scripts import cli
 
@@ -84,6 +84,11 @@ def test_compose_has_its_profiles_and_services() -> None:
     profiles = {profile for service in compose["services"].values() for profile in service.get("profiles", [])}
     assert _named(r"docker compose.* --profile (\w+)") <= profiles
     assert _named(r"docker compose (?:exec|stop) (\w+)") <= compose["services"].keys()
+
+
+def test_prometheus_has_its_alerts() -> None:
+    rules = yaml.safe_load((ROOT / "deploy/monitoring/alerts.yml").read_text())
+    assert _named(r"^(Hdm\w+)$") <= {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
 
 
 def test_the_steps_of_each_stage_are_those_that_it_takes() -> None:
