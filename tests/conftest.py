@@ -275,6 +275,15 @@ def real_illustrations() -> Path:
 
 
 @pytest.fixture(scope="session")
+def kuberay_definitions() -> Path:
+    """The folder of KubeRay's custom resource definitions."""
+    folder = SHARED_DATA / "kuberay"
+    if not folder.exists():
+        pytest.skip("no KubeRay definitions beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_pixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Pixtral; needs the captioner's environment."""
     save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_pixtral"]

@@ -25,7 +25,10 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "--checkpoints", metavar="HOME", help="folder or s3://bucket/prefix for HOME/<stage>/checkpoints; default: DIR"
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="training processes, one per GPU")
+    parser.add_argument(
+        "--workers", type=int, default=os.environ.get("HDM_WORKERS") or 1, metavar="N",
+        help="training processes, one per GPU; default: HDM_WORKERS, then 1",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps in all, instead of the stage's number")
     parser.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE",

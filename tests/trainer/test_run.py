@@ -7,6 +7,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from trainer.run_folder import only_job
@@ -79,6 +80,17 @@ def test_a_second_job_keeps_out_of_a_run_that_one_trains(call_job: RunJob, datas
         assert not list((tmp_path / "run").iterdir())
     with only_job(tmp_path / "run"):
         pass
+
+
+def test_the_number_of_workers_may_come_from_the_environment(
+    call_job: RunJob, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one command is right on every cluster: `trainer/run.py --stage 1024`."""
+    monkeypatch.setenv("HDM_WORKERS", "3")
+    _refuses(_train(call_job, dataset, tmp_path), "--workers 3 does not divide")
+    _refuses(_train(call_job, dataset, tmp_path, "--workers", 5), "--workers 5 does not divide")
+    monkeypatch.setenv("HDM_WORKERS", "four")
+    _refuses(_train(call_job, dataset, tmp_path), "--workers", "'four'")
 
 
 def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""The manifests of deploy/kuberay: what Kubernetes and KubeRay would refuse, and what must agree with the images."""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+Definition = Callable[[str], jsonschema.Draft7Validator]
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kuberay"
+FILES = {"RayCluster": ["raycluster"], "RayJob": ["rayjob-caption", "rayjob-caption-vllm", "rayjob-train"]}
+RAY_FILES = [(kind, name) for kind, names in FILES.items() for name in names]
+# Of one image each: a pod that gets another could not do its work.
+IMAGE_OF_GROUP = {"head": "pipeline", "cpu": "pipeline", "captioner": "captioner", "trainer": "trainer"}
+
+
+def _documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text()))
+
+
+def _spec(name: str) -> dict[str, Any]:
+    [manifest] = _documents(name)
+    return manifest["spec"]
+
+
+def _cluster(name: str) -> dict[str, Any] | None:
+    """The cluster that a manifest describes; None where it names one."""
+    spec = _spec(name)
+    return spec if name == "raycluster" else spec.get("rayClusterSpec")
+
+
+CLUSTERS = [name for _, name in RAY_FILES if _cluster(name)]
+
+
+def _groups(name: str) -> dict[str, dict[str, Any]]:
+    cluster = _cluster(name)
+    assert cluster
+    return {"head": cluster["headGroupSpec"]} | {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def _pods(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Which pods a manifest starts: name of the group, pod."""
+    if _cluster(name):
+        yield from ((group, settings["template"]["spec"]) for group, settings in _groups(name).items())
+    if "submitterPodTemplate" in _spec(name):
+        yield "submitter", _spec(name)["submitterPodTemplate"]["spec"]
+
+
+ALL_PODS = [pytest.param(pod, id=f"{name}-{group}") for _, name in RAY_FILES for group, pod in _pods(name)]
+
+
+def _environment(pod: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable.get("value") for variable in pod["containers"][0].get("env", [])}
+
+
+# --- KubeRay's own definitions ----------------------------------------------------------------------------------------
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """As a JSON schema that refuses unknown fields, as the API server does under strict validation."""
+    closed = dict(schema)
+    if closed.pop("x-kubernetes-int-or-string", False):
+        return {"type": ["integer", "string"]}
+    if "properties" in schema:
+        closed["properties"] = {name: _closed(part) for name, part in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            closed.setdefault("additionalProperties", False)
+    for part in ("items", "additionalProperties"):
+        if isinstance(schema.get(part), dict):
+            closed[part] = _closed(schema[part])
+    return closed
+
+
+@pytest.fixture(scope="session")
+def definition(kuberay_definitions: Path) -> Definition:
+    """definition("RayJob") -> what validates one."""
+
+    @cache
+    def load(kind: str) -> jsonschema.Draft7Validator:
+        path = kuberay_definitions / f"ray.io_{kind.lower()}s.yaml"
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: a second, or half a minute
+        definition = yaml.load(path.read_text(), Loader=loader)
+        [version] = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
+        schema = _closed(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}  # its definition is Kubernetes' own
+        return jsonschema.Draft7Validator(schema)
+
+    return load
+
+
+@pytest.mark.parametrize(("kind", "name"), RAY_FILES)
+def test_kuberay_takes_the_manifest(definition: Definition, kind: str, name: str) -> None:
+    [manifest] = _documents(name)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
+    assert [f"{error.json_path}: {error.message}" for error in definition(kind).iter_errors(manifest)] == []
+
+
+@pytest.mark.parametrize("path", ["spec", "spec.headGroupSpec", "spec.workerGroupSpecs.0.template.spec.containers.0"])
+def test_a_misspelt_field_would_be_found(definition: Definition, path: str) -> None:
+    [manifest] = _documents("raycluster")
+    part: Any = manifest
+    for step in path.split("."):
+        part = part[int(step)] if step.isdigit() else part[step]
+    part["replica"] = 1
+    [error] = definition("RayCluster").iter_errors(manifest)
+    assert "'replica' was unexpected" in error.message
+
+
+# --- The images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-captioner.txt"])
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_ray_version_is_that_of_the_images(name: str, constraints: str) -> None:
+    [pinned] = re.findall(r"^ray==(\S+)$", (ROOT / "deploy" / constraints).read_text(), re.MULTILINE)
+    cluster = _cluster(name)
+    assert cluster
+    assert cluster["rayVersion"] == pinned
+
+
+@pytest.mark.parametrize("name", [name for _, name in RAY_FILES])
+def test_each_group_has_its_image_in_this_version(name: str) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for group, pod in _pods(name):
+        target = IMAGE_OF_GROUP.get(group, "pipeline")
+        assert [container["image"] for container in pod["containers"]] == [f"hdm-{target}:{version}"], group
+
+
+def test_the_dockerfile_has_the_images_and_their_user() -> None:
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert set(IMAGE_OF_GROUP.values()) <= set(re.findall(r"^FROM \S+ AS (\S+)", dockerfile, re.MULTILINE))
+    assert re.search(r"useradd .*--uid 1000\b", dockerfile)  # runAsUser of every pod
+
+
+@pytest.mark.parametrize("name", [name for name in CLUSTERS if name != "raycluster"])
+def test_a_job_s_own_cluster_has_the_groups_of_the_one_that_stays(name: str) -> None:
+    shared = _groups("raycluster")
+    for group, settings in _groups(name).items():
+        different = {key for key in settings if settings[key] != shared[group].get(key)}
+        assert different <= {"replicas"}, group
+
+
+# --- The jobs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("rayjob-caption", "python pipeline/caption.py"), ("rayjob-train", "python trainer/run.py --stage 1024")],
+)
+def test_the_entry_point_is_the_command_to_the_letter(name: str, command: str) -> None:
+    assert _spec(name)["entrypoint"] == command
+
+
+@pytest.mark.parametrize(("name", "group"), [("rayjob-caption-vllm", "captioner"), ("rayjob-train", "trainer")])
+def test_the_driver_runs_where_the_group_says_it_may(name: str, group: str) -> None:
+    wanted = yaml.safe_load(_spec(name)["entrypointResources"])
+    assert list(wanted) == [group]
+    # KubeRay puts it into a shell's command line: one word of it is JSON.
+    [offered] = shlex.split(_groups(name)[group]["rayStartParams"]["resources"])
+    assert yaml.safe_load(offered) == {group: 1}
+    assert 0 < wanted[group] <= 1
+    assert _groups(name)[group]["replicas"] >= 1
+
+
+def test_a_job_for_the_cluster_that_stays_names_it() -> None:
+    [cluster] = _documents("raycluster")
+    assert _spec("rayjob-caption")["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob-train"])
+def test_a_training_has_a_worker_per_gpu_of_one_node(name: str) -> None:
+    group = _groups(name)["trainer"]
+    [container] = group["template"]["spec"]["containers"]
+    environment = _environment(group["template"]["spec"])
+    assert group["maxReplicas"] == 1
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == environment["HDM_WORKERS"] == "4"
+    [mount] = container["volumeMounts"]
+    assert environment["HDM_RUN"].startswith(f"{mount['mountPath']}/")
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_gpus_are_given_back(name: str) -> None:
+    if name == "raycluster":
+        with_gpus = [group for group in _groups(name).values() if "nvidia.com/gpu" in str(group["template"])]
+        assert [group["replicas"] for group in with_gpus] == [0, 0]
+    else:
+        assert _spec(name)["shutdownAfterJobFinishes"]
+
+
+# --- Security ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pod", ALL_PODS)
+def test_a_pod_is_restricted_as_the_namespace_demands(pod: dict[str, Any]) -> None:
+    """Kubernetes' Pod Security Standards, "restricted"."""
+    of_pod = pod["securityContext"]
+    assert of_pod["runAsNonRoot"]
+    assert of_pod["runAsUser"] == 1000
+    assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert all(volume.keys() <= {"name", "persistentVolumeClaim"} for volume in pod.get("volumes", []))
+    for container in pod["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert pod["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("pod", ALL_PODS)
+def test_a_pod_has_limits(pod: dict[str, Any]) -> None:
+    for container in pod["containers"]:
+        resources = container["resources"]
+        assert {"cpu", "memory"} <= resources["limits"].keys()
+        assert {"cpu", "memory"} <= resources["requests"].keys()
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_wants_the_token_and_is_not_exposed(name: str) -> None:
+    cluster = _cluster(name)
+    assert cluster
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "hdm-ray-token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert cluster["headGroupSpec"]["enableIngress"] is False
+
+
+def test_the_namespace_admits_no_root_and_nobody_from_outside() -> None:
+    documents = {document["kind"]: document for document in _documents("namespace")}
+    assert documents["Namespace"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    policy = documents["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == {}
+    assert policy["policyTypes"] == ["Ingress"]
+    assert all(rule.get("from") for rule in policy["ingress"])
+    assert not any("ipBlock" in source for rule in policy["ingress"] for source in rule["from"])
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_manifest_holds_a_secret(path: Path) -> None:
+    """Settings of S3 and the token come from Secrets alone; environment variables with a value are these few."""
+    plain = {"RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_START_TIMEOUT_SECONDS", "HF_HOME", "HDM_RUN", "HDM_WORKERS"}
+    documents = list(yaml.safe_load_all(path.read_text()))
+    assert all(document["kind"] != "Secret" for document in documents)
+    for pod in (pod for _, name in RAY_FILES if name == path.stem for _, pod in _pods(name)):
+        assert _environment(pod).keys() <= plain
+        assert pod["containers"][0].get("envFrom", []) in ([], [{"secretRef": {"name": "hdm-s3"}}])
+
+
+@pytest.mark.parametrize("name", [name for _, name in RAY_FILES])
+def test_disks_and_namespace_are_those_of_the_first_file(name: str) -> None:
+    first = _documents("namespace")
+    claims = {document["metadata"]["name"] for document in first if document["kind"] == "PersistentVolumeClaim"}
+    used = {volume["persistentVolumeClaim"]["claimName"] for _, pod in _pods(name) for volume in pod.get("volumes", [])}
+    assert used <= claims
+    [manifest] = _documents(name)
+    assert manifest["metadata"]["namespace"] == first[0]["metadata"]["name"]
