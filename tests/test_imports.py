@@ -20,6 +20,7 @@ ONLY_IN = {
         "trainer/vae.py",
     },
     "onnxruntime": {"pipeline/classifiers.py"},
+    "prometheus_client": {"pipeline/exporter.py"},
     "tokenizers": {"trainer/text.py"},
     "vllm": {"captioner/engines/vllm.py"},
     "mistral_common": {"captioner/engines/vllm.py"},
