@@ -62,8 +62,13 @@ class Meter:
                 "engine": self._now.waited_for_engine,
             },
         }
+        gauges = {"hdm_caption_engines": float(self._engines)}
+        if not self._is_starting():
+            gauges["hdm_caption_hours_left"] = self._seconds_left() / 3600
+        if (dollars := self._dollars(self._seconds)) is not None:
+            gauges["hdm_caption_dollars"] = dollars
         # An actor that Ray started again finds rows that its former life has told of.
-        return Standing(min(self._now.rows, self._rows), self._line(), counts)
+        return Standing(min(self._now.rows, self._rows), self._line(), counts, gauges)
 
     def record(self) -> dict[str, Any]:
         """For run.json."""
@@ -95,6 +100,14 @@ class Meter:
             since, before = self._started, 0
         return (self._now.answered - before) / max(self._last - since, 1e-3)
 
+    def _is_starting(self) -> bool:
+        """There are no answers after the first ones, whose time says nothing."""
+        now = self._now
+        return not now.answered or bool(self._first and now.answered == self._first[1] and now.rows < self._rows)
+
+    def _seconds_left(self) -> float:
+        return max(0, self._rows - self._now.rows) / self._rate()  # as in __call__, rows may have been told of twice
+
     def _dollars(self, seconds: float) -> float | None:
         if self._dollars_per_hour is None:
             return None
@@ -102,10 +115,9 @@ class Meter:
 
     def _line(self) -> str:
         now = self._now
-        if not now.answered or (self._first and now.answered == self._first[1] and now.rows < self._rows):
+        if self._is_starting():
             return "first answers" if now.answered else "engine starts"
-        rate, seconds = self._rate(), max(self._seconds, 1e-3)
-        left = max(0, self._rows - now.rows) / rate  # as in __call__, rows may have been told of twice
+        rate, seconds, left = self._rate(), max(self._seconds, 1e-3), self._seconds_left()
         parts = [
             f"{rate:.2f} images/s",
             f"{now.tokens_in / seconds:.0f} tokens/s in, {now.tokens_out / seconds:.0f} out",

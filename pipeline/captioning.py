@@ -2,6 +2,7 @@
 of Ray. What a row of captions is, is said here for a model's captions too."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,16 +28,18 @@ class ImageShard:
     digest: str  # of its footer
 
 
-def caption_shard(part: ImageShard, dataset: str, folder: str) -> None:
+def caption_shard(part: ImageShard, dataset: str, folder: str) -> Counter[str]:
     """Write <folder>/<shard>: the rows of images/<shard>, in their order, each with a caption or the reason for having
-    none."""
+    none. How many were "captioned", and were not for which reason."""
     store = Store(dataset)
     images = store.read_table(f"images/{part.shard}.parquet", TAG_COLUMNS).to_pylist()
     reader = TagReader()
     answers = TagEngine().caption([request_of(row, reader) for row in images])
-    table = pa.RecordBatch.from_pylist([caption_row(Outcome(answer)) for answer in answers], CAPTIONS)
+    rows = [caption_row(Outcome(answer)) for answer in answers]
+    table = pa.RecordBatch.from_pylist(rows, CAPTIONS)
     made = json.dumps({"images": part.digest})
     store.write_table(f"{folder}/{part.shard}.parquet", table, CAPTIONS, made_from=made)
+    return Counter(row["reason"] or "captioned" for row in rows)
 
 
 def request_of(row: dict[str, Any], reader: TagReader) -> Request:

@@ -4,14 +4,15 @@ A shard is the unit of work and of resume: its task reads, works and commits on 
 picture travels between processes and a killed task is simply run again.
 """
 
+import json
 import pickle
 import threading
 import time
 import traceback
 import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
@@ -19,8 +20,8 @@ from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
-from ray.util import metrics
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.metrics import Counter, Gauge
 
 from pipeline.jobs import JobFailed, JobStopped, Standing, UsageError, progress
 
@@ -29,13 +30,19 @@ T = TypeVar("T")
 _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's own number is infinite
 _LOOK_SECONDS: Final = 3.0  # between looks at what actors report
 _END_SECONDS: Final = 30.0  # for actors to keep what they have
+_GAUGE_SECONDS: Final = 3.0  # Ray forgets a gauge that was not set for two of its reports, 20 seconds
 _DECODING_CPUS: Final = 8  # more than an engine ever needs
 
 
 def map_shards(
-    shards: dict[str, T], work: Callable[[T], None], rows: Callable[[T], int], description: str, memory: int = 0
+    shards: dict[str, T],
+    work: Callable[[T], Mapping[str, int] | None],
+    rows: Callable[[T], int],
+    description: str,
+    memory: int = 0,
 ) -> dict[str, str]:
-    """Run `work` on each shard (by name) in parallel, with a progress bar over the shards' rows.
+    """Run `work` on each shard (by name) in parallel, with a progress bar over the shards' rows and metrics of Ray: see
+    _Metrics. What became of a shard's rows is what `work` returns, or else they are "done".
 
     `memory`: bytes that a worker may need; no more of them run at once on a node than its memory has room for.
     All shards are tried; returns those on which the work raised, or whose process died, each with why. JobFailed where
@@ -43,7 +50,8 @@ def map_shards(
     """
 
     def run(item: dict[str, Any]) -> dict[str, str]:
-        return {"name": item["name"], "failure": _attempt(work, pickle.loads(item["shard"]))}
+        failure, became = _attempt(work, pickle.loads(item["shard"]))
+        return {"name": item["name"], "failure": failure, "became": json.dumps(became)}
 
     items = [{"name": name, "shard": pickle.dumps(shard)} for name, shard in shards.items()]
     todo = ray.data.from_items(items, override_num_blocks=len(items))
@@ -54,10 +62,15 @@ def map_shards(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         results = todo.map(run, memory=_within_a_node(memory), ray_remote_args_fn=lambda: {"max_retries": _RETRIES})
     failures = dict.fromkeys(shards, "its process died; the log names Ray's own logs")
-    with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
+    with (
+        progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar,
+        _Metrics(description, bar) as metrics,
+    ):
         try:
             for item in results.iter_rows():
-                bar.update(rows(shards[item["name"]]))
+                count = rows(shards[item["name"]])
+                bar.update(count)
+                metrics.add(item["failure"], json.loads(item["became"]) or {"done": count})
                 del failures[item["name"]]
                 if item["failure"]:
                     failures[item["name"]] = item["failure"]
@@ -73,17 +86,73 @@ def _within_a_node(memory: int) -> float | None:
     return min(memory, most) if memory else None
 
 
-def _attempt(work: Callable[[T], None], shard: T) -> str:
-    """Why the work failed, "" where it did not. Of whatever kind the failure is, but for JobStopped: other shards must
-    still be done."""
+def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[str, Mapping[str, int] | None]:
+    """Why the work failed, "" where it did not; and what it returned. Of whatever kind the failure is, but for
+    JobStopped: other shards must still be done."""
     try:
-        work(shard)
+        return "", work(shard)
     except JobStopped:
         raise
     except Exception as error:
         traceback.print_exc()  # goes to the worker's own log
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return ""
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", None
+
+
+class _Metrics:
+    """Of Ray, while the block lasts and the bar moves: `hdm_<task>_rows` counts rows by what became of them, the gauge
+    `hdm_rows_left` has those that are not done.
+
+    A gauge that nobody sets is soon forgotten, and a shard may take minutes: a thread sets them. So a gauge that is
+    there says that its job is running, and one that stays the same says that it is stuck.
+    """
+
+    def __init__(self, task: str, bar: Any) -> None:
+        self._task, self._bar = task, bar
+        self._became: Tally[str] = Tally()
+        self._counters: dict[str, Counter] = {}
+        self._counted: dict[tuple[str, str], float] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._shown: dict[str, float] = {}
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="metrics")
+
+    def __enter__(self) -> "_Metrics":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join(timeout=_GAUGE_SECONDS)
+
+    def add(self, failure: str, became: Mapping[str, int]) -> None:
+        """The rows of one more shard, by what became of them. Those of one that failed are no rows."""
+        if not failure:
+            self._became.update(became)
+            self.count({f"hdm_{self._task}_rows": self._became})
+
+    def count(self, counts: Mapping[str, Mapping[str, float]]) -> None:
+        """By metric and kind: how much so far."""
+        for metric, by_kind in counts.items():
+            if metric not in self._counters:
+                self._counters[metric] = Counter(metric, description=metric.replace("_", " "), tag_keys=("kind",))
+            for kind, value in by_kind.items():
+                more = value - self._counted.get((metric, kind), 0)
+                if more > 0:  # Ray refuses 0
+                    self._counters[metric].inc(more, tags={"kind": kind})
+                    self._counted[metric, kind] = value
+
+    def show(self, gauges: dict[str, float]) -> None:
+        """By metric: how much it is now, until it is said again."""
+        self._shown = gauges
+
+    def _keep(self) -> None:
+        while True:
+            for metric, value in ({"hdm_rows_left": self._bar.total - self._bar.n} | self._shown).items():
+                if metric not in self._gauges:
+                    self._gauges[metric] = Gauge(metric, description=metric.replace("_", " "), tag_keys=("task",))
+                self._gauges[metric].set(value, tags={"task": self._task})
+            if self._ends.wait(_GAUGE_SECONDS):
+                return
 
 
 @dataclass(frozen=True)
@@ -153,14 +222,14 @@ class _Actor:
         self.life = uuid.uuid4().hex  # another one after Ray started this actor again
 
     def run(self, shard: Any) -> str:
-        """As _attempt, but JobStopped goes through."""
+        """Why it failed, "" where it did not; but JobStopped goes through."""
 
         def work(shard: Any) -> None:
             with self.making:
                 self.work = self.work or self.make_work()
             self.work(shard)
 
-        return _attempt(work, shard)
+        return _attempt(work, shard)[0]
 
     def answer(self) -> None:
         """That it is there."""
@@ -211,10 +280,13 @@ def map_shards_with(
     places = _Places(actors, pool.at_once)
     waiting = list(reversed(shards))
     running: dict[Any, tuple[Any, str]] = {}
-    losses = Counter[str]()  # of the process that worked on a shard
+    losses = Tally[str]()  # of the process that worked on a shard
     failures: dict[str, str] = {}
     watched = _Watched(actors, watch) if watch else None
-    with progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar:
+    with (
+        progress(iter(()), sum(map(rows, shards.values())), description, "rows") as bar,
+        _Metrics(description, bar) as metrics,
+    ):
         try:
             while waiting or running:
                 places.look()
@@ -237,8 +309,9 @@ def map_shards_with(
                         failures[name] = failure
                     if not watched:
                         bar.update(rows(shards[name]))
+                        metrics.add(failure, {"done": rows(shards[name])})
                 if watched and (watched.is_due() or not (waiting or running)):
-                    watched.look(bar)
+                    watched.look(bar, metrics)
         finally:
             if watched:
                 watched.end(bar)
@@ -293,14 +366,12 @@ class _Watched:
     def __init__(self, actors: list[Any], watch: Callable[[list[Any]], Standing]) -> None:
         self.actors, self.watch = actors, watch
         self.reports: dict[str, Any] = {}  # by life
-        self.counters: dict[str, metrics.Counter] = {}
-        self.counted: dict[tuple[str, str], float] = {}
         self.looked = time.monotonic()
 
     def is_due(self) -> bool:
         return time.monotonic() - self.looked >= _LOOK_SECONDS
 
-    def look(self, bar: Any) -> None:
+    def look(self, bar: Any, metrics: _Metrics) -> None:
         """Ask all that answer in time."""
         self.looked = time.monotonic()
         asked = [actor.report.remote() for actor in self.actors]
@@ -312,19 +383,8 @@ class _Watched:
         standing = self.watch(list(self.reports.values()))
         bar.set_postfix_str(standing.line, refresh=False)
         bar.update(max(0, standing.rows - bar.n))
-        self.count(standing.counts)
-
-    def count(self, counts: dict[str, dict[str, float]]) -> None:
-        for metric, by_kind in counts.items():
-            if metric not in self.counters:
-                self.counters[metric] = metrics.Counter(
-                    metric, description=metric.replace("_", " "), tag_keys=("kind",)
-                )
-            for kind, value in by_kind.items():
-                more = value - self.counted.get((metric, kind), 0)
-                if more > 0:  # Ray refuses 0
-                    self.counters[metric].inc(more, tags={"kind": kind})
-                    self.counted[metric, kind] = value
+        metrics.count(standing.counts)
+        metrics.show(standing.gauges)
 
     def end(self, bar: Any) -> None:
         """Let the actors keep what they have, and count it."""

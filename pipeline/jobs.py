@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -54,6 +54,7 @@ class Standing:
     rows: int  # finished
     line: str  # for the progress bar
     counts: dict[str, dict[str, float]]  # metric -> kind -> how much so far
+    gauges: dict[str, float] = field(default_factory=dict)  # metric -> how much it is now
 
 
 # Flags that name what a job makes.

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,14 @@ from pipeline import s3
 _PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
 _PASSING = "hdm-passing-"
 _COPIED_AT_ONCE = 16 << 20
+
+
+class Listed(NamedTuple):
+    """A file as a listing shows it."""
+
+    size: int  # bytes
+    written: float  # seconds, Unix
+    stamp: str  # as Store.stamp
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,7 @@ class Store:
         """What is another one when a file was written again."""
         if self.is_remote:
             return s3.etag(self.path(name))
-        found = os.stat(self.path(name))
-        return f"{found.st_size}-{found.st_mtime_ns}"
+        return _stamp(os.stat(self.path(name)))
 
     def shards(self, folder: str = "") -> list[str]:
         """Names without `.parquet` of the finished shards of a folder, sorted; none if there is no such folder."""
@@ -116,9 +123,14 @@ class Store:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file below a folder, by its name relative to that; none if there is no such folder."""
+        return {name: listed.size for name, listed in self.listing(folder).items()}
+
+    def listing(self, folder: str = "") -> dict[str, Listed]:
+        """What is known of each file below a folder without opening it, by its name relative to that; none if there is
+        no such folder."""
         root = self.path(folder)
-        found = s3.sizes(root) if self.is_remote else _sizes_below(root)
-        return {path.removeprefix(f"{root.rstrip('/')}/"): size for path, size in found.items()}
+        found = s3.listing(root) if self.is_remote else _listing_below(root)
+        return {path.removeprefix(f"{root.rstrip('/')}/"): Listed(*about) for path, about in found.items()}
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open(name) as file:
@@ -243,9 +255,14 @@ def _files_below(folder: str) -> list[str]:
     return [f"{where}/{name}" for where, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
-def _sizes_below(folder: str) -> dict[str, int]:
-    sizes = {}
+def _listing_below(folder: str) -> dict[str, tuple[int, float, str]]:
+    listing = {}
     for path in _files_below(folder):
         with suppress(FileNotFoundError):  # another process removed it
-            sizes[path] = os.stat(path).st_size
-    return sizes
+            found = os.stat(path)
+            listing[path] = found.st_size, found.st_mtime, _stamp(found)
+    return listing
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"

@@ -7,6 +7,7 @@ whatever the size of the file and of its row groups.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -110,10 +111,13 @@ class Checked:
     picture: Picture
 
 
-def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
+def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str]:
     """Write images/<shard> and rejected/<shard>: every row of the raw shard is in one of them; and the smaller tier
-    where the rules ask for it. The images are committed last, so that a finished shard has all of its files."""
-    store, rejected = Store(dataset), list[dict[str, Any]]()
+    where the rules ask for it. The images are committed last, so that a finished shard has all of its files.
+
+    How many rows were "kept", and refused for which reason.
+    """
+    store, rejected, became = Store(dataset), list[dict[str, Any]](), Counter[str]()
     made = {"raw": raw.path, "footer": raw.digest, "stamp": raw.stamp, "settings": rules.settings(raw)}
     made |= {"fingerprint": rules.fingerprint(raw)}
     # Of the images that were there before, and so perhaps of other rows.
@@ -126,17 +130,20 @@ def validate_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
         for row, outcome in _check_all(raw, rules):
             if isinstance(outcome, Rejected):
                 rejected.append(asdict(outcome) | {"sha256": _sha256(image_bytes(row))})
+                became[outcome.reason] += 1
                 continue
+            became["kept"] += 1
             append(outcome.row)
             if append_smaller:
                 append_smaller(_smaller(outcome.row, outcome.picture, rules))
         refusals = pa.RecordBatch.from_pylist(rejected, REJECTED)
         store.write_table(f"rejected/{raw.shard}.parquet", refusals, REJECTED, raw=raw.path)
+    return became
 
 
-def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
-    """Write the smaller tier of a shard whose images are finished, from those."""
-    store = Store(dataset)
+def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str]:
+    """Write the smaller tier of a shard whose images are finished, from those. How many were "downsized"."""
+    store, count = Store(dataset), 0
     with ExitStack() as files:
         append = _tier(files, store, raw, rules)
         for row in _rows(store.path(f"images/{raw.shard}.parquet"), columns=["id", "image", "format"]):
@@ -144,6 +151,8 @@ def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> None:
             picture = decode(row["image"], rules.limits)
             assert isinstance(picture, Picture), (row["id"], picture)  # it was decoded before, within the same limits
             append(_smaller(row, picture, rules))
+            count += 1
+    return Counter(downsized=count)
 
 
 def _tier(files: ExitStack, store: Store, raw: RawShard, rules: IngestRules) -> Callable[[dict[str, Any]], None]:

@@ -21,6 +21,7 @@ ONLY_IN = {
         "trainer/vae.py",
     },
     "onnxruntime": {"pipeline/classifiers.py"},
+    "prometheus_client": {"pipeline/exporter.py"},
     "tokenizers": {"trainer/text.py"},
     "peft": {"trainer/lora.py"},
     "vllm": {"captioner/engines/vllm.py"},

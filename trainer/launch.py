@@ -6,6 +6,7 @@ and its executor, a Python loop in the worker's process, made a training step on
 
 import ctypes
 import itertools
+import math
 import os
 import signal
 import sys
@@ -173,6 +174,9 @@ class _Watcher:
             name: Gauge(GAUGE_PREFIX + name, f"{metric.description} ({metric.unit})", tag_keys=("stage",))
             for name, metric in METRICS.items()
         }
+        # Set at every look, as Ray forgets a gauge that was not set for 20 seconds: so one that is there says that the
+        # job is running, and a step that stays the same that it is stuck.
+        self._figures: dict[str, float] = {"step": training.start_step}
 
     def __enter__(self) -> "_Watcher":
         self._handler = signal.signal(signal.SIGTERM, self._stop)
@@ -205,6 +209,8 @@ class _Watcher:
                 self._seen += len(lines)
                 for line in lines:
                     self._show(line, bar)
+                for metric, value in self._figures.items():
+                    self._gauges[metric].set(value, tags={"stage": self.training.stage_name})
                 if ends:
                     return
 
@@ -212,9 +218,10 @@ class _Watcher:
         if isinstance(line, str):
             bar.write(f"run: {line}", file=sys.stderr)
             return
-        for name in line.keys() & self._gauges.keys():
-            if (value := line[name]) is not None:
-                self._gauges[name].set(value, tags={"stage": self.training.stage_name})
+        finite = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
+        # A figure that is not finite any more is not shown: Ray would drop it, and keep the one before.
+        kept = {name: value for name, value in self._figures.items() if name not in line}
+        self._figures = {name: value for name, value in (kept | finite).items() if name in self._gauges}
         if (step := line.get("step")) is not None:
             self.lines.append(line)
             bar.set_postfix_str(progress_text(line), refresh=False)

@@ -35,6 +35,11 @@ def test_the_line_tells_rate_tokens_time_left_dollars_waiting_and_rejects(now: l
     assert standing.counts["hdm_caption_rows"] == {"captioned": 217, "refusal": 3}
     assert standing.counts["hdm_caption_tokens"] == {"in": 40_000, "out": 8_000}
     assert standing.counts["hdm_caption_waiting_seconds"] == {"pictures": 7.0, "engine": 90.0}
+    assert standing.gauges == {
+        "hdm_caption_engines": 2,
+        "hdm_caption_hours_left": pytest.approx(370 / 3600),
+        "hdm_caption_dollars": 0.2,
+    }
     record = meter.record()
     assert (record["rows_answered"], record["rows_kept"], record["dollars"]) == (220, 40, 0.2)
     assert record["images_per_second"] == 2.0

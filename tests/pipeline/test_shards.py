@@ -1,5 +1,6 @@
 """Files appear whole or not at all, on local disk and on S3."""
 
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,9 @@ def test_the_files_below_a_folder_are_listed_with_their_sizes_and_none_of_a_fold
     assert store.sizes("run") == {"a/one.bin": 3, "empty": 0}
     assert store.sizes() == {"run/a/one.bin": 3, "run/empty": 0, "run-2/other": 5}
     assert store.sizes("nowhere") == {}
+    listed = store.listing("run")["a/one.bin"]
+    assert listed.stamp == store.stamp("run/a/one.bin")
+    assert abs(listed.written - time.time()) < 60
 
 
 def test_a_local_copy_has_the_files_content(root: str) -> None:
