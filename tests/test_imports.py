@@ -21,7 +21,7 @@ ONLY_IN = {
         "trainer/vae.py",
     },
     "onnxruntime": {"pipeline/classifiers.py"},
-    "prometheus_client": {"pipeline/exporter.py"},
+    "prometheus_client": {"pipeline/exporter.py", "trainer/page_figures.py"},
     "tokenizers": {"trainer/text.py"},
     "peft": {"trainer/lora.py"},
     "vllm": {"captioner/engines/vllm.py"},

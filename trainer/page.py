@@ -15,13 +15,12 @@ from typing import Any, Final, get_args
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainer.form import FORM, Limits, example_rows, form_of, read_form, size_presets
 from trainer.live import Draw, Drawn, ModelFacts, Step
 from trainer.outline import MOVE_OUTLINE, outline_html
-from trainer.page_figures import PageFigures
+from trainer.page_figures import FORMAT, PageFigures
 from trainer.passwords import CheckLogin
 from trainer.pictures import Request, Sampler, Settings, read_origin, save_picture
 from trainer.turns import QueueFull, Turns
@@ -70,7 +69,7 @@ def page_app(studio: Studio, login: CheckLogin | None) -> ASGIApp:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(studio.figures.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(studio.figures.text(), media_type=FORMAT)
 
     gr.set_static_paths([studio.folder])  # served as they are: no copies, the same bytes
     gr.mount_gradio_app(

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+FORMAT: Final = CONTENT_TYPE_LATEST  # media type of `PageFigures.text`
 _PREFIX: Final = "hdm_page_"
 _SECONDS: Final = (0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 # Why a picture was not drawn; each is there from the start, so that a rate can be taken of the first one, too.
