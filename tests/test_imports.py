@@ -27,6 +27,7 @@ ONLY_IN = {
     "s3fs": {"pipeline/s3.py"},
     "tensorboard": {"trainer/run_log.py"},
     "wandb": {"trainer/run_log.py"},
+    "torchmetrics": {"trainer/fidelity.py"},
     "jinja2": {"pipeline/caption_trial.py", "pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.

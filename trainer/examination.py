@@ -126,18 +126,7 @@ def table(found: Examination) -> list[str]:
         )
     else:
         lines.append("speed: not measured, all pictures were there")
-    camera = found.camera
-    lines.append(
-        f"camera: content moves {camera.ratio:.2f} of the way that it should (median of {camera.moves} shifts), "
-        f"{camera.within_40_percent:.0%} within 40%, {camera.right_direction:.0%} in the right direction (chance 50%)"
-    )
-    if found.colour:
-        lines.append(_counted("main colour as prompted", found.colour))
-    if found.shape:
-        lines.append(
-            f"{_counted('shape as prompted', found.shape)}; the judge is right on {found.shape.judge:.0%} of the "
-            "selection's pictures"
-        )
+    lines += figure_lines(found.camera, found.colour, found.shape)
     if found.tags:
         lines.append(f"tags of the text found: {_share(found.tags.share)} (chance {_share(found.tags.chance)})")
     if found.fidelity:
@@ -146,6 +135,19 @@ def table(found: Examination) -> list[str]:
             f"{found.fidelity.drawn} drawn, {found.fidelity.real} of the selection"
         )
     return lines + [f"note: {note}" for note in notes(found)]
+
+
+def figure_lines(camera: Consistency, colour: Agreement | None, shape: ShapeAgreement | None) -> list[str]:
+    lines = [
+        f"camera: content moves {camera.ratio:.2f} of the way that it should (median of {camera.moves} shifts), "
+        f"{camera.within_40_percent:.0%} within 40%, {camera.right_direction:.0%} in the right direction (chance 50%)"
+    ]
+    if colour:
+        lines.append(_counted("main colour as prompted", colour))
+    if shape:
+        judge = f"the judge is right on {shape.judge:.0%} of the selection's pictures"
+        lines.append(f"{_counted('shape as prompted', shape)}; {judge}")
+    return lines
 
 
 def notes(found: Examination) -> list[str]:
