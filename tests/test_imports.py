@@ -31,6 +31,7 @@ ONLY_IN = {
     "tensorboard": {"trainer/run_log.py"},
     "wandb": {"trainer/run_log.py"},
     "gradio": {"trainer/page.py"},
+    "torchmetrics": {"trainer/fidelity.py"},
     "jinja2": {"pipeline/caption_trial.py", "pipeline/report_page.py", "trainer/gallery.py"},
 }
 # What the trainer may use of the pipeline.

@@ -42,14 +42,21 @@ class Agreement:
 
 def main_colour(pixels_HWC: NDArray[np.uint8]) -> str | None:
     """The colour word that most saturated, bright pixels are nearest to in hue; None where too few of them are."""
-    hue, saturation, value = _hue_saturation_value(pixels_HWC.reshape(-1, 3))
-    voters = hue[(saturation > MIN_SATURATION) & (value > MIN_VALUE)]
+    hue = _hue_saturation_value(pixels_HWC.reshape(-1, 3))[0]
+    voters = hue[vivid(pixels_HWC).reshape(-1)]
     if len(voters) < MIN_VOTING_SHARE * len(hue):
         return None
     centres = np.array(list(COLOUR_HUES.values()))
     distance = np.abs((voters[:, None] - centres + 180) % 360 - 180)
     votes = np.bincount(distance.argmin(axis=1), minlength=len(centres))
     return list(COLOUR_HUES)[int(votes.argmax())]
+
+
+def vivid(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(H, W): the saturated, bright pixels, which are those of the objects."""
+    _, saturation, value = _hue_saturation_value(pixels_HWC.reshape(-1, 3))
+    has_a_say: NDArray[np.bool_] = (saturation > MIN_SATURATION) & (value > MIN_VALUE)
+    return has_a_say.reshape(pixels_HWC.shape[:2])
 
 
 def prompted_colour(prompt: str) -> str | None:

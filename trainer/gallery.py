@@ -1,11 +1,11 @@
-"""One HTML page that shows what a run has learnt: prompts and seeds, wide and tall, camera, loss, counts."""
+"""One HTML page that shows what a run has learnt: prompts and seeds, wide and tall, camera, figures, loss, counts."""
 
 import base64
 import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from PIL import Image
 from pipeline.jobs import progress
 from pipeline.shards import Store
 from trainer.agreement import Agreement, colour_agreement, prompted_colour
+from trainer.camera_consistency import Consistency, Move, consistency
 from trainer.data import Selection, selection_tags
+from trainer.examination import figure_lines, judge_of_shapes
+from trainer.outlines import ShapeAgreement, coloured_object
 from trainer.pictures import PictureModel, Pixels, Settings
 
 _SEEDS_PER_PROMPT = 6
@@ -27,6 +30,8 @@ _CAMERA: dict[str, list[dict[str, Any]]] = {
     "y-shift": [{"y_shift": -0.25}, {}, {"y_shift": 0.25}],
     "zoom": [{"zoom": 0.75}, {}, {"zoom": 1.33}],
 }
+_SWEPT = {"x_shift": (-0.25, 0.0, 0.25), "zoom": (0.75, 1.0, 1.33)}
+_SHIFTS = [move for name in ("x-shift", "y-shift") for move in _CAMERA[name] if move]
 # Held-out seeds: no picture of the page is drawn from them.
 _AGREEMENT_SEED = 10_000
 
@@ -52,26 +57,31 @@ def write_gallery(
 
     ValueError where the agreement is asked for and the selection names no coloured objects.
     """
+    by_move = _moved(model, prompts, settings, seed)
     sections = {
         "Prompts and seeds": _prompt_strips(model, prompts, settings, seed),
         "Wide and tall": _shape_strips(model, prompts[:3], settings, seed),
-        "Camera": _camera_strips(model, prompts[:2], settings, seed),
+        "Camera": _camera_strips(by_move, prompts[:2]),
+        "Camera swept over shift and zoom": _sweep(model, prompts[0], settings, seed),
     }
-    agreement = _agreement(model, settings, agreement_samples) if agreement_samples else None
+    figures = _figures(model, settings, agreement_samples, by_move)
     funnel = _funnel(model.record["selection"]["dataset"], model.record["selection"]["name"])
     out.mkdir(parents=True, exist_ok=True)
     drawn = [strip for strips in sections.values() for strip in strips]
     _contact_sheet(drawn).save(out / "grid.png", optimize=True)
-    figures = {
+    record = {
         "steps": model.steps_taken,
-        "colour_agreement": vars(agreement) | {"share": agreement.share} if agreement else None,
+        "colour_agreement": asdict(figures.colour) if figures.colour else None,
+        "shape_agreement": asdict(figures.shape) if figures.shape else None,
+        "camera": asdict(figures.camera),
         "funnel": funnel,
     }
-    (out / "gallery.json").write_text(json.dumps(figures, indent=1))
+    (out / "gallery.json").write_text(json.dumps(record, indent=1))
     page = out / "index.html"
-    page.write_text(_render(model, sections, agreement, funnel))
-    _print_summary(agreement, funnel)
-    return Gallery(page.resolve(), sum(len(strip.pictures) for strip in drawn) + (agreement.total if agreement else 0))
+    page.write_text(_render(model, sections, figures, funnel))
+    _print_summary(figures, funnel)
+    moved = figures.camera.moves - len(_SHIFTS) * len(prompts[:2])  # of these no strip has a picture
+    return Gallery(page.resolve(), sum(len(strip.pictures) for strip in drawn) + moved + agreement_samples)
 
 
 def _prompt_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
@@ -95,29 +105,74 @@ def _shape_strips(model: PictureModel, prompts: Sequence[str], settings: Setting
     return strips
 
 
-def _camera_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
-    strips = []
-    for prompt in prompts:
-        for name, moves in _CAMERA.items():
-            pictures = []
-            for move in moves:
-                [picture] = model.draw([prompt], [seed], replace(settings, **move))
-                pictures.append((", ".join(f"{key} {value:+}" for key, value in move.items()) or "still", picture))
-            strips.append(Strip(f"{name}: {prompt}", pictures))
-    return strips
+# A picture of each prompt with the camera moved so.
+_ByMove = dict[str, list[Pixels]]
 
 
-def _agreement(model: PictureModel, settings: Settings, count: int) -> Agreement:
-    """How often the main colour is the prompted one, over the selection's own names of coloured objects."""
+def _move_name(move: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:+}" for key, value in move.items()) or "still"
+
+
+def _moved(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> _ByMove:
+    """Every prompt, not only those with a strip: what the camera's figure is taken of."""
+    moves = {_move_name(move): move for row in _CAMERA.values() for move in row}
+    return {
+        name: _draw(model, list(prompts), [seed] * len(prompts), replace(settings, **move), f"camera, {name}")
+        for name, move in moves.items()
+    }
+
+
+def _camera_strips(by_move: _ByMove, prompts: Sequence[str]) -> list[Strip]:
+    return [
+        Strip(f"{name}: {prompt}", [(_move_name(move), by_move[_move_name(move)][number]) for move in moves])
+        for number, prompt in enumerate(prompts)
+        for name, moves in _CAMERA.items()
+    ]
+
+
+def _sweep(model: PictureModel, prompt: str, settings: Settings, seed: int) -> list[Strip]:
+    """A row for each zoom, a column for each shift."""
+    rows = []
+    for zoom in _SWEPT["zoom"]:
+        row = [model.draw([prompt], [seed], replace(settings, x_shift=x, zoom=zoom))[0] for x in _SWEPT["x_shift"]]
+        rows.append(
+            Strip(f"zoom {zoom:g}", [(f"x-shift {x:+g}", p) for x, p in zip(_SWEPT["x_shift"], row, strict=True)])
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _Figures:
+    camera: Consistency
+    colour: Agreement | None  # where it was asked for
+    shape: ShapeAgreement | None
+
+
+def _figures(model: PictureModel, settings: Settings, samples: int, by_move: _ByMove) -> _Figures:
+    moves = [
+        Move(before, after, move.get("x_shift", 0.0), move.get("y_shift", 0.0))
+        for move in _SHIFTS
+        for before, after in zip(by_move["still"], by_move[_move_name(move)], strict=True)
+    ]
+    colour, shape = _agreement(model, settings, samples) if samples else (None, None)
+    return _Figures(consistency(moves), colour, shape)
+
+
+def _agreement(model: PictureModel, settings: Settings, count: int) -> tuple[Agreement, ShapeAgreement | None]:
+    """How often the main colour, and the shape, is the prompted one, over the selection's own names of coloured
+    objects."""
     record = model.record["selection"]
-    tags = selection_tags(Selection.load(record["dataset"], record["name"]))
-    named = sorted(tag for tag in tags if prompted_colour(tag) == tag.split()[0])
-    # A step that shares no factor with the number of names takes the colours and the objects in equal parts.
+    selection = Selection.load(record["dataset"], record["name"], model.resolution)
+    named = sorted(tag for tag in selection_tags(selection) if prompted_colour(tag) == tag.split()[0])
     if not named:
         raise ValueError(f"the selection {record['name']!r} names no coloured objects: leave --colour-agreement out")
+    # A step that shares no factor with the number of names takes the colours and the objects in equal parts.
     prompts = [named[number * 37 % len(named)] for number in range(count)]
     seeds = [_AGREEMENT_SEED + number for number in range(len(prompts))]
-    return colour_agreement(prompts, _draw(model, prompts, seeds, settings, "colour agreement"))
+    pictures = _draw(model, prompts, seeds, settings, "colour and shape")
+    kinds = [found[1] for prompt in prompts if (found := coloured_object([prompt]))]
+    judge = judge_of_shapes(selection, model.resolution) if len(kinds) == len(prompts) else None
+    return colour_agreement(prompts, pictures), judge.agreement(kinds, pictures) if judge else None
 
 
 def _draw(model: PictureModel, prompts: list[str], seeds: list[int], settings: Settings, what: str) -> list[Pixels]:
@@ -171,14 +226,14 @@ def _data_uri(pixels: Pixels) -> str:
 
 
 def _render(
-    model: PictureModel, sections: dict[str, list[Strip]], agreement: Agreement | None, funnel: list[dict[str, Any]]
+    model: PictureModel, sections: dict[str, list[Strip]], figures: _Figures, funnel: list[dict[str, Any]]
 ) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters["data_uri"] = _data_uri
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     return environment.get_template("gallery.html").render(
         sections=sections,
-        agreement=agreement,
+        figures=figures,
         funnel=funnel,
         steps=model.steps_taken,
         stage=model.record["stage"],
@@ -188,14 +243,11 @@ def _render(
     )
 
 
-def _print_summary(agreement: Agreement | None, funnel: list[dict[str, Any]]) -> None:
+def _print_summary(figures: _Figures, funnel: list[dict[str, Any]]) -> None:
     for record in funnel:
         rejected = ", ".join(f"{count} {reason}" for reason, count in record["rejected"].items()) or "none"
         print(f"  {record['job']}: {record['rows_in']} in, {record['rows_out']} out; rejected: {rejected}")
         for name, why in record.get("failed", {}).items():
             print(f"    not done: {name} ({why})")
-    if agreement:
-        print(
-            f"  main colour as prompted: {agreement.hits} of {agreement.total} = {agreement.share:.0%} "
-            f"(chance {agreement.chance:.1%})"
-        )
+    for line in figure_lines(figures.camera, figures.colour, figures.shape):
+        print(f"  {line}")

@@ -363,20 +363,30 @@ def save_picture(
     made_with: Mapping[str, Any] | None = None,
     company: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write OUT/<seed>-<prompt>-<hash of the settings>.png, with all that made it in its metadata, and a JSON of the
-    same name with the same. Returns the path of the PNG.
+    """Write OUT/<picture_name>.png, with all that made it in its metadata, and then a JSON of the same name with the
+    same. Returns the path of the PNG.
 
-    made_with: `PictureModel.made_with`; the hash is of it, too, so that the same command gives the same file and no
-    other command overwrites it. company: the prompts and seeds that were drawn together and this one's place among
-    them; a batch of another size rounds otherwise, so that only the same company gives the same bits.
+    made_with: `PictureModel.made_with`. company: the prompts and seeds that were drawn together and this one's place
+    among them; a batch of another size rounds otherwise, so that only the same company gives the same bits.
     """
-    origin = {"prompt": prompt, "seed": seed, **asdict(settings), **(made_with or {})}
-    name = f"{seed:06d}-{file_words(prompt)}-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:6]}"
+    name = picture_name(prompt, seed, settings, made_with)
+    origin = _origin(prompt, seed, settings, made_with)
     origin |= {"company": dict(company)} if company else {}
     store = Store(str(out))
     store.write(f"{name}.png", picture_png(pixels, origin))
     store.write(f"{name}.json", json.dumps(origin, indent=1, ensure_ascii=False).encode())
     return out / f"{name}.png"
+
+
+def picture_name(prompt: str, seed: int, settings: Settings, made_with: Mapping[str, Any] | None = None) -> str:
+    """<seed>-<prompt>-<hash>: the hash is of all that decides the picture, so that the same command gives the same
+    file, and no other command overwrites it."""
+    origin = json.dumps(_origin(prompt, seed, settings, made_with))
+    return f"{seed:06d}-{file_words(prompt)}-{hashlib.sha256(origin.encode()).hexdigest()[:6]}"
+
+
+def _origin(prompt: str, seed: int, settings: Settings, made_with: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"prompt": prompt, "seed": seed, **asdict(settings), **(made_with or {})}
 
 
 def file_words(prompt: str) -> str:

@@ -1,17 +1,24 @@
-"""JOB: prompts -> pictures, with a camera; or, with --gallery, one HTML page that shows what a run has learnt."""
+"""JOB: prompts -> pictures, with a camera; with --gallery, one HTML page that shows what a run has learnt; with
+--evaluate, figures of how good its pictures are.
+"""
 
 import argparse
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import JobFailed, Parser, UsageError, default_run, local_path, run, write_run_record
+from pipeline.jobs import JobFailed, Parser, UsageError, default_dataset, default_run, local_path, run, write_run_record
 from trainer.prompts import FIELDS, Axis, Fields, Wish, numbered, parse_axis, read_prompts, swept
 
 if TYPE_CHECKING:
     from trainer.drawing import Original
     from trainer.pictures import PictureModel
+
+
+# What --evaluate decides itself.
+_OF_EVALUATION = ("width", "height", "x_shift", "y_shift", "zoom")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,11 @@ class SampleJob:
     grid: bool
     gallery: bool
     colour_agreement: int
+    evaluate: str | None  # selection
+    count: int
+    dataset: str | None
+    inception: str | None
+    tagger: str | None
 
 
 def parse_args() -> SampleJob:
@@ -56,6 +68,7 @@ def parse_args() -> SampleJob:
         "--colour-agreement", type=int, default=0, metavar="N",
         help="with --gallery: draw N pictures of the selection's coloured objects and count right main colours",
     )  # fmt: skip
+    _add_evaluation(parser.add_argument_group("evaluation"))
     _add_settings(parser.add_argument_group("settings of a picture"))
     args = vars(parser.parse_args())
     given = {name: args[name] for name in FIELDS if name != "prompt" and args[name] is not None}
@@ -71,9 +84,27 @@ def parse_args() -> SampleJob:
         grid=args["grid"],
         gallery=args["gallery"],
         colour_agreement=args["colour_agreement"],
+        evaluate=args["evaluate"],
+        count=args["n"],
+        dataset=args["dataset"],
+        inception=args["inception"],
+        tagger=args["tagger"],
     )
     _check(job)
     return job
+
+
+def _add_evaluation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--evaluate", metavar="SELECTION",
+        help="draw pictures of its texts and count what is in them: OUT/evaluation.json; goes on where it stopped",
+    )  # fmt: skip
+    group.add_argument("--n", type=int, default=256, metavar="N", help="pictures; default: 256")
+    group.add_argument("--dataset", metavar="ROOT", help="default: the one that the run was trained on")
+    group.add_argument(
+        "--inception", metavar="FILE", help="FID's Inception weights (2015-12-05) as safetensors: adds FID and KID"
+    )
+    group.add_argument("--tagger", metavar="FOLDER", help="adds how many of the text's tags it finds")
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
@@ -129,6 +160,14 @@ def _check(job: SampleJob) -> None:
         raise UsageError("--like is one picture and --prompts a file of many: give one of the two")
     if job.gallery and (job.like or job.file or job.grid or job.sweep):
         raise UsageError("--gallery draws a page of its own: leave out --like, --prompts, --grid and --sweep")
+    if job.evaluate is None:
+        for flag in ("dataset", "inception", "tagger"):
+            if getattr(job, flag) is not None:
+                raise UsageError(f"--{flag} is for --evaluate SELECTION: give that too, or leave --{flag} out")
+    elif job.prompts or job.file or job.like or job.grid or job.sweep or job.gallery:
+        raise UsageError("--evaluate draws the selection's own texts: leave out what else to draw")
+    elif fixed := [f"--{name.replace('_', '-')}" for name in _OF_EVALUATION if name in job.given]:
+        raise UsageError(f"--evaluate draws squares of the training's size and moves the camera: leave out {fixed[0]}")
     if len(job.sweep) > 2 or len({axis.name for axis in job.sweep}) < len(job.sweep):
         raise UsageError("--sweep: one setting, or two different ones, for the rows and the columns of a sheet")
     for axis in job.sweep:
@@ -154,6 +193,9 @@ def main() -> None:
         model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for folder, scale in job.adapters:
             model = model.with_adapters(folder, scale)
+        if job.evaluate is not None:
+            _evaluate(job, job.evaluate, model, out, started)
+            return
         wishes = wishes or numbered(model.record["example_prompts"], job.given)
         if job.gallery:
             _draw_gallery(job, model, wishes, out, started)
@@ -214,6 +256,27 @@ def _draw_gallery(job: SampleJob, model: "PictureModel", wishes: list[Wish], out
     gallery = write_gallery(model, prompts, settings, first.seed, out, job.colour_agreement)
     write_run_record(str(out), "sample", started, gallery.pictures, gallery.pictures, {}, settings=asdict(settings))
     print(f"sample: {gallery.page}", flush=True)
+
+
+def _evaluate(job: SampleJob, selection: str, model: "PictureModel", out: Path, started: float) -> None:
+    from trainer.drawing import request_of
+    from trainer.examination import ExaminationConfig, examine, table
+
+    first = request_of(numbered([""], job.given)[0], model.resolution)
+    trained_on = model.record.get("selection", {}).get("dataset", default_dataset())
+    config = ExaminationConfig(
+        dataset=job.dataset or os.environ.get("HDM_DATASET") or trained_on,
+        selection=selection,
+        count=job.count,
+        seed=first.seed,
+        inception=Path(job.inception) if job.inception else None,
+        tagger=Path(job.tagger) if job.tagger else None,
+    )
+    found = examine(model, config, first.settings, out)
+    for line in table(found):
+        print(f"  {line}", flush=True)
+    write_run_record(str(out), "sample", started, found.pictures, found.pictures, {}, settings=dict(job.given))
+    print(f"sample: {out / 'evaluation.json'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -127,11 +127,12 @@ def test_a_page_shows_all_there_is(call_job: RunJob, whole: Path, tmp_path: Path
     done = _succeeds(call_job("trainer/sample.py", "--run", whole, *arguments))
     assert str(tmp_path / "index.html") in done.stdout.splitlines()[-1]
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png") == 6 + 4 + 9, "six seeds, four shapes, nine cameras"
-    for heading in ("Prompts and seeds", "Wide and tall", "Camera", "refused", "Chance"):
+    assert page.count("data:image/png") == 6 + 4 + 9 + 9, "six seeds, four shapes, nine cameras, nine of the sweep"
+    for heading in ("Prompts and seeds", "Wide and tall", "Camera", "zoom 0.75", "refused", "Chance"):
         assert heading in page
     figures = json.loads((tmp_path / "gallery.json").read_text())
-    assert figures["colour_agreement"]["total"] == 4
+    assert figures["colour_agreement"]["total"] == figures["shape_agreement"]["total"] == 4
+    assert figures["camera"]["moves"] == 4
     assert [record["job"] for record in figures["funnel"]] == ["ingest", "caption", "curate"]
 
 
