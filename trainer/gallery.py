@@ -30,7 +30,8 @@ _CAMERA: dict[str, list[dict[str, Any]]] = {
     "y-shift": [{"y_shift": -0.25}, {}, {"y_shift": 0.25}],
     "zoom": [{"zoom": 0.75}, {}, {"zoom": 1.33}],
 }
-_SWEPT = {"x_shift": (-0.25, 0.0, 0.25), "zoom": (0.75, 1.0, 1.33)}
+_STRIPS = 2  # prompts that have a strip of each
+_X_SHIFTS, _ZOOMS = (-0.25, 0.0, 0.25), (0.75, 1.0, 1.33)  # of the sweep
 _SHIFTS = [move for name in ("x-shift", "y-shift") for move in _CAMERA[name] if move]
 # Held-out seeds: no picture of the page is drawn from them.
 _AGREEMENT_SEED = 10_000
@@ -61,8 +62,8 @@ def write_gallery(
     sections = {
         "Prompts and seeds": _prompt_strips(model, prompts, settings, seed),
         "Wide and tall": _shape_strips(model, prompts[:3], settings, seed),
-        "Camera": _camera_strips(by_move, prompts[:2]),
-        "Camera swept over shift and zoom": _sweep(model, prompts[0], settings, seed),
+        "Camera": _camera_strips(by_move, prompts[:_STRIPS]),
+        "Camera swept over shift and zoom": _sweep(model, prompts[min(_STRIPS, len(prompts) - 1)], settings, seed),
     }
     figures = _figures(model, settings, agreement_samples, by_move)
     funnel = _funnel(model.record["selection"]["dataset"], model.record["selection"]["name"])
@@ -80,8 +81,8 @@ def write_gallery(
     page = out / "index.html"
     page.write_text(_render(model, sections, figures, funnel))
     _print_summary(figures, funnel)
-    moved = figures.camera.moves - len(_SHIFTS) * len(prompts[:2])  # of these no strip has a picture
-    return Gallery(page.resolve(), sum(len(strip.pictures) for strip in drawn) + moved + agreement_samples)
+    in_strips = sum(len(strip.pictures) for title, strips in sections.items() if title != "Camera" for strip in strips)
+    return Gallery(page.resolve(), in_strips + sum(map(len, by_move.values())) + agreement_samples)
 
 
 def _prompt_strips(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> list[Strip]:
@@ -105,7 +106,7 @@ def _shape_strips(model: PictureModel, prompts: Sequence[str], settings: Setting
     return strips
 
 
-# A picture of each prompt with the camera moved so.
+# By how the camera moved: a picture of each prompt or, of moves that only strips show, of the first ones.
 _ByMove = dict[str, list[Pixels]]
 
 
@@ -114,12 +115,16 @@ def _move_name(move: dict[str, Any]) -> str:
 
 
 def _moved(model: PictureModel, prompts: Sequence[str], settings: Settings, seed: int) -> _ByMove:
-    """Every prompt, not only those with a strip: what the camera's figure is taken of."""
     moves = {_move_name(move): move for row in _CAMERA.values() for move in row}
-    return {
-        name: _draw(model, list(prompts), [seed] * len(prompts), replace(settings, **move), f"camera, {name}")
-        for name, move in moves.items()
-    }
+    # The camera's figure is of all prompts.
+    drawn_of = {name: prompts if move in ({}, *_SHIFTS) else prompts[:_STRIPS] for name, move in moves.items()}
+    pictures = {}
+    with progress(iter(()), sum(map(len, drawn_of.values())), "camera", "pictures") as bar:
+        for name, move in moves.items():
+            of = drawn_of[name]
+            pictures[name] = model.draw(of, [seed] * len(of), replace(settings, **move))
+            bar.update(len(of))
+    return pictures
 
 
 def _camera_strips(by_move: _ByMove, prompts: Sequence[str]) -> list[Strip]:
@@ -133,11 +138,10 @@ def _camera_strips(by_move: _ByMove, prompts: Sequence[str]) -> list[Strip]:
 def _sweep(model: PictureModel, prompt: str, settings: Settings, seed: int) -> list[Strip]:
     """A row for each zoom, a column for each shift."""
     rows = []
-    for zoom in _SWEPT["zoom"]:
-        row = [model.draw([prompt], [seed], replace(settings, x_shift=x, zoom=zoom))[0] for x in _SWEPT["x_shift"]]
-        rows.append(
-            Strip(f"zoom {zoom:g}", [(f"x-shift {x:+g}", p) for x, p in zip(_SWEPT["x_shift"], row, strict=True)])
-        )
+    for zoom in _ZOOMS:
+        drawn = [model.draw([prompt], [seed], replace(settings, x_shift=x, zoom=zoom))[0] for x in _X_SHIFTS]
+        labels = [f"x-shift {x:+g}" for x in _X_SHIFTS]
+        rows.append(Strip(f"zoom {zoom:g}: {prompt}", list(zip(labels, drawn, strict=True))))
     return rows
 
 

@@ -94,18 +94,14 @@ def ratios(draw: Draw, **shift: float) -> list[float]:
     return found
 
 
-def test_a_shift_to_the_right_moves_each_object_left_by_its_share_of_the_frame(draw: Draw) -> None:
-    found = ratios(draw, x_shift=0.25)
-    assert all(0.6 <= ratio <= 1.4 for ratio in found), found
-
-
-@pytest.mark.parametrize("shift", [{"x_shift": -0.25}, {"y_shift": 0.25}], ids=str)
-def test_other_shifts_move_each_object_the_right_way_and_on_average_as_far_as_they_should(
-    draw: Draw, shift: dict[str, float]
-) -> None:
-    found = ratios(draw, **shift)
-    assert min(found) > 0, found
-    assert 0.6 <= np.mean(found) <= 1.4, found
+@pytest.mark.parametrize("shift", [{"x_shift": 0.25}, {"x_shift": -0.25}, {"y_shift": 0.25}], ids=str)
+def test_a_shift_moves_each_object_the_other_way_by_its_share_of_the_frame(draw: Draw, shift: dict[str, float]) -> None:
+    """Each the right way; as far as it should to within 40% in the median and in most. With x_shift 0.25 that is 8 of
+    these 8, 26 of 32 with seeds from 100 (median 0.91, each the right way): an object may be drawn as another one."""
+    found = np.array(ratios(draw, **shift))
+    assert found.min() > 0, found
+    assert 0.6 <= np.median(found) <= 1.4, found
+    assert (np.abs(found - 1) <= 0.4).mean() >= 0.6, found
 
 
 def test_going_closer_makes_each_object_larger_and_going_back_smaller(draw: Draw) -> None:

@@ -1,6 +1,7 @@
 """sample.py --evaluate: which rows, which pictures, what is drawn again, and what is refused."""
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -93,9 +94,9 @@ def test_what_is_drawn_already_is_not_drawn_again(evaluate: RunJob, tmp_path: Pa
 def test_every_figure_is_there_and_counts_its_pictures(evaluate: RunJob, selection: Selection, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(Inception().state_dict(), tmp_path / "inception.safetensors")
-    done = evaluate(
-        "--n", 3, "--seed", 7, "--steps", 1, "--guidance", 1, "--inception", tmp_path / "inception.safetensors"
-    )
+    save_tagger = runpy.run_path(str(Path(__file__).with_name("test_tagger.py")))["save_tagger"]
+    judges = ("--inception", tmp_path / "inception.safetensors", "--tagger", save_tagger(tmp_path / "tagger"))
+    done = evaluate("--n", 3, "--seed", 7, "--steps", 1, "--guidance", 1, *judges)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     rows = examined_rows(selection, 3, 0.01)
@@ -104,6 +105,7 @@ def test_every_figure_is_there_and_counts_its_pictures(evaluate: RunJob, selecti
     assert (found["colour"]["total"], found["shape"]["total"]) == (3, 3)
     assert found["shape"]["judge"] > 3 * found["shape"]["chance"]
     assert (found["fidelity"]["real"], found["fidelity"]["drawn"]) == (3, 3)
+    assert found["tags"] == {"asked": 0, "found": 0, "share": None, "chance": None}, "no text has a tag that it knows"
     assert "2048" in found["notes"][0]
     assert "2048" in done.stdout
     drawn = [read_origin(path) for path in (tmp_path / "out" / "pictures").glob("*.png")]
