@@ -68,7 +68,7 @@ def _connect(address: str | None, dashboard: bool) -> Any:
                 f"no Ray cluster lets this job in at RAY_ADDRESS={address} (HOST:PORT, or auto): {_START_IT}; or it "
                 f"wants its token: {_TOKEN}"
             ) from error
-    _keep_token_private()
+    keep_token_private()
     # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
     cpus = max(2, os.cpu_count() or 2)
     # Ray hands this to a shell where a worker has an environment of its own, as in training; a path may have a space.
@@ -78,7 +78,7 @@ def _connect(address: str | None, dashboard: bool) -> Any:
     )
 
 
-def _keep_token_private() -> None:
+def keep_token_private() -> None:
     """A local Ray, which listens on every interface, makes itself a token (ray 2.60) that all users of the machine may
     read: so it finds one that they may not."""
     if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():

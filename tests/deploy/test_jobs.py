@@ -98,7 +98,7 @@ class Cluster:
         return self.environment(**token, RAY_API_SERVER_ADDRESS=self.dashboard, **more)
 
     def start(self, *role: object) -> Node:
-        """A node with two logical CPUs; returns once it is there."""
+        """Returns once the node is there."""
         log = self.folder / f"node-{len(self.nodes)}.log"
         environment = self.environment(
             RAY_AUTH_TOKEN_PATH=str(self.token), RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="1",
@@ -106,7 +106,7 @@ class Cluster:
         )  # fmt: skip
         (agent,) = free_ports(1)
         command = [
-            *("sh", "deploy/start-ray.sh", *map(str, role), "--num-cpus", "2", "--object-store-memory", "80000000"),
+            *("sh", "deploy/start-ray.sh", *map(str, role), "--object-store-memory", "80000000"),
             *("--dashboard-agent-listen-port", str(agent), "--min-worker-port", "0", "--max-worker-port", "0"),
         ]
         with log.open("wb") as output:
@@ -155,9 +155,9 @@ def cluster() -> Iterator[Cluster]:
     ports = ("--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", client)
     started: list[psutil.Process] = []
     try:
-        cluster.start("head", *ports, "--temp-dir", folder / "ray")
+        cluster.start("head", *ports, "--num-cpus", "1", "--temp-dir", folder / "ray")
         cluster.address = (folder / "ray" / "ray_current_cluster").read_text().strip()
-        cluster.start("worker", cluster.address)
+        cluster.start("worker", cluster.address, "--num-cpus", "2")
         yield cluster
     finally:
         for node in cluster.nodes:
@@ -196,12 +196,6 @@ def refused(job: Finished) -> str:
     return line
 
 
-def run_in(cluster: Cluster, script: str, *arguments: object) -> Finished:
-    """A job file of this machine's own, without Ray."""
-    command = [str(cluster.python / "python"), script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-
-
 # --- Who is let in ----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +223,23 @@ def test_a_worker_without_the_token_is_not_started(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"no token at {tmp_path / 'none'}" in done.stderr
+
+
+def test_a_ray_of_this_machines_own_finds_a_token_that_other_users_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.cluster import keep_token_private
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in RAY_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    token = tmp_path / ".ray" / "auth_token"
+    keep_token_private()
+    made = token.read_text()
+    assert len(bytes.fromhex(made)) == 32
+    token.chmod(0o644)
+    keep_token_private()
+    assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == (made, 0o600)
 
 
 def test_the_heads_token_is_for_its_user_alone(cluster: Cluster) -> None:
@@ -298,7 +309,8 @@ def test_without_the_token_no_driver_joins_and_a_job_says_so_in_one_line(
 @pytest.fixture(scope="module")
 def raw(cluster: Cluster) -> Path:
     folder = cluster.folder / "raw"
-    run_in(cluster, "pipeline/sample_data.py", "--out", folder, "--images", IMAGES)
+    command = (sys.executable, "pipeline/sample_data.py", "--out", folder, "--images", IMAGES)
+    subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, timeout=120, check=True)
     return folder
 
 
@@ -376,8 +388,12 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_a_laptop_its_own_code_runs_on_all_nodes_and_nothing_that_git_ignores_is_uploaded(
     cluster: Cluster, images: Path, laptop: Path
 ) -> None:
-    job = cluster.submit("--working-dir", ".", "--", "python", "pipeline/caption.py", "--name", "laptop", cwd=laptop)
-    succeeded(job)
+    caption = "python pipeline/caption.py"
+    job = cluster.submit(
+        "--working-dir", ".", "--", "sh", "-c", f"{caption} --dataset demo; {caption} --name laptop", cwd=laptop
+    )
+    error = "error: --dataset demo would be in the uploaded folder, which Ray removes: give s3://bucket/prefix or"
+    assert error in succeeded(job)
     written = list((cluster.dataset / "captions" / "laptop").glob("*.parquet"))
     assert len(written) == len(shards(cluster, "images"))
     engines = {engine for path in written for engine in pq.read_table(path)["engine"].to_pylist()}
@@ -386,38 +402,33 @@ def test_from_a_laptop_its_own_code_runs_on_all_nodes_and_nothing_that_git_ignor
     assert {path.name for path in uploaded} == set(UPLOADED)
 
 
-def test_from_a_laptop_nothing_is_written_into_the_uploaded_folder(
-    cluster: Cluster, images: Path, laptop: Path
-) -> None:
-    job = cluster.submit("--working-dir", ".", "--", "python", "pipeline/caption.py", "--dataset", "demo", cwd=laptop)
-    assert "--dataset demo would be in the uploaded folder, which Ray removes: give s3://" in refused(job)
-
-
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def selections(cluster: Cluster, images: Path) -> None:
-    """Of the demo stage, and one of the same small pictures for the last stage."""
-    rules = cluster.folder / "small.toml"
-    rules.write_text("min_side = 32\n")
-    curate = "python pipeline/curate.py --stage"
-    succeeded(cluster.submit("--", "sh", "-c", f"{curate} demo && {curate} 1024 --rules {rules}"))
+def curated(cluster: Cluster, images: Path) -> Finished:
+    """A job that curates for the demo stage, and then tries the last stage with what needs no download."""
+    last = "--stage 1024 --set selection=demo --set codec=dct --set text_encoder=local --from nothing"
+    commands = f"python pipeline/curate.py --stage demo && python trainer/run.py {last}"
+    return cluster.submit("--submission-id", "last", "--", "sh", "-c", commands)
 
 
-@pytest.mark.usefixtures("selections")
-def test_the_last_stage_is_refused_without_a_gpu_and_the_job_has_failed_with_that_line(cluster: Cluster) -> None:
-    command = ("python", "trainer/run.py", "--stage", "1024")
-    assert "the codec 'KBlueLeaf/EQ-SDXL-VAE' is no folder here" in refused(cluster.submit("--", *command))
-    here = ("--set", "codec=dct", "--set", "text_encoder=local")
-    line = refused(cluster.submit("--submission-id", "last", "--", *command, *here))
+def test_the_last_stage_is_refused_without_a_gpu_and_the_job_has_failed_with_that_line(
+    cluster: Cluster, curated: Finished
+) -> None:
+    line = refused(curated)
     assert "there is no GPU, and stage 1024 trains" in line
     last = cluster.jobs()["last"]
     assert (last["status"], last["driver_exit_code"]) == ("FAILED", 2)
     assert line in last["message"]
 
 
-@pytest.mark.usefixtures("selections")
+def test_the_last_stage_names_the_command_that_makes_its_selection(cluster: Cluster, images: Path) -> None:
+    line = refused(cluster.submit("--", "python", "trainer/run.py", "--stage", "1024"))
+    assert f"{images} has no selection '1024'; run: python pipeline/curate.py --dataset {images} --stage 1024" in line
+
+
+@pytest.mark.usefixtures("curated")
 def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(cluster: Cluster) -> None:
     command = ("--", "python", "trainer/run.py", "--stage", "demo", "--set", "log_every=1")
     job = cluster.submit("--submission-id", "training", *command, wait=False)
@@ -436,7 +447,7 @@ def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(
 
 # --- A node is killed -------------------------------------------------------------------------------------------------
 
-# Actors of three CPUs, so that one is on each node; their shards end when the file `go` is there.
+# Two actors, of which one is on each node; their shards end when the file `go` is there.
 WITH_ACTORS = """
 import sys, time
 from pathlib import Path
@@ -455,7 +466,7 @@ def make():
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with cluster("actors"):
-        print(map_shards_with(make, {name: name for name in "abcdefgh"}, lambda shard: 1, "actors", Pool(3, 1, 0)))
+        print(map_shards_with(make, {name: name for name in "abcdefgh"}, lambda shard: 1, "actors", Pool(2, 1, 0)))
 """
 
 
@@ -468,7 +479,7 @@ def survivors(cluster: Cluster, raw: Path) -> tuple[Finished, Finished, Path]:
     script = folder / "job.py"
     script.write_text(WITH_ACTORS)
     actors = cluster.submit("--", "python", script, folder, wait=False)
-    wait_until(lambda: actors.poll() is not None or len(list(folder.glob("*.begun"))) == 3)
+    wait_until(lambda: actors.poll() is not None or len(list(folder.glob("*.begun"))) == 2)
     tasks = cluster.submit("--", *ingest(raw, dataset), wait=False)
     wait_until(lambda: tasks.poll() is not None or len(list((dataset / "images").glob("*.parquet"))) > 2)
     worker = cluster.nodes[1]
