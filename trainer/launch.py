@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Queue
 from typing import Any, Final
 
@@ -31,7 +32,7 @@ from trainer.data import Batch, TrainingData, held_out_batch, join, load_batch
 from trainer.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
 from trainer.order import micro_batches, streams_of
 from trainer.recipe import Training, check_device
-from trainer.run_log import LogConfig, check_writers
+from trainer.run_log import LogConfig, check_writers, skipped_steps
 from trainer.team import Team
 from trainer.worker import Source, Worker
 
@@ -176,7 +177,9 @@ class _Watcher:
         }
         # Set at every look, as Ray forgets a gauge that was not set for 20 seconds: so one that is there says that the
         # job is running, and a step that stays the same that it is stuck.
-        self._figures: dict[str, float] = {"step": training.start_step}
+        # What earlier starts skipped is shown before the first line, so that this start's own are seen to be new.
+        skipped = skipped_steps(Path(training.folder))
+        self._figures: dict[str, float] = {"step": training.start_step, "skipped_steps": skipped}
 
     def __enter__(self) -> "_Watcher":
         self._handler = signal.signal(signal.SIGTERM, self._stop)
