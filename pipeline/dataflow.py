@@ -31,6 +31,7 @@ _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's
 _LOOK_SECONDS: Final = 3.0  # between looks at what actors report
 _END_SECONDS: Final = 30.0  # for actors to keep what they have
 _GAUGE_SECONDS: Final = 3.0  # Ray forgets a gauge that was not set for two of its reports, 20 seconds
+_FIRST_SECONDS: Final = 900.0  # allowed for twice before anything is finished: a large shard, an engine that compiles
 _DECODING_CPUS: Final = 8  # more than an engine ever needs
 
 
@@ -98,12 +99,28 @@ def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[s
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", None
 
 
+class Idle:
+    """For how long no row was finished, and how long that took before: rows come by the shard, one every second or
+    every half hour, and only beside the job's own pace is it seen to be stuck. Times in seconds."""
+
+    def __init__(self, now: float) -> None:
+        self._rows, self._since, self._longest = 0, now, _FIRST_SECONDS
+
+    def look(self, rows: int, now: float) -> dict[str, float]:
+        """`rows`: finished so far. By metric."""
+        if rows != self._rows:
+            took = now - self._since
+            self._longest = max(self._longest, took) if self._rows else took
+            self._rows, self._since = rows, now
+        return {"hdm_idle_seconds": now - self._since, "hdm_longest_idle_seconds": self._longest}
+
+
 class _Metrics:
     """Of Ray, while the block lasts and the bar moves: `hdm_<task>_rows` counts rows by what became of them, the gauge
-    `hdm_rows_left` has those that are not done.
+    `hdm_rows_left` has those that are not done, and those of Idle say whether the job is stuck.
 
     A gauge that nobody sets is soon forgotten, and a shard may take minutes: a thread sets them. So a gauge that is
-    there says that its job is running, and one that stays the same says that it is stuck.
+    there says that its job is running.
     """
 
     def __init__(self, task: str, bar: Any) -> None:
@@ -146,8 +163,11 @@ class _Metrics:
         self._shown = gauges
 
     def _keep(self) -> None:
+        idle = Idle(time.monotonic())
         while True:
-            for metric, value in ({"hdm_rows_left": self._bar.total - self._bar.n} | self._shown).items():
+            rows = self._bar.n
+            gauges = {"hdm_rows_left": self._bar.total - rows} | idle.look(rows, time.monotonic()) | self._shown
+            for metric, value in gauges.items():
                 if metric not in self._gauges:
                     self._gauges[metric] = Gauge(metric, description=metric.replace("_", " "), tag_keys=("task",))
                 self._gauges[metric].set(value, tags={"task": self._task})
