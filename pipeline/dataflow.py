@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.jobs import JobFailed, JobStopped, Standing, UsageError, progress
+from pipeline.jobs import Idle, JobFailed, JobStopped, Standing, UsageError, progress
 
 T = TypeVar("T")
 
@@ -31,7 +31,6 @@ _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's
 _LOOK_SECONDS: Final = 3.0  # between looks at what actors report
 _END_SECONDS: Final = 30.0  # for actors to keep what they have
 _GAUGE_SECONDS: Final = 3.0  # Ray forgets a gauge that was not set for two of its reports, 20 seconds
-_FIRST_SECONDS: Final = 900.0  # allowed for twice before anything is finished: a large shard, an engine that compiles
 _DECODING_CPUS: Final = 8  # more than an engine ever needs
 
 
@@ -99,22 +98,6 @@ def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[s
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", None
 
 
-class Idle:
-    """For how long no row was finished, and how long that took before: rows come by the shard, one every second or
-    every half hour, and only beside the job's own pace is it seen to be stuck. Times in seconds."""
-
-    def __init__(self, now: float) -> None:
-        self._rows, self._since, self._longest = 0, now, _FIRST_SECONDS
-
-    def look(self, rows: int, now: float) -> dict[str, float]:
-        """`rows`: finished so far. By metric."""
-        if rows != self._rows:
-            took = now - self._since
-            self._longest = max(self._longest, took) if self._rows else took
-            self._rows, self._since = rows, now
-        return {"hdm_idle_seconds": now - self._since, "hdm_longest_idle_seconds": self._longest}
-
-
 class _Metrics:
     """Of Ray, while the block lasts and the bar moves: `hdm_<task>_rows` counts rows by what became of them, the gauge
     `hdm_rows_left` has those that are not done, and those of Idle say whether the job is stuck.
@@ -166,7 +149,8 @@ class _Metrics:
         idle = Idle(time.monotonic())
         while True:
             rows = self._bar.n
-            gauges = {"hdm_rows_left": self._bar.total - rows} | idle.look(rows, time.monotonic()) | self._shown
+            pace = {f"hdm_{name}": value for name, value in idle.look(rows, time.monotonic()).items()}
+            gauges = {"hdm_rows_left": self._bar.total - rows} | pace | self._shown
             for metric, value in gauges.items():
                 if metric not in self._gauges:
                     self._gauges[metric] = Gauge(metric, description=metric.replace("_", " "), tag_keys=("task",))

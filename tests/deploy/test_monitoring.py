@@ -25,8 +25,8 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from pipeline.caption_costs import Costs, Meter
-from pipeline.dataflow import Idle
 from pipeline.exporter import DatasetMetrics
+from pipeline.jobs import Idle
 from pipeline.shards import Store
 from trainer.metrics import GAUGE_PREFIX, METRICS
 
@@ -108,7 +108,7 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (
         {"up", "ray_hdm_rows_left"}
-        | {f"ray_{name}" for name in Idle(0.0).look(0, 0.0)}
+        | {f"ray_{prefix}{name}" for prefix in ("hdm_", GAUGE_PREFIX) for name in Idle(0.0).look(0, 0.0)}
         | {family.name for family in registry.collect()}
     )
     known |= {f"ray_{GAUGE_PREFIX}{name}" for name in METRICS} | {f"ray_hdm_{task}_rows_total" for task in rows}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.dataflow import Idle, Pool, map_shards, map_shards_with, plan_engines, plan_pool
+from pipeline.dataflow import Pool, map_shards, map_shards_with, plan_engines, plan_pool
 from pipeline.jobs import JobStopped, Standing, UsageError
 
 
@@ -101,19 +101,6 @@ def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_
         plan_engines(None, 8, 99, use_gpus=True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 4.0}}])
     assert plan_engines(None, 1, 99, use_gpus=True) == Pool(2, 1, 1, at_once=2)  # others would wait for ever
-
-
-def test_a_job_is_idle_since_its_last_row_beside_the_longest_that_one_took_before() -> None:
-    idle = Idle(now=100.0)
-    # rows finished, at this time -> idle for, and before at most
-    for rows, now, seconds, longest in (
-        (0, 130.0, 30.0, 900.0),  # nothing is known of its pace yet
-        (5, 160.0, 0.0, 60.0),
-        (5, 180.0, 20.0, 60.0),
-        (9, 260.0, 0.0, 100.0),
-        (9, 900.0, 640.0, 100.0),
-    ):
-        assert idle.look(rows, now) == {"hdm_idle_seconds": seconds, "hdm_longest_idle_seconds": longest}
 
 
 def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
