@@ -11,8 +11,13 @@ if [ -e "$file" ]; then
 fi
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 umask 077
-sed -e "s/^AWS_ACCESS_KEY_ID=\$/&$(random 10)/" \
-    -e "s/^AWS_SECRET_ACCESS_KEY=\$/&$(random 32)/" \
-    -e "s/^GRAFANA_PASSWORD=\$/&$(random 16)/" "$top/.env.example" >"$file.new"
+while IFS= read -r line; do  # not by sed: everybody sees the arguments of a process
+    case $line in
+    AWS_ACCESS_KEY_ID=) line=$line$(random 10) ;;
+    AWS_SECRET_ACCESS_KEY=) line=$line$(random 32) ;;
+    GRAFANA_PASSWORD= | PAGE_PASSWORD=) line=$line$(random 16) ;;
+    esac
+    printf '%s\n' "$line"
+done <"$top/.env.example" >"$file.new"
 mv "$file.new" "$file"
 echo "make-env: made $file"

@@ -14,8 +14,11 @@ _PATIENCE = 120.0  # seconds for the store to come up
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not sys.argv[1].startswith("s3://"):
+    if len(sys.argv) != 2:
         raise UsageError("give one path s3://bucket/prefix")
+    if not sys.argv[1].startswith("s3://"):  # no failure, after which it would be started again for ever
+        print(f"make_bucket: {sys.argv[1]} needs no bucket", flush=True)
+        return
     bucket = "s3://" + sys.argv[1].removeprefix("s3://").split("/")[0]
     patient_until = time.monotonic() + _PATIENCE
     while True:

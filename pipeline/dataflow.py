@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.jobs import JobFailed, JobStopped, Standing, UsageError, progress
+from pipeline.jobs import Idle, JobFailed, JobStopped, Standing, UsageError, progress
 
 T = TypeVar("T")
 
@@ -100,10 +100,10 @@ def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[s
 
 class _Metrics:
     """Of Ray, while the block lasts and the bar moves: `hdm_<task>_rows` counts rows by what became of them, the gauge
-    `hdm_rows_left` has those that are not done.
+    `hdm_rows_left` has those that are not done, and those of Idle say whether the job is stuck.
 
     A gauge that nobody sets is soon forgotten, and a shard may take minutes: a thread sets them. So a gauge that is
-    there says that its job is running, and one that stays the same says that it is stuck.
+    there says that its job is running.
     """
 
     def __init__(self, task: str, bar: Any) -> None:
@@ -146,8 +146,12 @@ class _Metrics:
         self._shown = gauges
 
     def _keep(self) -> None:
+        idle = Idle(time.monotonic())
         while True:
-            for metric, value in ({"hdm_rows_left": self._bar.total - self._bar.n} | self._shown).items():
+            rows = self._bar.n
+            pace = {f"hdm_{name}": value for name, value in idle.look(rows, time.monotonic()).items()}
+            gauges = {"hdm_rows_left": self._bar.total - rows} | pace | self._shown
+            for metric, value in gauges.items():
                 if metric not in self._gauges:
                     self._gauges[metric] = Gauge(metric, description=metric.replace("_", " "), tag_keys=("task",))
                 self._gauges[metric].set(value, tags={"task": self._task})

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Queue
 from typing import Any, Final
 
@@ -26,12 +28,12 @@ from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.jobs import JobFailed, UsageError, progress
+from pipeline.jobs import Idle, JobFailed, UsageError, progress
 from trainer.data import Batch, TrainingData, held_out_batch, join, load_batch
 from trainer.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
 from trainer.order import micro_batches, streams_of
 from trainer.recipe import Training, check_device
-from trainer.run_log import LogConfig, check_writers
+from trainer.run_log import LogConfig, check_writers, skipped_steps
 from trainer.team import Team
 from trainer.worker import Source, Worker
 
@@ -174,9 +176,14 @@ class _Watcher:
             name: Gauge(GAUGE_PREFIX + name, f"{metric.description} ({metric.unit})", tag_keys=("stage",))
             for name, metric in METRICS.items()
         }
+        self._idle = Idle(time.monotonic())
+        for name in ("idle_seconds", "longest_idle_seconds"):  # without a line of figures, and before at most
+            self._gauges[name] = Gauge(GAUGE_PREFIX + name, name.replace("_", " "), tag_keys=("stage",))
         # Set at every look, as Ray forgets a gauge that was not set for 20 seconds: so one that is there says that the
-        # job is running, and a step that stays the same that it is stuck.
-        self._figures: dict[str, float] = {"step": training.start_step}
+        # job is running.
+        # What earlier starts skipped is shown before the first line, so that this start's own are seen to be new.
+        skipped = skipped_steps(Path(training.folder))
+        self._figures: dict[str, float] = {"step": training.start_step, "skipped_steps": skipped}
 
     def __enter__(self) -> "_Watcher":
         self._handler = signal.signal(signal.SIGTERM, self._stop)
@@ -209,7 +216,8 @@ class _Watcher:
                 self._seen += len(lines)
                 for line in lines:
                     self._show(line, bar)
-                for metric, value in self._figures.items():
+                idle = self._idle.look(bar.n - self.training.start_step, time.monotonic())
+                for metric, value in (self._figures | idle).items():
                     self._gauges[metric].set(value, tags={"stage": self.training.stage_name})
                 if ends:
                     return

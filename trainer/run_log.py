@@ -189,6 +189,13 @@ def spent(*paths: Path) -> Spent:
     )
 
 
+def skipped_steps(folder: Path) -> int:
+    """Counted in the newest line of a stage's folder, 0 where there is none."""
+    path = folder / METRICS_FILE
+    lines = _lines(path) if path.exists() else []
+    return int(lines[-1].get("skipped_steps") or 0) if lines else 0
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for text in path.read_text(errors="replace").splitlines():

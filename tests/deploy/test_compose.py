@@ -17,7 +17,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 NODES = ("head", "worker", "captioner", "trainer")
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy").glob("*.sh"))
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GRAFANA_PASSWORD")
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GRAFANA_PASSWORD", "PAGE_PASSWORD")
 
 
 def constraints(name: str) -> dict[str, str]:
@@ -51,8 +51,8 @@ def test_nothing_is_published_beyond_this_machine() -> None:
 def test_credentials_come_from_the_environment_and_their_absence_stops_it() -> None:
     for name, service in SERVICES.items():
         for variable, value in service.get("environment", {}).items():
-            if re.search("KEY|SECRET|PASSWORD|TOKEN", variable):
-                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", str(value)), (name, variable)
+            if re.search("KEY|SECRET|PASSWORD|TOKEN", variable) and value is not None:
+                assert re.fullmatch(r"(hdm:)?\$\{\w+:\?[^}]+\}", value), (name, variable)
 
 
 def test_every_setting_is_described() -> None:
@@ -60,6 +60,9 @@ def test_every_setting_is_described() -> None:
     described = settings(ROOT / ".env.example")
     assert used | {"COMPOSE_PROFILES"} == set(described)
     assert [name for name in SECRETS if described[name]] == []
+    # Those without a value in the compose file are not there at all unless .env has them.
+    passed = {name for name, value in COMPOSE["x-environment"].items() if value is None}
+    assert passed == set(re.findall(r"^# (\w+)=$", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
 
 def test_credentials_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_no_container_of_ours_runs_as_root_or_gains_rights() -> None:
     for target in ("pipeline", "trainer", "captioner", "s3"):
         stage = DOCKERFILE.split(f" AS {target}\n")[1].split("\nFROM ")[0]
         assert stage.strip().splitlines()[-1] == "USER hdm", target
-    for name in NODES:
+    for name in (name for name, service in SERVICES.items() if "build" in service):
         assert SERVICES[name]["cap_drop"] == ["ALL"]
         assert SERVICES[name]["security_opt"] == ["no-new-privileges:true"]
 
@@ -156,6 +159,7 @@ def test_a_service_has_limits_and_comes_back(name: str) -> None:
     service = SERVICES[name]
     assert service["restart"] in ("unless-stopped", "on-failure")
     assert service["deploy"]["resources"]["limits"]["memory"]
+    assert service["logging"]["options"]["max-size"]
     # One that ends by itself has nothing to be asked.
     assert "healthcheck" in service or service["restart"] == "on-failure"
 
@@ -175,6 +179,27 @@ def test_what_is_mounted_from_here_is_here() -> None:
     assert named == set(COMPOSE["volumes"])
     for path in (volume.split(":")[0] for volume in mounted if volume.startswith(".")):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_asks_for_a_password_and_prometheus_asks_it_for_figures() -> None:
+    assert "HDM_PAGE_PASSWORD" in SERVICES["page"]["environment"]
+    assert "trainer web" in DOCKERFILE.split(" AS pipeline\n")[1].split("\nFROM ")[0]
+    jobs = yaml.safe_load((ROOT / "deploy/monitoring/prometheus.yml").read_text())["scrape_configs"]
+    asked = {(target["names"][0], target["port"]) for job in jobs for target in job.get("dns_sd_configs", ())} | {
+        (target.split(":")[0], int(target.split(":")[1]))
+        for job in jobs
+        for static in job.get("static_configs", ())
+        for target in static["targets"]
+    }
+    assert asked == {("page", 7860), ("exporter", 9405)}
+    for name, port in asked:
+        assert SERVICES[name]["command"][-1] == str(port)
+
+
+def test_a_dataset_on_disk_needs_no_bucket() -> None:
+    command = [sys.executable, "deploy/make_bucket.py", "/data/dataset"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "make_bucket: /data/dataset needs no bucket\n"), done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

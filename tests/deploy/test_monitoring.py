@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.caption_costs import Costs, Meter
 from pipeline.exporter import DatasetMetrics
+from pipeline.jobs import Idle
 from pipeline.shards import Store
 from trainer.metrics import GAUGE_PREFIX, METRICS
 
@@ -105,7 +106,11 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     standing = meter([Costs(rows=9)])
     jobs = "".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py"))
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
-    known = {"up", "ray_hdm_rows_left"} | {family.name for family in registry.collect()}
+    known = (
+        {"up", "ray_hdm_rows_left"}
+        | {f"ray_{prefix}{name}" for prefix in ("hdm_", GAUGE_PREFIX) for name in Idle(0.0).look(0, 0.0)}
+        | {family.name for family in registry.collect()}
+    )
     known |= {f"ray_{GAUGE_PREFIX}{name}" for name in METRICS} | {f"ray_hdm_{task}_rows_total" for task in rows}
     known |= {f"ray_{name}_total" for name in standing.counts} | {f"ray_{name}" for name in standing.gauges}
     ray = "".join(path.read_text() for path in Path(rays_dashboards.__path__[0]).glob("*.py"))
@@ -303,6 +308,7 @@ def test_ingest_shows_its_speed_and_why_it_refused_rows(watched: Watched) -> Non
     assert became == {("kept",): watched.ingested["rows_out"]} | refused
     left = found.value('max(max_over_time(ray_hdm_rows_left{task="ingest"}[1h]))')
     assert 0 < left <= watched.ingested["rows_in"]
+    assert found.value("max(max_over_time(ray_hdm_longest_idle_seconds[1h]))") > 0
 
 
 def test_captions_and_curation_are_counted(watched: Watched) -> None:

@@ -82,8 +82,14 @@ def test_make_has_its_targets() -> None:
 def test_compose_has_its_profiles_and_services() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     profiles = {profile for service in compose["services"].values() for profile in service.get("profiles", [])}
-    assert _named(r"docker compose.* --profile (\w+)") <= profiles
-    assert _named(r"docker compose (?:exec|stop) (\w+)") <= compose["services"].keys()
+    named = {profile for listed in _named(r"COMPOSE_PROFILES=([\w,]+)") for profile in listed.split(",")}
+    assert named
+    assert named <= profiles
+    # Beside it, Compose leaves out what COMPOSE_PROFILES names: the store.
+    assert not _named(r"docker compose.* (--profile) \w")
+    services = _named(r"docker compose (?:exec|stop|up --detach) (\w+)")
+    assert services >= {"head", "trainer", "captioner"}
+    assert services <= compose["services"].keys()
 
 
 def test_prometheus_has_its_alerts() -> None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.jobs import Idle
 from pipeline.sample_posts import plan
 from pipeline.shards import Store
 
@@ -486,3 +487,16 @@ def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustra
     curated = record(tmp_path / "selections" / "demo")
     assert curated["rows_in"] == ingested["rows_out"]
     assert curated["rows_out"] > 0
+
+
+def test_a_job_is_idle_since_its_last_row_beside_the_longest_that_one_took_before() -> None:
+    idle = Idle(now=100.0)
+    # rows finished, at this time -> idle for, and before at most
+    for rows, now, seconds, longest in (
+        (0, 130.0, 30.0, 900.0),  # nothing is known of its pace yet
+        (5, 160.0, 0.0, 60.0),
+        (5, 180.0, 20.0, 60.0),
+        (9, 260.0, 0.0, 100.0),
+        (9, 900.0, 640.0, 100.0),
+    ):
+        assert idle.look(rows, now) == {"idle_seconds": seconds, "longest_idle_seconds": longest}

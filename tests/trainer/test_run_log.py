@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.jobs import UsageError
 from trainer.metrics import Spent
-from trainer.run_log import Log, LogConfig, append_line, check_writers, forget_steps_after, spent
+from trainer.run_log import Log, LogConfig, append_line, check_writers, forget_steps_after, skipped_steps, spent
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -87,6 +87,13 @@ def test_starts_that_end_before_their_first_line_forget_no_cost(tmp_path: Path) 
     for _ in range(3):
         assert Log(tmp_path, 20, QUIET, {}).before == Spent(seconds=60.0, dollars=3.0)
     assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_steps_that_earlier_starts_skipped_are_those_of_the_newest_line(tmp_path: Path) -> None:
+    assert skipped_steps(tmp_path) == 0
+    for step, skipped in ((10, 0), (20, 3), (30, None)):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "skipped_steps": skipped})
+        assert skipped_steps(tmp_path) == (skipped or 0)
 
 
 def test_a_new_run_has_spent_nothing(tmp_path: Path) -> None:
