@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint
-from trainer.ema import EMA
-from trainer.learnt import learnt_state, load_learnt_state
+from trainer.learnt import learning_parameters, learnt_state, load_learnt_state
 from trainer.lora import add_adapters, merge_adapters
 from trainer.model.released import PASSED_ON
 from trainer.model.saved import is_model_folder, load_model
@@ -123,13 +122,16 @@ def adapters(found: Checkpoint, weights: Weights = "ema") -> dict[str, Tensor]:
 def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
     """With what the checkpoint has of what the model learns."""
     try:
-        load_learnt_state(model, found.tensors("model"))
+        load_learnt_state(model, found.tensors("model") if weights == "raw" else _averaged(model, found))
     except RuntimeError as error:
         raise ValueError(
             f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
         ) from error
-    if weights == "ema":
-        average = EMA(model, decay=0)
-        average.load_state_dict(found.tensors("ema"))
-        model.load_state_dict(average.weights, strict=False)  # buffers, and a frozen base, are not averaged
     return model
+
+
+def _averaged(model: XUT, found: Checkpoint) -> dict[str, Tensor]:
+    """The averages of all that learns, and the buffers, which are not averaged, of the weights themselves."""
+    averages, learning = found.tensors("ema"), learning_parameters(model)
+    buffers = {name: tensor for name, tensor in found.tensors("model").items() if name not in learning}
+    return buffers | averages
