@@ -430,7 +430,7 @@ def test_the_last_stage_names_the_command_that_makes_its_selection(cluster: Clus
 
 @pytest.mark.usefixtures("curated")
 def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(cluster: Cluster) -> None:
-    command = ("--", "python", "trainer/run.py", "--stage", "demo", "--set", "log_every=1")
+    command = ("--", "python", "trainer/run.py", "--stage", "demo", "--set", "log_every=1", "--set", "batch_size=16")
     job = cluster.submit("--submission-id", "training", *command, wait=False)
     metrics = cluster.run / "demo" / "metrics.jsonl"
     wait_until(lambda: job.poll() is not None or (metrics.exists() and metrics.read_text()))
