@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import Checkpoint
-from trainer.learnt import learning_parameters, learnt_state, load_learnt_state
+from trainer.ema import EMA
+from trainer.learnt import learnt_state, load_learnt_state
 from trainer.lora import add_adapters, merge_adapters
 from trainer.model.released import PASSED_ON
 from trainer.model.saved import is_model_folder, load_model
@@ -132,6 +133,7 @@ def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
 
 def _averaged(model: XUT, found: Checkpoint) -> dict[str, Tensor]:
     """The averages of all that learns, and the buffers, which are not averaged, of the weights themselves."""
-    averages, learning = found.tensors("ema"), learning_parameters(model)
-    buffers = {name: tensor for name, tensor in found.tensors("model").items() if name not in learning}
-    return buffers | averages
+    average = EMA(model, decay=0)
+    average.load_state_dict(found.tensors("ema"))
+    buffers = {name: tensor for name, tensor in found.tensors("model").items() if name not in average.weights}
+    return buffers | average.weights
