@@ -347,20 +347,25 @@ def test_a_submitted_jobs_log_lies_where_the_dashboard_lists_it(cluster: Cluster
     assert "session folder of Ray" in text
 
 
-def test_a_data_job_that_is_stopped_keeps_its_shards_and_the_same_command_goes_on(
-    cluster: Cluster, images: Path
-) -> None:
+@pytest.fixture(scope="module")
+def captioned(cluster: Cluster, images: Path) -> tuple[str, dict[str, int], str]:
+    """What a job prints that is stopped in its middle, the shards that it leaves, and what the same command prints."""
     job = cluster.submit("--submission-id", "stopped", "--", "python", "pipeline/caption.py", wait=False)
     wait_until(lambda: job.poll() is not None or shards(cluster, "captions"))
     # What `ray job stop` asks for; by the time that it has started, this small job would have ended.
     assert cluster.request(f"{cluster.dashboard}/api/jobs/stopped/stop", cluster.token.read_text(), {})[0] == 200
     output, _ = job.communicate(timeout=60)
-    assert "stopped; run the same command to go on" in output, output
-    assert cluster.jobs()["stopped"]["status"] == "STOPPED"
     kept = shards(cluster, "captions")
-    assert 0 < len(kept) < len(shards(cluster, "images"))
+    return output, kept, succeeded(cluster.submit("--", "python", "pipeline/caption.py"))
 
-    again = succeeded(cluster.submit("--", "python", "pipeline/caption.py"))
+
+def test_a_data_job_that_is_stopped_keeps_its_shards_and_the_same_command_goes_on(
+    cluster: Cluster, captioned: tuple[str, dict[str, int], str]
+) -> None:
+    stopped, kept, again = captioned
+    assert "stopped; run the same command to go on" in stopped, stopped
+    assert cluster.jobs()["stopped"]["status"] == "STOPPED"
+    assert 0 < len(kept) < len(shards(cluster, "images"))
     assert f"{len(shards(cluster, 'images'))} shards of images, {len(kept)} of them captioned before" in again
     assert shards(cluster, "captions").items() >= kept.items()
     assert shards(cluster, "captions").keys() == shards(cluster, "images").keys()
@@ -406,7 +411,7 @@ def test_from_a_laptop_its_own_code_runs_on_all_nodes_and_nothing_that_git_ignor
 
 
 @pytest.fixture(scope="module")
-def curated(cluster: Cluster, images: Path) -> Finished:
+def curated(cluster: Cluster, captioned: object) -> Finished:
     """A job that curates for the demo stage, and then tries the last stage with what needs no download."""
     last = "--stage 1024 --set selection=demo --set codec=dct --set text_encoder=local --from nothing"
     commands = f"python pipeline/curate.py --stage demo && python trainer/run.py {last}"
