@@ -121,15 +121,17 @@ def adapters(found: Checkpoint, weights: Weights = "ema") -> dict[str, Tensor]:
 
 
 def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
-    """With what the checkpoint has of what the model learns."""
+    """With what the checkpoint has of what the model learns. With "ema" the raw parameters need not be there: the run
+    that is kept for tests has none."""
+    tensors = found.tensors("model")
+    if weights == "ema":
+        average = EMA(model, decay=0)
+        average.load_state_dict(found.tensors("ema"))
+        tensors = tensors | average.weights  # buffers are not averaged
     try:
-        load_learnt_state(model, found.tensors("model"))
+        load_learnt_state(model, tensors)
     except RuntimeError as error:
         raise ValueError(
             f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
         ) from error
-    if weights == "ema":
-        average = EMA(model, decay=0)
-        average.load_state_dict(found.tensors("ema"))
-        model.load_state_dict(average.weights, strict=False)  # buffers, and a frozen base, are not averaged
     return model
