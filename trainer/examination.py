@@ -190,8 +190,9 @@ def _drawn(model: PictureModel, requests: Sequence[Request], out: Path) -> tuple
     are not drawn again."""
     made_with = model.made_with
     paths = [out / f"{picture_name(r.prompt, r.seed, r.settings, made_with)}.png" for r in requests]
-    # The JSON is written after the picture.
-    missing = [r for r, path in zip(requests, paths, strict=True) if not path.with_suffix(".json").exists()]
+    # The JSON is written after the picture, but somebody may have moved pictures away.
+    there = [path.exists() and path.with_suffix(".json").exists() for path in paths]
+    missing = [request for request, is_there in zip(requests, there, strict=True) if not is_there]
     batches = batches_of(model, missing)
     seconds = 0.0
     with progress(iter(()), len(requests), "evaluate", "pictures") as bar:

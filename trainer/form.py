@@ -62,12 +62,13 @@ def _typed(name: str, value: Any) -> Any:
         raise ValueError(f"{_label(name)} is empty: give a number")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{_label(name)} {_shown(value)}: must be a number")
+    # A Python int may be too large to become a float, or to be written out; nothing of the form is near.
+    if abs(value) >= 2**63:
+        raise ValueError(f"{_label(name)} is out of all bounds")
     if wanted is int:
         if not math.isfinite(value) or value != int(value):
             raise ValueError(f"{_label(name)} {value}: must be a whole number")
         return int(value)
-    if abs(value) >= 2**53:  # a Python int may be too large to become a float; nothing of the form is near
-        raise ValueError(f"{_label(name)} is out of all bounds")
     return float(value)
 
 

@@ -59,6 +59,10 @@ def load_model(run: str, device: torch.device) -> PictureModel:
         raise UsageError(str(error)) from error
 
 
+# A step of a picture that was left goes on for a while after its turn: the next one is not drawn beside it.
+_DRAWING = threading.Lock()
+
+
 class _Left(Exception):
     """Nobody follows any more."""
 
@@ -76,7 +80,8 @@ def draw_one(model: PictureModel, request: Request, on_step: OnStep) -> Drawn:
 
 
 async def follow(model: PictureModel, request: Request) -> AsyncIterator[Step | Drawn]:
-    """Draw in a thread. What `draw_one` raises is raised here; when this iterator is closed, it ends with its step."""
+    """Draw in a thread, one picture at a time in this process. What `draw_one` raises is raised here; when this
+    iterator is closed, the drawing ends with its step."""
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[Step | Drawn | Exception] = asyncio.Queue()
     left = threading.Event()
@@ -92,7 +97,9 @@ async def follow(model: PictureModel, request: Request) -> AsyncIterator[Step | 
 
     def draw() -> None:
         try:
-            tell(draw_one(model, request, on_step))
+            with _DRAWING:
+                if not left.is_set():
+                    tell(draw_one(model, request, on_step))
         except Exception as error:  # belongs to whoever follows
             tell(error)
 

@@ -29,6 +29,9 @@ _BESIDES = (
     *("inference_mode", "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
+# Ways to begin that leave the base, and the arithmetic, as they are: of all others peft's (PiSSA, OLoRA, CorDA, LoftQ
+# take a part out of the base, MiCA learns otherwise) W + B A is not what was trained.
+_PLAIN_STARTS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
@@ -112,7 +115,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{folder}/{CONFIG}: peft_type {fields.get('peft_type')!r}; only LORA is merged here")
     known = (*_SHAPING, *_BESIDES)
-    if other := [f"{name}={value}" for name, value in fields.items() if name not in known and value not in _UNSET]:
+    other = [f"{name}={value}" for name, value in fields.items() if name not in known and value not in _UNSET]
+    if (start := fields.get("init_lora_weights")) not in _PLAIN_STARTS:
+        other.append(f"init_lora_weights={start}")
+    if other:
         raise ValueError(f"{folder}/{CONFIG}: {', '.join(other)}; only plain adapters, A and B, are merged here")
     return fields
 

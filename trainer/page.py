@@ -1,19 +1,21 @@
 """The web page: the only file that imports gradio. What its form means is in form.py, the drawing in live.py."""
 
+import asyncio
 import html
 import json
 import secrets
 import shutil
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +29,8 @@ from trainer.turns import QueueFull, Turns
 
 _TITLE: Final = "homemade-diffusion"
 _HISTORY: Final = 48  # pictures of a session that are kept; older ones are removed
+# Of all sessions together: gradio says nothing when it forgets one, and a script need not end its own.
+_MOST_STORED: Final = 2000
 _MOST_EXAMPLES: Final = 6
 _LARGEST_SEED: Final = 2**31  # of the random ones: short enough to be read aloud
 
@@ -61,6 +65,7 @@ class Studio:
     turns: Turns
     figures: PageFigures
     folder: Path  # of the pictures, while the server runs
+    stored: deque[Path] = field(default_factory=deque)  # pictures that were drawn last
 
 
 def page_app(studio: Studio, login: CheckLogin | None) -> ASGIApp:
@@ -118,25 +123,28 @@ def _blocks(studio: Studio) -> gr.Blocks:
                 )  # fmt: skip
         _examples(facts, form)
 
-        async def on_draw(kept: list[str], *values: Any) -> AsyncIterator[dict[Any, Any]]:
-            async for shown in drawing(studio, dict(zip(FORM, values, strict=True))):
-                if isinstance(shown, str):
-                    yield {message: shown}
-                    continue
-                kept = _kept([str(shown.path), *kept])
-                yield {
-                    message: shown.message,
-                    picture: str(shown.path),
-                    download: gr.DownloadButton(value=str(shown.path), interactive=True),
-                    history: kept,
-                    gallery: [(path, read_origin(Path(path))["prompt"] or "(no prompt)") for path in kept],
-                }
+        async def on_draw(kept: list[tuple[str, str]], *values: Any) -> AsyncIterator[dict[Any, Any]]:
+            values_by_name = dict(zip(FORM, values, strict=True))
+            async with aclosing(drawing(studio, values_by_name)) as news:  # type: ignore[type-var]
+                async for shown in news:
+                    if isinstance(shown, str):
+                        yield {message: shown}
+                        continue
+                    kept = _kept([(str(shown.path), values_by_name["prompt"] or "(no prompt)"), *kept])
+                    yield {
+                        message: shown.message,
+                        picture: str(shown.path),
+                        download: gr.DownloadButton(value=str(shown.path), interactive=True),
+                        history: kept,
+                        gallery: kept,
+                    }
 
-        def on_select(kept: list[str], event: gr.SelectData) -> list[Any]:
+        def on_select(kept: list[tuple[str, str]], event: gr.SelectData) -> list[Any]:
             index = event.index
-            if not isinstance(index, int) or not 0 <= index < len(kept):  # of a page from before the server's start
+            # Of a page from before the server's start, or of a session that was away for long.
+            if not isinstance(index, int) or not 0 <= index < len(kept) or not Path(kept[index][0]).exists():
                 return [gr.skip()] * (len(FORM) + 4)
-            path = kept[index]
+            path, _ = kept[index]
             again = form_of(read_origin(Path(path)))
             shown = gr.DownloadButton(value=path, interactive=True)
             return [*again.values(), None, path, shown, _note("the settings of this picture are in the form again")]
@@ -246,7 +254,10 @@ async def drawing(studio: Studio, values: dict[str, Any]) -> AsyncIterator[str |
                 if isinstance(what, Step):
                     yield _progress(what)
                 else:
-                    path = _saved(studio.folder, what)
+                    path = await asyncio.to_thread(_saved, studio.folder, what)  # seconds for a large one
+                    studio.stored.append(path)
+                    if len(studio.stored) > _MOST_STORED:
+                        _remove(studio.stored.popleft())
                     seconds = time.monotonic() - started
                     figures.drawn(seconds)
                     yield _Done(path, _note(_what_was_drawn(request, what, seconds)))
@@ -277,14 +288,20 @@ def _what_was_drawn(wanted: Request, drawn: Drawn, seconds: float) -> str:
     return f"{text}; {asked.width} × {asked.height} was rounded: sides are whole tokens"
 
 
-def _kept(paths: list[str]) -> list[str]:
-    _forget(paths[_HISTORY:])
-    return paths[:_HISTORY]
+def _kept(pictures: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Path and prompt of those that a session still shows, the newest first."""
+    _forget(pictures[_HISTORY:])
+    return [picture for picture in pictures[:_HISTORY] if Path(picture[0]).exists()]
 
 
-def _forget(paths: Iterable[str]) -> None:
-    for path in paths:
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+def _forget(pictures: Iterable[tuple[str, str]]) -> None:
+    for path, _ in pictures:
+        _remove(Path(path))
+
+
+def _remove(picture: Path) -> None:
+    """With its folder; it may be gone."""
+    shutil.rmtree(picture.parent, ignore_errors=True)
 
 
 def _note(text: str) -> str:
@@ -308,6 +325,7 @@ _OPEN: Final = (
     "theme.css", "token", "user",
 )  # fmt: skip
 _API: Final = "/gradio_api/"
+_LARGEST_BODY: Final = 2**20  # bytes: of a form that is 2 texts and numbers; read before anybody asks for a password
 _SHUT: Final = ("/monitoring", "/svelte", "/pwa_icon", f"{_API}deep_link")
 # The browser itself refuses whatever the page might load from elsewhere. gradio's page has scripts inline and makes
 # functions of those that it is given (the outline's).
@@ -319,7 +337,7 @@ _POLICY: Final = (
 
 
 class _Closed:
-    """Around the app: only what this page needs is answered, and with a policy that keeps it to this server."""
+    """Around the app: only what the page needs is read and answered, and with a policy that keeps it to this server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -333,10 +351,20 @@ class _Closed:
             await Response("not here\n", status_code=404, media_type="text/plain")(scope, receive, send)
             return
 
+        received = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > _LARGEST_BODY:
+                raise HTTPException(413, f"{_LARGEST_BODY} bytes at most")  # becomes the answer, as any route's
+            return message
+
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
                 message = {**message, "headers": [*headers, (b"referrer-policy", b"no-referrer")]}
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        await self._app(scope, receive_bounded, send_with_policy)

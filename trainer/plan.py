@@ -61,6 +61,9 @@ def main() -> None:
     args = parse_args()
     from trainer.planning import within_budget  # torch takes seconds to import: not for --help
 
+    path = local_path("--json", args.json) if args.json else None
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)  # before a probe that may last a minute
     inputs = _inputs(args)
     make = partial(_make, args, inputs)
     settings, plan = inputs.settings, make(inputs.settings)
@@ -71,8 +74,7 @@ def main() -> None:
         settings, fitting = shortened
         record["budget"] = _show_budget(args.budget, inputs.settings, settings, fitting)
     record["commands"] = _show_commands(args, inputs, settings)
-    if args.json:
-        path = local_path("--json", args.json)
+    if path:
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -62,15 +62,15 @@ class Replicas:
         deployment = serve.deployment(_Replica).options(
             name="painter", num_replicas=count, max_ongoing_requests=1, ray_actor_options=kind
         )
-        try:
-            handle = serve.run(deployment.bind(run), name=name, route_prefix=None)
-        except RuntimeError as error:
-            serve.delete(name)
-            why = str(error).splitlines()[0]
-            raise JobFailed(f"the replicas did not start ({why}); every node must see {run}") from error
         what = "GPUs" if gpus else "CPUs"
+        about = f"{facts.about.rpartition(', on ')[0]}, on {count} {what} of Ray Serve"
+        # Also where it is stopped while they start, which lasts as long as GPUs are not free: a cluster outlives it.
         try:
-            about = f"{facts.about.rpartition(', on ')[0]}, on {count} {what} of Ray Serve"
+            try:
+                handle = serve.run(deployment.bind(run), name=name, route_prefix=None)
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                raise JobFailed(f"the replicas did not start ({why}); every node must see {run}") from error
             yield cls(replace(facts, about=about), count, handle.options(stream=True))
         finally:
             serve.delete(name)

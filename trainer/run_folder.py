@@ -29,13 +29,14 @@ def only_job(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UsageError(
-            f"another job is training in {run}: wait for it or stop it (ray job list), or give this one a --run of "
-            "its own"
-        ) from error
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another job is training in {run}: wait for it or stop it (ray job list), or give this one a --run of "
+                "its own"
+            ) from error
+        yield  # outside: a terminal that does not block raises BlockingIOError, too
     finally:
         os.close(folder)
 

@@ -13,7 +13,6 @@ PRESETS = {"tiny": XUTConfig.tiny, "small": XUTConfig.small, "base": XUTConfig.b
 
 # What a tiny model is trained with unless told otherwise, so that any stage can be tried without a download.
 _EMBEDDED = {"codec": "dct", "text_encoder": "local"}
-# Fields of the model that follow from others, and from which.
 # Of a run that trains adapters, unless told otherwise: a stage is a schedule for new weights.
 _LORA = {
     "optimizer.kind": "adamw",
@@ -26,6 +25,7 @@ _LORA = {
     "keep_every": 0,
     "evaluate_every": 250,
 }
+# Fields of the model that follow from others, and from which.
 _FOLLOWS_FROM = {"model.in_channels": "codec", "model.text_dim": "text_encoder", "model.patch_size": "patch_size"}
 
 

@@ -121,19 +121,17 @@ def adapters(found: Checkpoint, weights: Weights = "ema") -> dict[str, Tensor]:
 
 
 def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
-    """With what the checkpoint has of what the model learns."""
+    """With what the checkpoint has of what the model learns. With "ema" the raw parameters need not be there: the run
+    that is kept for tests has none."""
+    tensors = found.tensors("model")
+    if weights == "ema":
+        average = EMA(model, decay=0)
+        average.load_state_dict(found.tensors("ema"))
+        tensors = tensors | average.weights  # buffers are not averaged
     try:
-        load_learnt_state(model, found.tensors("model") if weights == "raw" else _averaged(model, found))
+        load_learnt_state(model, tensors)
     except RuntimeError as error:
         raise ValueError(
             f"{found.folder} is damaged: its weights are not those of its config ({first_line(error)})"
         ) from error
     return model
-
-
-def _averaged(model: XUT, found: Checkpoint) -> dict[str, Tensor]:
-    """The averages of all that learns, and the buffers, which are not averaged, of the weights themselves."""
-    average = EMA(model, decay=0)
-    average.load_state_dict(found.tensors("ema"))
-    buffers = {name: tensor for name, tensor in found.tensors("model").items() if name not in average.weights}
-    return buffers | average.weights

@@ -84,6 +84,9 @@ def test_what_is_drawn_already_is_not_drawn_again(evaluate: RunJob, tmp_path: Pa
     assert evaluate("--n", 2, "--steps", 1).returncode == 0
     second = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert {name for name in first if first[name] != second[name]} == {lost.with_suffix(".png").name}
+    lost.with_suffix(".png").unlink()  # by whoever looked through the pictures
+    assert evaluate("--n", 2, "--steps", 1).returncode == 0
+    assert {path.name for path in folder.glob("*.png")} == first.keys()
 
     assert evaluate("--n", 2, "--steps", 1).returncode == 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["speed"] is None

@@ -431,12 +431,15 @@ def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
     write_adapters(tmp_path / "dora", state, 2)
     config = json.loads((tmp_path / "dora/adapter_config.json").read_text())
     (tmp_path / "dora/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    write_adapters(tmp_path / "pissa", state, 2)
+    (tmp_path / "pissa/adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
     write_adapters(tmp_path / "elsewhere", state, 2)
     (tmp_path / "elsewhere/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["to_q"]}))
     (tmp_path / "empty").mkdir()
     for folder, said in (
         ("narrow", "are of another model: "),
         ("dora", "use_dora=True; only plain adapters"),
+        ("pissa", "init_lora_weights=pissa_niter_4; only plain adapters"),
         ("elsewhere", "are of another model: Target modules"),
         ("empty", "it has no adapter_config.json and no adapter_model.safetensors"),
         ("narrow:nan", "a scale from -10 to 10"),

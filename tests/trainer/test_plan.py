@@ -35,7 +35,7 @@ def plan(call_job: CallJob, tmp_path: Path) -> Plan:
     """plan("--gpus", 8) -> what the command writes as JSON."""
 
     def call(*arguments: object) -> dict[str, Any]:
-        file = tmp_path / "plan.json"
+        file = tmp_path / "a new folder" / "plan.json"
         done = call_job("trainer/plan.py", "--json", file, *arguments)
         assert done.returncode == 0, done.stderr
         call.printed = done.stdout  # type: ignore[attr-defined]

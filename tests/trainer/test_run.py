@@ -78,6 +78,8 @@ def test_a_second_job_keeps_out_of_a_run_that_one_trains(call_job: RunJob, datas
     with only_job(tmp_path / "run"):
         _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 1), "another job is training", "--run")
         assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(BlockingIOError), only_job(tmp_path / "run"):
+        raise BlockingIOError  # of the job itself, whose words are not those of another job
     with only_job(tmp_path / "run"):
         pass
 

@@ -75,6 +75,8 @@ def test_a_form_is_one_picture_and_a_browsers_numbers_are_of_one_type() -> None:
         ("width", -64, "width"),
         ("width", 129, "128 pixels at most"),
         ("height", 10**9, "128 pixels at most"),
+        ("height", 10**400, "height is out of all bounds"),
+        pytest.param("width", -(10**5000), "width is out of all bounds", id="width-of-5000-digits"),
         ("height", 64.5, "height 64.5: must be a whole number"),
         ("height", math.nan, "height"),
         ("height", math.inf, "height"),
@@ -233,6 +235,35 @@ def test_a_drawing_ends_when_nobody_follows_it(model: PictureModel) -> None:
     assert _drawing_threads() == 0
 
 
+def test_a_picture_waits_for_the_last_step_of_one_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise whoever draws and stops, again and again, has the machine draw any number of pictures at once."""
+    told: list[str] = []
+    may_end = threading.Event()
+
+    def draw_one(model: Any, request: str, on_step: Callable[[int, int], None]) -> Any:
+        told.append(f"{request} begins")
+        on_step(1, 2)
+        if request == "first":
+            may_end.wait(10)
+        told.append(f"{request} ends")
+        on_step(2, 2)
+        return Drawn(np.zeros((1, 1, 3), np.uint8), request, {})  # type: ignore[arg-type]
+
+    async def leave_and_draw() -> None:
+        async with aclosing(follow(None, "first")) as news:  # type: ignore[type-var, arg-type]
+            assert await anext(news) == Step(1, 2)
+        async with aclosing(follow(None, "second")) as news:  # type: ignore[type-var, arg-type]
+            second = asyncio.ensure_future(anext(news))
+            await asyncio.sleep(0.05)
+            assert told == ["first begins"]
+            may_end.set()
+            assert await second == Step(1, 2)
+            assert told[:3] == ["first begins", "first ends", "second begins"]
+
+    monkeypatch.setattr("trainer.live.draw_one", draw_one)
+    asyncio.run(leave_and_draw())
+
+
 def test_what_the_model_refuses_is_raised_where_it_is_followed(model: PictureModel) -> None:
     request = read_form(GOOD | {"width": 4096, "height": 4096}, Limits(largest_side=4096, most_steps=100))
 
@@ -388,6 +419,15 @@ def test_nothing_but_the_page_is_answered_and_the_page_is_kept_to_its_server(vis
     assert visitor.http.post("gradio_api/upload", files={"files": b"x"}).status_code == 404
 
 
+def test_no_more_is_read_of_a_request_than_a_form_can_have(visitor: Visitor) -> None:
+    """With its length and without, and where no password is asked for."""
+    parts = [b'{"data": ["', *[b"x" * 2**16] * 17, b'"]}']
+    for address in ("gradio_api/queue/join", "gradio_api/cancel"):
+        for body in (b"".join(parts), iter(parts)):
+            sent = visitor.http.post(address, content=body, headers={"content-type": "application/json"})
+            assert sent.status_code == 413, sent.text
+
+
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +508,25 @@ def test_a_page_with_a_password_shows_nothing_before_it_is_given(model: PictureM
             assert (await log_in("secret"), await seen()) == (200, [200, 200])
 
     asyncio.run(visit())
+
+
+def test_no_more_pictures_are_stored_than_a_disk_is_known_to_have_room_for(
+    model: PictureModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all sessions together: not each is ended."""
+    from trainer import page
+
+    monkeypatch.setattr(page, "_MOST_STORED", 2)
+    turns = Turns(1, 0)
+    figures = PageFigures(lambda: turns.waiting)
+    studio = page.Studio(ModelFacts.of(model), LIMITS, lambda request: follow(model, request), turns, figures, tmp_path)
+
+    async def draw(seed: int) -> Any:
+        return [what async for what in page.drawing(studio, GOOD | {"seed": seed})][-1]
+
+    first, *others = (asyncio.run(draw(seed)).path for seed in range(3))
+    assert sorted(tmp_path.glob("*/*.png")) == sorted(others)
+    assert not first.parent.exists()
 
 
 def test_a_drawing_that_fails_is_told_and_counted_and_the_next_one_is_drawn(
