@@ -28,6 +28,7 @@ demo: setup
 
 test: setup lint
 	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -m cluster
 	@if $(MAKE) --no-print-directory captioner; then \
 		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py tests/pipeline/test_caption_vllm.py; \
 	else \

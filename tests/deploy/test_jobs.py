@@ -24,6 +24,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 IMAGES = 120
 ROWS_PER_SHARD = 3

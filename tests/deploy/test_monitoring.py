@@ -293,12 +293,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             trained.kill()  # a checkpoint would take its time
 
 
+@pytest.mark.cluster
 def test_metrics_are_scraped_without_the_token_that_the_cluster_wants(watched: Watched) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{watched.dashboard}/api/prometheus/sd", timeout=10)
     assert watched.prometheus.query('up{job="ray"} == 1')
 
 
+@pytest.mark.cluster
 def test_ingest_shows_its_speed_and_why_it_refused_rows(watched: Watched) -> None:
     found = watched.prometheus
     assert found.value("max_over_time(sum(rate(ray_hdm_ingest_rows_total[15s]))[1h:1s])") > 0
@@ -311,6 +313,7 @@ def test_ingest_shows_its_speed_and_why_it_refused_rows(watched: Watched) -> Non
     assert found.value("max(max_over_time(ray_hdm_longest_idle_seconds[1h]))") > 0
 
 
+@pytest.mark.cluster
 def test_captions_and_curation_are_counted(watched: Watched) -> None:
     kept = watched.ingested["rows_out"]
     counted = "sum by (kind) (max_over_time(ray_hdm_{}_rows_total[1h]))"
@@ -319,6 +322,7 @@ def test_captions_and_curation_are_counted(watched: Watched) -> None:
     assert watched.prometheus.query(counted.format("writing")) == {("done",): kept}
 
 
+@pytest.mark.cluster
 def test_a_training_shows_its_figures_all_the_time(watched: Watched) -> None:
     found = watched.prometheus
     values = {name: found.query(f'ray_{GAUGE_PREFIX}{name}{{stage="demo"}}') for name in METRICS}
@@ -333,6 +337,7 @@ def test_a_training_shows_its_figures_all_the_time(watched: Watched) -> None:
     assert found.value("max(count_over_time((ray_hdm_train_step == 0)[1h:1s]))") > 4
 
 
+@pytest.mark.cluster
 def test_the_exporter_says_what_ingest_has_written(watched: Watched) -> None:
     found = watched.prometheus
     found.wait_for('hdm_dataset_selected_rows{folder="selections/demo"}')
@@ -341,6 +346,7 @@ def test_the_exporter_says_what_ingest_has_written(watched: Watched) -> None:
     assert refused == {(reason,): count for reason, count in watched.ingested["rejected"].items()}
 
 
+@pytest.mark.cluster
 def test_every_rule_and_every_panel_can_be_evaluated_on_real_series(watched: Watched) -> None:
     """Labels that do not match each other are only found there."""
     groups = watched.prometheus.get("rules")["groups"]
@@ -351,5 +357,6 @@ def test_every_rule_and_every_panel_can_be_evaluated_on_real_series(watched: Wat
         watched.prometheus.query(expression)
 
 
+@pytest.mark.cluster
 def test_the_gauges_of_jobs_that_have_ended_are_gone(watched: Watched) -> None:
     watched.prometheus.wait_for("ray_hdm_rows_left", there=False)
