@@ -13,6 +13,8 @@ export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-300}"
 # What a node waits for its work when it is asked to end; `docker stop` kills after 10 seconds.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-5}"
+# Ray's 15 spares whoever sits at the machine; of a cluster's node that is nobody.
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
 
 role=${1:-}

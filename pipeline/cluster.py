@@ -28,15 +28,17 @@ _LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 
 
 @contextmanager
-def cluster(job: str, dashboard: bool = False) -> Iterator[str]:
+def cluster(job: str, dashboard: bool = False, niceness: int = 15) -> Iterator[str]:
     """Ray for the time of one job, yielding the path of its log file.
 
     Without RAY_ADDRESS it is a local Ray that ends with the job; `dashboard` starts one with it, which takes seconds.
+    `niceness`: of its workers; Ray's 15 leaves a laptop to its user, and a training next to nothing beside other work.
     Workers' own logs stay where Ray keeps them; the log file names the folder. A submitted job's log lies there too:
     whoever submitted it sees the dashboard's list of logs, not the head's files.
     """
     log_path = os.path.join(tempfile.gettempdir(), f"hdm-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
     _send_logs_to(log_path)
+    os.environ.setdefault("RAY_worker_niceness", str(niceness))
     context = _connect(os.environ.get("RAY_ADDRESS"), dashboard)
     session_folder = getattr(context, "address_info", {}).get("session_dir", "")
     if submission():

@@ -97,7 +97,7 @@ def _train(command: "Command") -> None:
         f"{training.workers} workers x {training.accumulation} micro batches of {training.micro_batch}",
         flush=True,
     )
-    with cluster("run", dashboard=True):
+    with cluster("run", dashboard=True, niceness=0):
         trained = train(training)
     samples = (trained.steps - training.start_step) * training.stage.batch_size
     write_run_record(

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE")
     args = parser.parse_args()
     settings = [*args.settings, f"log_every={STEPS // 4}", "evaluate_every=1000000", "checkpoint_every=1000000"]
-    with cluster("bench"), tempfile.TemporaryDirectory(prefix="bench-train-") as run:
+    with cluster("bench", niceness=0), tempfile.TemporaryDirectory(prefix="bench-train-") as run:
         command = Command(
             stage=args.stage, dataset=args.dataset, run=run, workers=args.workers, steps=2 * STEPS * args.blocks,
             settings=settings,
