@@ -2,7 +2,8 @@
 
 One Ray Train job takes turns: a block of steps on streamed batches, then a block on those again. So both do the same
 work (a step's depends on how long its texts are) on the same machine within a minute of each other. The first quarter
-of each block is left out: what was read ahead before it began is used up there.
+of each block is left out: what was read ahead before it began is used up there. The first pair is of a job that still
+warms up.
 
     python tests/bench/train_stream.py --dataset demo/dataset --blocks 6
 """
