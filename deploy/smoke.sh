@@ -26,7 +26,7 @@ containers() {  # of a service
 }
 clean_up() {
     for _ in 1 2; do  # one that others depend on may not go before them
-        for container in $($ENGINE ps -aq --filter "name=$project"); do  # not every compose knows what --scale made
+        for container in $($ENGINE ps -aq --filter "name=$project"); do
             $ENGINE rm --force "$container" >"$scratch/down" 2>&1 || true
         done
     done
@@ -65,7 +65,7 @@ done
 
 # --- Cluster --------------------------------------------------------------------------------------------------------
 
-compose up --detach --no-build --scale worker=2 head worker s3 make-bucket >"$scratch/up" 2>&1 || {
+compose up --detach --no-build head worker s3 make-bucket >"$scratch/up" 2>&1 || {
     cat "$scratch/up"
     fail "the containers do not start"
 }

@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -177,7 +178,8 @@ class _Watcher:
             for name, metric in METRICS.items()
         }
         self._idle = Idle(time.monotonic())
-        for name in ("idle_seconds", "longest_idle_seconds"):  # without a line of figures, and before at most
+        # Without a line of figures, and before at most; of the disk that the run's folder is on.
+        for name in ("idle_seconds", "longest_idle_seconds", "disk_used_share"):
             self._gauges[name] = Gauge(GAUGE_PREFIX + name, name.replace("_", " "), tag_keys=("stage",))
         # Set at every look, as Ray forgets a gauge that was not set for 20 seconds: so one that is there says that the
         # job is running.
@@ -217,7 +219,8 @@ class _Watcher:
                 for line in lines:
                     self._show(line, bar)
                 idle = self._idle.look(bar.n - self.training.start_step, time.monotonic())
-                for metric, value in (self._figures | idle).items():
+                disk = {"disk_used_share": _used_share(Path(self.training.folder))}
+                for metric, value in (self._figures | idle | disk).items():
                     self._gauges[metric].set(value, tags={"stage": self.training.stage_name})
                 if ends:
                     return
@@ -234,6 +237,12 @@ class _Watcher:
             self.lines.append(line)
             bar.set_postfix_str(progress_text(line), refresh=False)
             bar.update(int(step) - bar.n)
+
+
+def _used_share(folder: Path) -> float:
+    """Of the disk that a folder is on, 0 to 1, as `df` counts: without what is kept for root."""
+    disk = shutil.disk_usage(folder)
+    return disk.used / (disk.used + disk.free)
 
 
 class _Bulletin:

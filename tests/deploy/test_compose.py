@@ -79,6 +79,15 @@ def test_credentials_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
     assert settings(one) == made
 
 
+def test_credentials_of_a_newer_version_are_added_to_what_is_there(tmp_path: Path) -> None:
+    make_env(file := tmp_path / "env")
+    older = "".join(line for line in file.read_text().splitlines(keepends=True) if "PAGE_PASSWORD" not in line)
+    file.write_text(older)
+    make_env(file)
+    assert file.read_text().startswith(older)
+    assert len(settings(file)["PAGE_PASSWORD"]) >= 20
+
+
 def test_credentials_are_in_no_commit_image_or_upload() -> None:
     # `ray job submit --working-dir .` leaves out what git ignores.
     ignored = (ROOT / ".gitignore").read_text().splitlines()

@@ -107,7 +107,7 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     jobs = "".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py"))
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (
-        {"up", "ray_hdm_rows_left"}
+        {"up", "ray_hdm_rows_left", "ray_hdm_train_disk_used_share"}
         | {f"ray_{prefix}{name}" for prefix in ("hdm_", GAUGE_PREFIX) for name in Idle(0.0).look(0, 0.0)}
         | {family.name for family in registry.collect()}
     )
@@ -335,6 +335,7 @@ def test_a_training_shows_its_figures_all_the_time(watched: Watched) -> None:
     assert shown["skipped_steps"] == 0
     # From the start on, before there is a line; Ray by itself forgets after two seconds what it was told once.
     assert found.value("max(count_over_time((ray_hdm_train_step == 0)[1h:1s]))") > 4
+    assert 0 < found.value("max(max_over_time(ray_hdm_train_disk_used_share[1h]))") < 1
 
 
 @pytest.mark.cluster
