@@ -82,9 +82,11 @@ class TrainingData:
         hold_out: float = 0.0,
         workers: int = 1,
         first_epoch: int = 0,
+        keep_layout: str | None = None,
     ) -> "TrainingData":
-        """`batch_size` of all `workers` together, each of which is one reading process. Errors of `Layout.of`."""
-        layout = Layout.of(selection, hold_out)
+        """`batch_size` of all `workers` together, each of which is one reading process; `keep_layout`: a folder for
+        `Layout.kept_in`. Errors of `Layout.of`."""
+        layout = Layout.kept_in(keep_layout, selection, hold_out) if keep_layout else Layout.of(selection, hold_out)
         streams = streams_of(batch_size, streams)
         order = Order(layout.counts_G, batch_size, streams, window, crop.seed, first_epoch)
         return cls(layout, order, crop, -(-streams // workers) * (window + 1))

@@ -101,6 +101,7 @@ def _data(training: Training) -> TrainingData:
         return TrainingData.load(
             training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams,
             window=stage.window, hold_out=stage.hold_out, workers=training.workers, first_epoch=training.first_epoch,
+            keep_layout=training.folder,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error

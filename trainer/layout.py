@@ -3,17 +3,22 @@
 Axes: G row groups that have selected rows, in the order (shard, row group); R selected rows; H held-out rows.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from pipeline.jobs import UsageError
 from pipeline.shards import Store
@@ -23,6 +28,9 @@ Indices = NDArray[np.int64]
 
 # Of the layout: on S3 each footer is a wait of its own.
 _THREADS = 32
+
+KEPT = "layout.safetensors"
+_ARRAYS = ("shard_G", "group_G", "first_G", "stop_G", "counts_G", "group_H", "row_H")
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,21 @@ class Layout:
             **joined | {"group_H": group_H[by_hash], "row_H": joined["row_H"][by_hash]},
         )
 
+    @classmethod
+    def kept_in(cls, folder: str, selection: Selection, hold_out: float = 0.0) -> "Layout":
+        """`of`, kept as folder/layout.safetensors and taken from there while no file that it was made from is another
+        one: a listing instead of two files to open for each shard."""
+        made_from = _made_from(selection, hold_out)
+        kept = Path(folder) / KEPT
+        with suppress(OSError, SafetensorError), safe_open(kept, "np") as file:
+            if file.metadata() == {"made_from": made_from}:
+                return cls(selection, hold_out, **{name: file.get_tensor(name) for name in _ARRAYS})
+        layout = cls.of(selection, hold_out)
+        arrays = {name: np.ascontiguousarray(getattr(layout, name)) for name in _ARRAYS}
+        with suppress(OSError):  # a full disk: it is computed again next time
+            Store(folder).write(KEPT, safetensors.numpy.save(arrays, {"made_from": made_from}))
+        return layout
+
     @property
     def count(self) -> int:
         """Samples."""
@@ -120,6 +143,14 @@ class Layout:
         end_G = np.cumsum(self.counts_G)
         group = np.searchsorted(end_G, samples, side="right")
         return group, samples - (end_G - self.counts_G)[group]
+
+
+def _made_from(selection: Selection, hold_out: float) -> str:
+    """A hash of all that decides a layout: the selection by its own hash, the pictures by how a listing shows them."""
+    listed = Store(selection.dataset).listing(selection.images)
+    pictures = [(shard, listed[f"{shard}.parquet"].stamp) for shard in selection.shards if f"{shard}.parquet" in listed]
+    source = [selection.dataset, selection.name, selection.digest, selection.images, hold_out, pictures]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
 def _shard_layout(selection: Selection, shard: str, hold_out: float) -> dict[str, Indices]:

@@ -48,7 +48,7 @@ from trainer.data import (
     text_parts,
 )
 from trainer.flow import Stream, keyed_uniform
-from trainer.layout import Selection, held_out, id_hash
+from trainer.layout import _ARRAYS, KEPT, Layout, Selection, held_out, id_hash
 from trainer.order import micro_batches
 
 CROP = CropConfig(resolution=48, captions=CaptionConfig(), seed=5)
@@ -355,6 +355,33 @@ def test_pictures_that_were_ingested_again_are_not_taken_for_the_selected_ones(b
     rewrite(broken, data.layout.selection.shards[0], lambda row: row | {"id": row["id"] + "0"})
     with pytest.raises(ValueError, match=r"other rows than the selection 'all'.*curate"):
         epoch_of(data)
+
+
+def same_layout(one: Layout, two: Layout) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(two, name)) for name in _ARRAYS)
+
+
+def test_a_kept_layout_is_the_computed_one_and_needs_no_shard_opened(broken: Store, tmp_path: Path) -> None:
+    selection = Selection.load(broken.root, "all")
+    first = Layout.kept_in(str(tmp_path), selection, 0.2)
+    assert same_layout(first, Layout.of(selection, 0.2))
+    for shard in selection.shards:  # the pictures' listing stays
+        broken.remove(f"selections/all/{shard}.parquet")
+    assert same_layout(Layout.kept_in(str(tmp_path), selection, 0.2), first)
+
+
+def test_a_layout_is_computed_anew_where_anything_that_it_was_made_from_changed(broken: Store, tmp_path: Path) -> None:
+    selection, kept = Selection.load(broken.root, "all"), str(tmp_path)
+    with_held_out = Layout.kept_in(kept, selection, 0.2)
+    assert Layout.kept_in(kept, selection, 0.0).held_out_count == 0 < with_held_out.held_out_count
+    assert Layout.kept_in(kept, Selection.load(broken.root, "danbooru")).count < selection.count
+    (tmp_path / KEPT).write_bytes(b"half")
+    assert Layout.kept_in(kept, selection).count == selection.count
+    shard = selection.shards[0]
+    pictures = broken.read_table(f"images/{shard}.parquet")
+    broken.write_table(f"images/{shard}.parquet", pictures.slice(0, 1), IMAGES)
+    with pytest.raises(ValueError, match="other rows than the selection"):
+        Layout.kept_in(kept, selection)
 
 
 # --- Tiers and mirroring ----------------------------------------------------------------------------------------------
