@@ -14,7 +14,6 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,16 +21,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
-from trainer.latents import Codec
 from trainer.model.arithmetic import products
 from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig, build_optimizer
 from trainer.positions import crop_position_map
+from trainer.stand_ins import WORDS, qwen3_600m, sdxl_vae
 
-PRESETS = {
+# Not those of trainer.settings, which needs packages that a bare GPU machine may not have.
+SHAPES = {
     "tiny": XUTConfig.tiny,
     "small": XUTConfig.small,
     "base": XUTConfig.base,
@@ -44,7 +44,7 @@ PIXELS_PER_LATENT = 8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="base")
+    parser.add_argument("--preset", choices=SHAPES, default="base")
     parser.add_argument("--resolution", type=int, default=256, help="pixels: side of the crop")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text-tokens", type=int, default=96, help="padded length of a text; real ones are 1/4 to all")
@@ -100,9 +100,9 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
     """A function that takes one step at a selection rate; the model's config; its image tokens."""
     torch.manual_seed(0)
     dtype = DTYPES[args.dtype]
-    encode, text_dim = text_encoder(device, dtype) if args.encoders else (None, None)
+    encoder = qwen3_600m(device, dtype) if args.encoders else None
     codec = sdxl_vae(device, dtype, args.compile) if args.encoders else None
-    config = PRESETS[args.preset](**({"text_dim": text_dim} if text_dim else {}))
+    config = SHAPES[args.preset](**({"text_dim": encoder.dim} if encoder else {}))
     side = args.resolution // PIXELS_PER_LATENT
     grid = side // config.patch_size
     model = XUT(config, checkpointing=args.checkpointing).to(device)
@@ -122,7 +122,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
     map_BN2 = crop_position_map(zero_B, zero_B, args.resolution, wide_B, tall_B, grid)
 
     def step(rate: float) -> None:
-        text = encode(batch, args.text_tokens) if encode else text_BTD
+        text = encoder.encode([WORDS * args.text_tokens] * batch, args.text_tokens)[0] if encoder else text_BTD
         x_BCHW = codec.encode(pixels_B3HW) if codec else latents_BCHW
         noise_BCHW, t_B = draw_noise(keys_B, x_BCHW.shape[1:]), draw_times(keys_B)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -143,46 +143,6 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
         optimizer.step()
 
     return step, config, grid * grid
-
-
-def text_encoder(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[int, int], Tensor], int]:
-    """A function (texts, tokens of each) -> embeddings (B, T, D), and D."""
-    from transformers import Qwen3Config, Qwen3Model
-
-    from trainer.text import TextEncoder, build_local_text_encoder, load_text_encoder
-
-    qwen3_600m = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        build_local_text_encoder(["one word after another"], Path(folder) / "encoder", seed=0)
-        tokenizer = load_text_encoder(Path(folder) / "encoder").tokenizer
-    encoder = TextEncoder(Qwen3Model(qwen3_600m).to(device, dtype), tokenizer)
-    text = "one word after another " * 200
-    return lambda texts, tokens: encoder.encode([text] * texts, tokens)[0], encoder.dim
-
-
-def sdxl_vae(device: torch.device, dtype: torch.dtype, compiled: bool) -> Codec:
-    """It learns nothing from random latents; only its time counts."""
-    from diffusers import AutoencoderKL
-
-    from trainer.vae import Statistics, VaeCodec
-
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    statistics = Statistics(mean=(0.0,) * 4, std=(1.0,) * 4, source="none: random weights")
-    return VaeCodec("SDXL's shape", vae.to(device, dtype), statistics, compiled)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
