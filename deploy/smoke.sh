@@ -88,6 +88,7 @@ wait_for_nodes 3
 in_head python deploy/make_bucket.py s3://hdm
 [ "$(in_head stat -c %a /home/hdm/.ray/auth_token)" = 600 ] || fail "others can read Ray's token"
 in_head sh -c '[ "$(id -u)" != 0 ]' || fail "the containers run as root"
+say "it decodes with $(in_head python -c 'from pipeline.images import pillow_build; print(pillow_build())')"
 if in_head env RAY_AUTH_MODE=disabled ray job submit -- true >"$scratch/refused" 2>&1; then
     fail "a job was taken without the token"
 fi
