@@ -67,7 +67,9 @@ def main() -> None:
             for shard in range(times):
                 write_images(folder / f"data{times}", f"{shard:04d}", args.images, args.side)
             rate, peak = job(folder / f"data{times}", folder / "model")
-            print(f"{times}x: the job as a command {rate:.1f} images/s once it answers, peak {peak / 2**30:.2f} GiB")
+            count = WARM + times * args.images
+            figures = f"{rate:.1f} images/s once it answers, peak memory {peak / 2**30:.2f} GiB"
+            print(f"| caption job as a command, {count:,} pictures | {figures} |", flush=True)
     finally:
         shutil.rmtree(folder)
 
@@ -102,10 +104,8 @@ def compare(folder: Path, rounds: int) -> None:
     warm = {name: rates[name][1:] for name in ways}
     ratio = statistics.median(mine / bare for mine, bare in zip(warm["job"], warm["LLM.chat"], strict=True))
     shown = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in warm[name])}" for name in ways)
-    print(
-        f"{count} pictures, {os.cpu_count()} cores, images/s in turns: {shown}; median of the ratios {ratio:.0%}",
-        flush=True,
-    )
+    what = f"what an actor of the caption job does against one LLM.chat, {count} pictures"
+    print(f"| {what} | {ratio:.0%}, median; images/s in turns: {shown} |", flush=True)
     for process in psutil.Process().children(recursive=True):  # LLM has no way to end its engine
         process.kill()
     os._exit(0)

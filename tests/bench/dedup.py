@@ -1,4 +1,4 @@
-"""Near duplicates among random hashes: `python tests/bench/dedup.py [--hashes 1000000] [--pairs 1000]`."""
+"""BENCH: near duplicates among random hashes: `python tests/bench/dedup.py [--hashes 1000000] [--pairs 1000]`."""
 
 import argparse
 import resource
@@ -28,8 +28,9 @@ def main() -> None:
     seconds = time.time() - started
     found = (group[place[: args.pairs]] == group[place[args.hashes :]]).sum()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(hashes):,} hashes in {seconds:.1f} s; {found} of {args.pairs} planted pairs found; "
-          f"{len(hashes) - len(np.unique(group))} joined in all; peak memory {peak:.2f} GiB")  # fmt: skip
+    joined = len(hashes) - len(np.unique(group))
+    print(f"| near duplicates among {len(hashes):,} hashes | {seconds:.1f} s; {found} of {args.pairs} planted pairs "
+          f"found, {joined} joined in all; peak memory {peak:.2f} GiB |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -43,18 +43,18 @@ def main() -> None:
         pictures = drawings(args.side)
         for shard in range(args.shards * max(args.times)):
             write_raw(folder / "raw" / f"{shard:04d}.parquet", pictures, shard, args.rows)
-        size = sum(path.stat().st_size for path in (folder / "raw").iterdir())
-        count = args.shards * max(args.times)
-        print(f"{count} shards of {args.rows} pictures, {size / 1e6:.0f} MB, {os.cpu_count()} cores")
         for times in args.times:
             files = sorted((folder / "raw").iterdir())[: args.shards * times]
             rows = len(files) * args.rows
             before = bare_loop(files, folder / f"before{times}")
             seconds, working, memory = job(files, folder / f"job{times}", args.downsize)
             bare = (before + bare_loop(files, folder / f"after{times}")) / 2
+            megabytes = sum(file.stat().st_size for file in files) / 1e6
             print(
-                f"{times}x: job {rows / working:.1f} rows/s, bare loop {rows / bare:.1f}: {bare / working:.0%} "
-                f"({bare / seconds:.0%} with the start, {seconds:.0f} s); peak of the job {memory / 2**30:.2f} GiB"
+                f"| ingest of {rows:,} JPEGs, {megabytes:.0f} MB, against a bare loop in two processes | "
+                f"{rows / working:.1f} and {rows / bare:.1f} rows/s: {bare / working:.0%}; {bare / seconds:.0%} with "
+                f"the start, {seconds:.0f} s in all; peak memory {memory / 2**30:.2f} GiB |",
+                flush=True,
             )
     finally:
         shutil.rmtree(folder)

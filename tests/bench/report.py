@@ -47,7 +47,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         size = len(store.read("report.html")) / 1e6
-    print(f"{args.rows:,} rows: {seconds:.1f} s, peak memory {peak:.0f} MiB, page {size:.2f} MB")
+    print(f"| report of {args.rows:,} rows | {seconds:.1f} s, peak memory {peak:.0f} MiB, a page of {size:.2f} MB |")
 
 
 def generate(store: Store, rows: int) -> None:

@@ -10,7 +10,6 @@ rates before.
 """
 
 import argparse
-import platform
 import resource
 import statistics
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
 from trainer.model.arithmetic import products
@@ -60,6 +60,7 @@ def parse_args() -> argparse.Namespace:
         help="with the text encoder and the VAE: random, of Qwen3-0.6B's and SDXL's shape, in --dtype",
     )
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each rate; the median counts")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also the N operations that take longest")
     return parser.parse_args()
 
 
@@ -68,10 +69,7 @@ def main() -> None:
     device = torch.device(args.device)
     peak = matmul_peak(device, DTYPES[args.dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"{name}, torch {torch.__version__}, {platform.platform()}; {args.dtype} matmul peak {peak / 1e12:.3f} TFLOP/s"
-    )
-
+    print(f"| {args.dtype} matmul peak, {name}, torch {torch.__version__} | {peak / 1e12:.3f} TFLOP/s |", flush=True)
     step, config, image_tokens = training_step(args, device)
     seconds: dict[float, list[float]] = {rate: [] for rate in args.tread}
     memory: dict[float, float] = {}
@@ -84,16 +82,29 @@ def main() -> None:
             seconds[rate].append(timed(lambda rate=rate: step(rate), device))  # type: ignore[misc]
             memory[rate] = peak_memory(device)
 
-    print("| TREAD | s/step | images/s | TFLOP/s | of matmul peak | peak memory, GiB | ratio |")
-    print("|---|---|---|---|---|---|---|")
+    how = [name for name in ("compile", "encoders") if getattr(args, name)]
+    kind = ", ".join([args.preset, f"{args.resolution} pixels", f"batch {args.batch}", args.dtype, *how])
     first = statistics.median(seconds[args.tread[0]])
     for rate in args.tread:
         middle = statistics.median(seconds[rate])
         done = args.batch * products(config, image_tokens, args.text_tokens, rate).step / middle
-        print(
-            f"| {rate:g} | {middle:.3f} | {args.batch / middle:.2f} | {done / 1e12:.3f} | {done / peak:.0%} "
-            f"| {memory[rate]:.1f} | {middle / first:.3f} |"
-        )
+        speed = f"{middle:.3f} s, {args.batch / middle:.2f} images/s, {done / 1e12:.3f} TFLOP/s"
+        shares = f"{done / peak:.0%} of the matmul peak, {middle / first:.3f} of the first one's time"
+        print(f"| step: {kind}, TREAD {rate:g} | {speed}, {shares}, {memory[rate]:.1f} GiB |")
+    if args.profile:
+        for operation, share in profiled(lambda: step(args.tread[-1]), device)[: args.profile]:
+            print(f"| ... of it {operation} | {share:.0%} |")
+
+
+def profiled(work: Callable[[], None], device: torch.device) -> list[tuple[str, float]]:
+    """Operations and their shares of the device's time, the largest first."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        timed(work, device)
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    taken = {event.key: float(getattr(event, field)) for event in trace.key_averages()}
+    total = sum(taken.values())
+    return sorted(((name, time / total) for name, time in taken.items()), key=lambda pair: -pair[1])
 
 
 def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[float], None], XUTConfig, int]:

@@ -58,10 +58,10 @@ def main() -> None:
     rates = [line["images_per_second"] or 0 for line in lines]
     blocks = [statistics.mean(rates[start + 1 : start + 4]) for start in range(0, len(rates), 4)]
     pairs = list(zip(blocks[::2], blocks[1::2], strict=True))
-    for from_dataset, from_memory in pairs:
-        print(f"streamed {from_dataset:.1f} images/s, from memory {from_memory:.1f}: {from_dataset / from_memory:.0%}")
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"streamed / from memory, median of {len(pairs)} pairs: {ratio:.0%}")
+    shown = ", ".join(f"{streamed:.1f} / {from_memory:.1f}" for streamed, from_memory in pairs)
+    what = f"training of stage {args.stage}: samples streamed / the same from memory"
+    print(f"| {what} | {ratio:.0%}, median of {len(pairs)}: {shown} images/s |")
 
 
 if __name__ == "__main__":
