@@ -180,16 +180,18 @@ def plan_pool(actors: int | None, shards: int, use_gpus: bool) -> Pool:
     UsageError for more than fit: Ray would wait for them for ever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-    gpus = gpus if use_gpus else 0
-    most, holder = (gpus, "GPU") if gpus else (cpus, "CPU")
+    on_gpus = use_gpus and any(node.get("GPU") for node in nodes)
+    # On a GPU it needs a CPU too: an actor that Ray finds none for would wait for ever.
+    kinds = ("GPU", "CPU") if on_gpus else ("CPU",)
+    room = [(node, int(min(node.get(kind, 0) for kind in kinds))) for node in nodes]
+    most = sum(count for _, count in room)
     if (actors or 1) > most:
         raise UsageError(
-            f"{actors or 1} actors do not fit, each of which takes a {holder}: Ray has {most}; give a smaller "
-            "--actors, or RAY_ADDRESS of a larger cluster"
+            f"{actors or 1} actors do not fit, each of which takes a {' and a '.join(kinds)}: Ray has {most}; give a "
+            "smaller --actors, or RAY_ADDRESS of a larger cluster"
         )
-    shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if gpus and node.get("GPU")]
-    return Pool(min(actors or most, shards), max(1, min(shares, default=1)), 1 if gpus else 0)
+    shares = [int(node["CPU"] // count) for node, count in room if count]
+    return Pool(min(actors or most, shards), min(shares) if on_gpus else 1, int(on_gpus))
 
 
 def plan_engines(engines: int | None, gpus_each: int, shards: int, use_gpus: bool) -> Pool:

@@ -88,14 +88,16 @@ def form_of(origin: Mapping[str, Any]) -> dict[str, Any]:
 # --- What the page offers ---------------------------------------------------------------------------------------------
 
 
-def size_presets(side: int, token: int) -> dict[str, tuple[int, int]]:
-    """Label -> width and height in pixels: whole tokens, and about the area of the training's squares of that side."""
+def size_presets(side: int, token: int, largest_side: int) -> dict[str, tuple[int, int]]:
+    """Label -> width and height in pixels, neither above `largest_side`: whole tokens, and about the area of the
+    training's squares of that side."""
     presets = {}
     for label, ratio in _RATIOS.items():
         width, height = (
             max(1, round(side * math.sqrt(share) / token)) * token for share in (ratio, 1 / ratio)
         )  # fmt: skip
-        presets[f"{label}  {width} × {height}"] = (width, height)
+        if max(width, height) <= largest_side:
+            presets[f"{label}  {width} × {height}"] = (width, height)
     return presets
 
 

@@ -185,7 +185,7 @@ def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str,
             form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Zoom", elem_id="zoom")
         with gr.Column(scale=2, min_width=150):
             gr.HTML(outline_html(start.width, start.height), padding=False)
-    presets = size_presets(facts.resolution, facts.token)
+    presets = size_presets(facts.resolution, facts.token, limits.largest_side)
     with gr.Row():
         preset = gr.Dropdown(
             [(label, f"{width}x{height}") for label, (width, height) in presets.items()],

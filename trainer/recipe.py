@@ -23,7 +23,7 @@ from trainer.stages import StageConfig
 from trainer.text import build_local_text_encoder, text_width
 from trainer.weights import Lora
 
-_TINY_MILLIONS = 20  # parameters that a CPU trains adapters on
+_TINY_MILLIONS = 20  # parameters that a CPU trains, not by the preset's name: a model folder has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +204,10 @@ def resolve(command: Command) -> Training:
 def check_device(training: Training, gpus: int) -> None:
     """UsageError where a model that is not tiny has no GPU: what it would need (see memory.training_bytes), and how to
     try the stage without."""
-    if gpus or training.stage.model == "tiny":
+    millions = memory.parameters(training.model) / 1e6
+    if gpus or millions < _TINY_MILLIONS:
         return
     stage, factor, frozen = training.stage, training.codec_factor, training.lora is not None
-    millions = memory.parameters(training.model) / 1e6
-    if frozen and millions < _TINY_MILLIONS:
-        return  # of a model folder, which has no preset
     needed = memory.training_bytes(training.model, stage, training.micro_batch, factor, frozen) / 1e9
     sample = memory.activation_bytes(training.model, stage, factor) / 1e6
     raise UsageError(

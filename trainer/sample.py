@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.pictures import PictureModel
 
 
+_EXAMINED = 256  # pictures of --evaluate
 # What --evaluate decides itself.
 _OF_EVALUATION = ("width", "height", "x_shift", "y_shift", "zoom")
 
@@ -35,7 +36,7 @@ class SampleJob:
     gallery: bool
     colour_agreement: int
     evaluate: str | None  # selection
-    count: int
+    n: int | None
     dataset: str | None
     inception: str | None
     tagger: str | None
@@ -85,7 +86,7 @@ def parse_args() -> SampleJob:
         gallery=args["gallery"],
         colour_agreement=args["colour_agreement"],
         evaluate=args["evaluate"],
-        count=args["n"],
+        n=args["n"],
         dataset=args["dataset"],
         inception=args["inception"],
         tagger=args["tagger"],
@@ -99,7 +100,7 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
         "--evaluate", metavar="SELECTION",
         help="draw pictures of its texts and count what is in them: OUT/evaluation.json; goes on where it stopped",
     )  # fmt: skip
-    group.add_argument("--n", type=int, default=256, metavar="N", help="pictures; default: 256")
+    group.add_argument("--n", type=int, metavar="N", help="pictures; default: 256")
     group.add_argument("--dataset", metavar="ROOT", help="default: the one that the run was trained on")
     group.add_argument(
         "--inception", metavar="FILE", help="FID's Inception weights (2015-12-05) as safetensors: adds FID and KID"
@@ -161,7 +162,7 @@ def _check(job: SampleJob) -> None:
     if job.gallery and (job.like or job.file or job.grid or job.sweep):
         raise UsageError("--gallery draws a page of its own: leave out --like, --prompts, --grid and --sweep")
     if job.evaluate is None:
-        for flag in ("dataset", "inception", "tagger"):
+        for flag in ("n", "dataset", "inception", "tagger"):
             if getattr(job, flag) is not None:
                 raise UsageError(f"--{flag} is for --evaluate SELECTION: give that too, or leave --{flag} out")
     elif job.prompts or job.file or job.like or job.grid or job.sweep or job.gallery:
@@ -267,7 +268,7 @@ def _evaluate(job: SampleJob, selection: str, model: "PictureModel", out: Path, 
     config = ExaminationConfig(
         dataset=job.dataset or os.environ.get("HDM_DATASET") or trained_on,
         selection=selection,
-        count=job.count,
+        count=_EXAMINED if job.n is None else job.n,
         seed=first.seed,
         inception=Path(job.inception) if job.inception else None,
         tagger=Path(job.tagger) if job.tagger else None,

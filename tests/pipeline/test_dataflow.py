@@ -84,6 +84,14 @@ def test_a_pool_has_an_actor_for_each_cpu_and_none_without_a_shard_and_more_are_
         plan_pool(4, 99, use_gpus=False)
 
 
+def test_an_actor_on_a_gpu_needs_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 9.0, "GPU": 1.0}, {"CPU": 8.0}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    assert plan_pool(None, 99, use_gpus=True) == Pool(3, 1, 1)  # others would wait for ever
+    with pytest.raises(UsageError, match="each of which takes a GPU and a CPU: Ray has 3"):
+        plan_pool(4, 99, use_gpus=True)
+
+
 def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

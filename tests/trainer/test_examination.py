@@ -133,4 +133,5 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(evaluate: RunJob, call_
     refused(evaluate("--zoom", 2), "--zoom")
     refused(evaluate("--width", 128), "--width")
     refused(call_job("trainer/sample.py", "--run", tmp_path, "--tagger", tmp_path), "--tagger", "--evaluate")
+    refused(call_job("trainer/sample.py", "--run", tmp_path, "--n", 8), "--n", "--evaluate")
     assert not (tmp_path / "out").exists()

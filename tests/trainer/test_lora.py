@@ -247,6 +247,8 @@ def test_what_a_run_of_adapters_is_trained_with_unless_told(ask: Callable[..., T
     large = replace(training, stage=replace(training.stage, model="base"), model=XUTConfig.base())
     with pytest.raises(UsageError, match=r"trains adapters on 343M parameters, .* about \d GB \(4 bytes a parameter"):
         check_device(replace(large, micro_batch=1), gpus=0)
+    with pytest.raises(UsageError, match="there is no GPU"):  # whatever preset the stage names
+        check_device(replace(training, model=XUTConfig.base()), gpus=0)
 
 
 def test_another_stage_takes_model_and_encoders_from_the_base(ask: Callable[..., Training]) -> None:

@@ -111,12 +111,13 @@ def test_a_form_without_a_field_is_refused() -> None:
 
 @pytest.mark.parametrize("resolution", [64, 256, 1024])
 def test_presets_are_whole_tokens_of_about_the_area_that_was_trained_on(resolution: int) -> None:
-    presets = size_presets(resolution, token=8)
+    presets = size_presets(resolution, token=8, largest_side=4096)
     assert (resolution, resolution) in presets.values()
     assert {(height, width) for width, height in presets.values()} == set(presets.values())
     for width, height in presets.values():
         assert width % 8 == height % 8 == 0
         assert width * height == pytest.approx(resolution**2, rel=0.15)
+    assert list(size_presets(resolution, 8, largest_side=resolution).values()) == [(resolution, resolution)]
 
 
 def test_each_example_has_a_prompt_and_a_camera_that_can_be_asked_for() -> None:
