@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor, nn
 
-from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
+from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
+from trainer.keys import sample_key
 from trainer.latents import Codec
 from trainer.model.arithmetic import products
 from trainer.model.xut import XUT, XUTConfig, compiled
