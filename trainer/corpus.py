@@ -9,7 +9,7 @@ from pipeline.shards import Store
 from trainer.captions import training_text
 from trainer.costs import Pictures
 from trainer.data import text_parts
-from trainer.flow import Stream, sample_generator, sample_key
+from trainer.keys import Stream, sample_generator, sample_key
 from trainer.layout import Selection
 from trainer.row_groups import selection_rows
 from trainer.stages import STAGES, StageConfig

@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.images import Crop, Refused, square_crop
 from pipeline.jobs import JobFailed
 from pipeline.records import TEXT_CATEGORIES
 from trainer.captions import CaptionConfig, TextParts, full_text, training_text
-from trainer.flow import Stream, keyed_uniform, sample_generator, sample_key
+from trainer.keys import Stream, keyed_uniform, sample_generator, sample_key
 from trainer.layout import Layout
 from trainer.layout import Selection as Selection
 from trainer.order import Order, streams_of
@@ -123,7 +122,7 @@ def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64])
         key_B[here] = sample_key(data.order.seed, int(epoch), place_B[here])
     group_B, row_B = data.layout.locate(data.order.samples(positions))
     groups = _ROW_GROUPS.take(data.layout, Counter(group_B.tolist()), data.cached_row_groups)
-    chance_B3 = keyed_uniform(torch.from_numpy(key_B), (3,), Stream.CROP).tolist()
+    chance_B3 = keyed_uniform(key_B, 3, Stream.CROP).tolist()
     places = zip(group_B.tolist(), row_B.tolist(), key_B.tolist(), chance_B3, strict=True)
     return join([_training_sample(data, groups, *place) for place in places])
 

@@ -7,14 +7,13 @@ and its executor, a Python loop in the worker's process, made a training step on
 import ctypes
 import itertools
 import math
-import os
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
@@ -30,7 +29,8 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.jobs import Idle, JobFailed, UsageError, progress
-from trainer.data import Batch, TrainingData, held_out_batch, join, load_batch
+from trainer.data import Batch, TrainingData, join
+from trainer.loader import Loader
 from trainer.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
 from trainer.order import micro_batches, streams_of
 from trainer.recipe import Training, check_device
@@ -312,25 +312,6 @@ def _keep_freed_memory() -> None:
 # --- Samples ----------------------------------------------------------------------------------------------------------
 
 
-class _Loader:
-    """An actor, on any node, that reads the samples of some streams.
-
-    gives_way: where the training computes on the same CPUs. A thread of it that is put off by a decoder holds up all
-    the others, and the loader always has a few batches' time. (Never SCHED_IDLE: beside a busy process it starves.)
-    """
-
-    def __init__(self, data: TrainingData, gives_way: bool) -> None:
-        self.data = data
-        if gives_way:
-            os.nice(19)
-
-    def load(self, positions: range) -> Batch:
-        return load_batch(self.data, positions)
-
-    def held_out(self, numbers: Sequence[int]) -> Batch:
-        return held_out_batch(self.data, numbers)
-
-
 def streamed(data: TrainingData, training: Training, team: Team) -> Source:
     """Those of the selection, read by loaders ahead of the training."""
     loaders = _start_loaders(data, training, team)
@@ -342,8 +323,14 @@ def streamed(data: TrainingData, training: Training, team: Team) -> Source:
 
 
 def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[Any]:
-    """As many as there are CPUs for beside the training, and streams; each has its own streams of this worker's."""
-    left = max(1.0, float(ray.cluster_resources().get("CPU", 1)) - team.size * _cpus_of_worker(team.size))
+    """As many as there are CPUs for, and streams; each has its own streams of this worker's.
+
+    For them are those CPUs that the workers leave; all where they give way, or a core would idle whenever the training
+    waits for pictures.
+    """
+    gives_way = not torch.cuda.is_available()
+    cpus = float(ray.cluster_resources().get("CPU", 1))
+    left = cpus if gives_way else cpus - team.size * _cpus_of_worker(team.size)
     streams = data.order.streams // team.size
     count = max(1, min(streams, _MOST_LOADERS, int(left / team.size)))
     kept = replace(data, cached_row_groups=-(-streams // count) * (training.stage.window + 1))
@@ -352,9 +339,9 @@ def _start_loaders(data: TrainingData, training: Training, team: Team) -> list[A
         scheduling_strategy="SPREAD",
         max_restarts=-1,
         max_task_retries=_LOADER_RETRIES,
-    )(_Loader)
+    )(Loader)
     shared = ray.put(kept)
-    return [remote.remote(shared, gives_way=not torch.cuda.is_available()) for _ in range(count)]
+    return [remote.remote(shared, gives_way) for _ in range(count)]
 
 
 def _asked_for(loaders: list[Any], training: Training, team: Team) -> Iterator[list[Any]]:

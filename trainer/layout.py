@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.jobs import UsageError
 from pipeline.shards import Store
-from trainer.flow import sample_key
+from trainer.keys import sample_key
 
 Indices = NDArray[np.int64]
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from pipeline.shards import Store
 from trainer.checkpoint import Checkpoint
 from trainer.conventions import aspect, pads_text, picture_positions
-from trainer.flow import draw_noise, sample_key, shift_for_tokens
+from trainer.flow import draw_noise, shift_for_tokens
+from trainer.keys import sample_key
 from trainer.latents import Codec, load_codec
 from trainer.lora import WEIGHTS, merge_folder
 from trainer.model.routing import kept_image_tokens

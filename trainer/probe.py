@@ -11,7 +11,7 @@ import torch
 
 from trainer.costs import EMBEDDED_CODECS, EMBEDDED_ENCODER, Measured, Setting
 from trainer.data import Batch
-from trainer.flow import sample_key
+from trainer.keys import sample_key
 from trainer.latents import Codec, load_codec
 from trainer.metrics import peak_teraflops
 from trainer.model.xut import XUT

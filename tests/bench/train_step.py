@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, sample_key, velocity_target
+from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
+from trainer.keys import sample_key
 from trainer.model.arithmetic import products
 from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig, build_optimizer

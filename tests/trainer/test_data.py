@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from pipeline import curate, validation
@@ -47,7 +46,7 @@ from trainer.data import (
     mirrored,
     text_parts,
 )
-from trainer.flow import Stream, keyed_uniform
+from trainer.keys import Stream, keyed_uniform
 from trainer.layout import _ARRAYS, KEPT, Layout, Selection, held_out, id_hash
 from trainer.order import micro_batches
 
@@ -147,7 +146,7 @@ def test_the_words_of_a_picture_come_with_it(dataset: Store) -> None:
     batch = load_batch(data, range(30))
     for at, name in enumerate(batch.ids):
         assert sorted(batch.texts[at].split(", ")) == sorted(full_text(text_parts(rows[name])).split(", "))
-        across, down, _ = keyed_uniform(torch.from_numpy(batch.keys_B[at : at + 1]), (3,), Stream.CROP)[0].tolist()
+        across, down, _ = keyed_uniform(batch.keys_B[at : at + 1], 3, Stream.CROP)[0].tolist()
         cut = square_crop(images[name], 64, across, down)
         assert isinstance(cut, Crop)
         np.testing.assert_array_equal(batch.pixels_BHW3[at], cut.pixels_HWC)

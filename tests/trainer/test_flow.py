@@ -5,19 +5,16 @@ import pytest
 import torch
 
 from trainer.flow import (
-    Stream,
     draw_noise,
     draw_times,
     flow_loss,
     interpolate,
     keyed_normal,
-    keyed_uniform,
-    sample_generator,
-    sample_key,
     shift_for_tokens,
     shift_time,
     velocity_target,
 )
+from trainer.keys import Stream, sample_key
 
 
 def keys(count: int, seed: int = 0) -> torch.Tensor:
@@ -26,13 +23,6 @@ def keys(count: int, seed: int = 0) -> torch.Tensor:
 
 def latents(seed: int) -> torch.Tensor:
     return torch.randn(3, 4, 8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def splitmix64_finaliser(x: int) -> int:
-    """The published algorithm in unbounded integers."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-    return x ^ (x >> 31)
 
 
 def test_the_path_runs_from_data_at_0_to_noise_at_1() -> None:
@@ -88,47 +78,12 @@ def test_a_shift_of_zero_is_refused() -> None:
         shift_time(torch.ones(1), 0)
 
 
-def test_keys_are_the_published_hash_chained_over_seed_epoch_position() -> None:
-    key = 0
-    for part in (7, 3, 123_456_789):
-        key = splitmix64_finaliser((key + (part + 1) * 0x9E3779B97F4A7C15) % 2**64)
-    assert sample_key(7, 3, 123_456_789) % 2**64 == key
-
-
-def test_an_array_of_positions_gives_the_same_keys_as_one_by_one() -> None:
-    positions = np.array([[0, 1, 2], [40_000_000, 5, 2**40]])
-    keyed = sample_key(7, 3, positions)
-    assert keyed.dtype == np.int64
-    assert keyed.tolist() == [[sample_key(7, 3, int(p)) for p in row] for row in positions]
-
-
-def test_keys_differ_between_positions_epochs_and_seeds() -> None:
-    positions = np.arange(50_000)
-    drawn = np.concatenate([sample_key(seed, epoch, positions) for seed in (0, 1) for epoch in (0, 1)])
-    assert len(np.unique(drawn)) == len(drawn)
-
-
-@pytest.mark.parametrize(("seed", "epoch"), [(-1, 0), (0, -1)])
-def test_a_negative_seed_or_epoch_is_refused(seed: int, epoch: int) -> None:
-    with pytest.raises(ValueError, match="-1"):
-        sample_key(seed, epoch, 0)
-
-
 def test_normals_have_the_moments_of_a_standard_normal() -> None:
     x = keyed_normal(keys(2_000), (500,), Stream.NOISE).double()
     moments = [x.pow(k).mean().item() for k in (1, 2, 3, 4)]
     # Four standard errors of each moment over a million draws.
     np.testing.assert_array_less(np.abs(np.subtract(moments, [0, 1, 0, 3])), 4e-3 * np.sqrt([1, 2, 15, 96]))
     assert 4.5 < x.abs().max() < 6.8
-
-
-def test_uniforms_fill_the_unit_interval_evenly() -> None:
-    x = keyed_uniform(keys(1_000), (1_000,), Stream.CROP)
-    assert x.min() >= 0
-    assert x.max() < 1
-    counts = torch.histc(x, 100, 0, 1)
-    chi_square = ((counts - 10_000) ** 2 / 10_000).sum()
-    assert 50 < chi_square < 160  # 99 degrees of freedom
 
 
 @pytest.mark.parametrize("lag", [0, 1, 7])
@@ -161,17 +116,3 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
     draw_noise(keys(4), (4, 8, 8))
     draw_times(keys(4))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_samples_numpy_generator_repeats_and_differs_by_stream_and_key() -> None:
-    key = sample_key(0, 0, 0)
-    drawn = {
-        name: tuple(sample_generator(key, stream).random(4))
-        for name, key, stream in [
-            ("first", key, Stream.CROP),
-            ("other stream", key, Stream.CAPTION),
-            ("other key", sample_key(0, 0, 1), Stream.CROP),
-        ]
-    }
-    assert len(set(drawn.values())) == 3
-    assert tuple(sample_generator(key, Stream.CROP).random(4)) == drawn["first"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.loop
-from trainer.flow import sample_key
+from trainer.keys import sample_key
 from trainer.loop import Inputs, Loop, LoopConfig, StepResult
 from trainer.model.xut import XUT, XUTConfig, compiled
 from trainer.optim import OptimizerConfig

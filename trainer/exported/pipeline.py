@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from trainer.flow import draw_noise, sample_key, shift_for_tokens
+from trainer.flow import draw_noise, shift_for_tokens
+from trainer.keys import sample_key
 from trainer.positions import camera, full_position_map
 from trainer.sampler import Velocity, guided, guided_apart, heun, time_grid
 from trainer.text import TextEncoder
