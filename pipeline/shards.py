@@ -134,7 +134,9 @@ class Store:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open(name) as file:
-            return pq.read_table(file, columns=columns)
+            # Not pq.read_table: for small row groups it takes twice as long.
+            table = pq.ParquetFile(file, pre_buffer=True).read(columns=columns)
+        return table.select(columns) if columns else table  # in this order; KeyError where one is not there
 
     def rows(self, name: str) -> int:
         """The number of rows of a parquet file, from its footer."""
