@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.quality import Posts, QualityTable, era_words
+from pipeline.quality import Names, Posts, QualityTable, era_words
 from pipeline.records import TAG_CATEGORIES, Rating
 from pipeline.stage_rules import Rules
 from pipeline.tag_columns import TagColumn, first_excluded
@@ -55,10 +55,10 @@ def checks(
     """The rules in their fixed order. images has JUDGED_COLUMNS; scores are by <scorer>.<label>, NaN where there is no
     score."""
     posts = posts_of(images)
-    yield _words("source", "source", posts.source, rules.sources)
+    yield _words("source", "source", posts.source.texts(), rules.sources)
     yield _excluded_tag(images, reader)
     # A row of unknown rating, as often in Pixiv's dumps, is admitted where every rating is.
-    yield _words("ratings", "rating", posts.rating, rules.ratings, unknown=set(rules.ratings) >= set(Rating))
+    yield _words("ratings", "rating", posts.rating.texts(), rules.ratings, unknown=set(rules.ratings) >= set(Rating))
     yield from _shape(images, rules)
     yield _artists(images, posts, rules)
     for name, words, asked in (
@@ -72,19 +72,16 @@ def checks(
 
 def posts_of(images: pa.Table) -> Posts:
     return Posts(
-        source=_texts(images["source"]),
-        rating=_texts(images["rating"]),
+        source=_names(images["source"]),
+        rating=_names(images["rating"]),
         created_at=images["created_at"].to_numpy(),
         popularity=images["favourites"].cast(pa.float64()).to_numpy(),
     )
 
 
-def _texts(column: pa.ChunkedArray) -> list[str]:
-    """The texts of a column of few distinct ones: one object each, not one a row."""
+def _names(column: pa.ChunkedArray) -> Names:
     encoded = column.combine_chunks().dictionary_encode()
-    distinct = np.array([*encoded.dictionary.to_pylist(), None], object)
-    texts: list[str] = distinct[encoded.indices.fill_null(len(distinct) - 1).to_numpy(zero_copy_only=False)].tolist()
-    return texts
+    return Names(encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist())
 
 
 def _words(rule: str, reason: str, words: Sequence[str | None], asked: tuple[str, ...], unknown: bool = False) -> Check:
@@ -110,17 +107,20 @@ def _excluded_tag(images: pa.Table, reader: TagReader) -> Check:
 def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:
     width, height = (images[side].to_numpy().astype(np.int64) for side in ("width", "height"))
     short, long = np.minimum(width, height), np.maximum(width, height)
-    size = [f"{w} x {h}" for w, h in zip(width.tolist(), height.tolist(), strict=True)]
+
+    def size(row: int) -> str:
+        return f"{width[row]} x {height[row]}"
+
     yield Check(
         "min_side",
         short < rules.min_side,
-        lambda row: ("too small", f"{size[row]}, needs {rules.min_side}"),
+        lambda row: ("too small", f"{size(row)}, needs {rules.min_side}"),
         lambda row: f"{short[row]} pixels; at least {rules.min_side}",
     )
     yield Check(
         "max_aspect",
         long > rules.max_aspect * short,
-        lambda row: ("too elongated", size[row]),
+        lambda row: ("too elongated", size(row)),
         lambda row: f"{long[row] / short[row]:.3g}; at most {rules.max_aspect:g}",
     )
 
@@ -128,7 +128,7 @@ def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:
 def _artists(images: pa.Table, posts: Posts, rules: Rules) -> Check:
     column, asked = TagColumn.of(images["tags_artist"]), frozenset(map(as_words, rules.artists))
     wanted_D = np.array([as_words(name) in asked for name in column.distinct], bool)
-    refused = np.array([bool(asked) and source in rules.artist_sources for source in posts.source], bool)
+    refused = np.array([bool(asked) and source in rules.artist_sources for source in posts.source.texts()], bool)
     refused[column.post_T[wanted_D[column.tag_T]]] = False
 
     def names(row: int) -> str:

@@ -75,10 +75,11 @@ def _borders(quality: QualityTable, image: pa.Table) -> str:
     """The cell that judges the picture, and what its words ask for."""
     posts = posts_of(image)
     year = None if np.isnat(posts.created_at[0]) else int(str(posts.created_at[0])[:4])
-    cell = quality.cell_of(posts.source[0], posts.rating[0], year)
+    [source], [rating] = posts.source.texts(), posts.rating.texts()
+    cell = quality.cell_of(str(source), rating, year)
     favourites = "unknown" if np.isnan(posts.popularity[0]) else f"{posts.popularity[0]:.0f}"
     if cell is None:
-        return f"favourites {favourites}; {posts.source[0]} has no borders"
+        return f"favourites {favourites}; {source} has no borders"
     among = ", ".join(str(part) for part in cell if part is not None)
     *words, last = quality.words
     borders = ", ".join(f"{word} > {border:g}" for word, border in zip(words, quality.borders[cell], strict=True))

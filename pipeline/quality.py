@@ -6,7 +6,7 @@ computed once, saved with the selection, and judges later posts too.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -49,28 +49,61 @@ _ERAS: Final = ((2005, "old"), (2011, "early"), (2015, "mid"), (2018, "recent"),
 ERA_WORDS: Final = tuple(word for _, word in _ERAS)
 
 
+@dataclass(frozen=True)
+class Names:
+    """A column of few distinct texts. Numbers, so that those of ten million rows are small."""
+
+    code_N: NDArray[np.int32]  # in `distinct`, -1 for none
+    distinct: list[str]  # in the order in which they come
+
+    @classmethod
+    def of(cls, names: Iterable[str | None]) -> Self:
+        places: dict[str, int] = {}
+        codes = [-1 if name is None else places.setdefault(name, len(places)) for name in names]
+        return cls(np.array(codes, np.int32), list(places))
+
+    @classmethod
+    def together(cls, parts: Sequence["Names"]) -> Self:
+        """One after the other."""
+        places: dict[str, int] = {}
+        codes = []
+        for part in parts:
+            place_D = [places.setdefault(name, len(places)) for name in part.distinct]
+            codes.append(np.array([*place_D, -1], np.int32)[part.code_N])
+        return cls(np.concatenate(codes), list(places))
+
+    def texts(self) -> list[str | None]:
+        """One object each, not one a row."""
+        texts: list[str | None] = np.array([*self.distinct, None], object)[self.code_N].tolist()
+        return texts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Posts:
     """Columns of equal length, one row a post."""
 
-    source: Sequence[str]
-    rating: Sequence[str | None]
+    source: Names
+    rating: Names
     created_at: NDArray[np.datetime64]  # NaT where unknown
     popularity: NDArray[np.float64]  # favourites or bookmarks, NaN where the source has none
 
     def __post_init__(self) -> None:
-        lengths = {len(self.source), len(self.rating), len(self.created_at), len(self.popularity)}
+        lengths = set(map(len, (self.source.code_N, self.rating.code_N, self.created_at, self.popularity)))
         assert len(lengths) == 1, lengths
 
     @classmethod
     def together(cls, parts: Sequence["Posts"]) -> Self:
         """One after the other."""
         return cls(
-            source=[name for part in parts for name in part.source],
-            rating=[name for part in parts for name in part.rating],
+            source=Names.together([part.source for part in parts]),
+            rating=Names.together([part.rating for part in parts]),
             created_at=np.concatenate([part.created_at for part in parts]),
             popularity=np.concatenate([part.popularity for part in parts]),
         )
+
+    def cell(self, source: int, rating: int, year: int) -> Cell:
+        """Of numbers as in _cells."""
+        return self.source.distinct[source], None if rating < 0 else self.rating.distinct[rating], max(0, year) or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +131,16 @@ class QualityTable:
         dates = posts.created_at[~np.isnat(posts.created_at)]
         settled_before = dates.max() - np.timedelta64(young_days, "D") if dates.size else None
         voted = _has_votes(posts, settled_before)
-        cells_N3, sources, ratings = _cells(posts)
-        cells_N3, popularity_N = cells_N3[voted], posts.popularity[voted]
+        lowest_first = np.flatnonzero(voted)[np.argsort(posts.popularity[voted])]
+        cells_C3, cell_N = _distinct(_cells(posts)[lowest_first])
+        popularity_N = posts.popularity[lowest_first]
         borders: dict[Cell, tuple[float, ...]] = {}
         for known, needed in ((1, 1), (2, min_rows), (3, min_rows)):  # source; and rating; and year
-            rows = (cells_N3[:, :known] >= 0).all(axis=1)
-            pooled_N3 = np.where(np.arange(3) < known, cells_N3[rows], -1)
-            for (source, rating, year), count, percentiles in _percentiles(pooled_N3, popularity_N[rows], preset):
-                if count >= needed:
-                    cell = sources[source], None if rating < 0 else ratings[rating], None if year < 0 else year
-                    borders[cell] = tuple(percentiles)
+            pools_P3, pool_C = _distinct(np.where(np.arange(3) < known, cells_C3, -1))
+            counts, percentiles = _percentiles(pool_C[cell_N], popularity_N, preset)
+            for pool, count, found in zip(pools_P3.tolist(), counts, percentiles, strict=True):
+                if count >= needed and -1 not in pool[:known]:
+                    borders[posts.cell(*pool)] = tuple(found)
         return cls(words=preset.words, borders=borders, settled_before=settled_before)
 
     def cell_of(self, source: str, rating: str | None, year: int | None) -> Cell | None:
@@ -117,12 +150,11 @@ class QualityTable:
 
     def judge(self, posts: Posts) -> list[str | None]:
         """A quality word for each post; None for one too young, without votes, or of a source without a cell."""
-        cells_N3, sources, ratings = _cells(posts)
-        cells_C3, cell_N = _distinct(cells_N3)
+        cells_C3, cell_N = _distinct(_cells(posts))
         borders_CP = np.zeros((len(cells_C3), len(self.words) - 1))
         known_C = np.zeros(len(cells_C3), bool)
-        for at, (source, rating, year) in enumerate(cells_C3.tolist()):
-            cell = self.cell_of(sources[source], None if rating < 0 else ratings[rating], year)
+        for at, numbers in enumerate(cells_C3.tolist()):
+            cell = self.cell_of(*posts.cell(*numbers))
             if cell is not None:
                 borders_CP[at], known_C[at] = self.borders[cell], True
         rank_N = (posts.popularity[:, None] <= borders_CP[cell_N]).sum(axis=1)
@@ -158,18 +190,9 @@ def _has_votes(posts: Posts, settled_before: np.datetime64 | None) -> NDArray[np
     return voted if settled_before is None else voted & ~(posts.created_at >= settled_before)
 
 
-def _cells(posts: Posts) -> tuple[NDArray[np.int64], list[str], list[str]]:
-    """(source, rating, year) of each post as numbers, (N, 3), -1 for unknown; and the names of sources and ratings."""
-    source_N, sources = _codes(posts.source)
-    rating_N, ratings = _codes(posts.rating)
-    return np.stack([source_N, rating_N, _years(posts.created_at)], axis=1), sources, ratings
-
-
-def _codes(names: Sequence[str | None]) -> tuple[NDArray[np.int64], list[str]]:
-    """Each name's place among the distinct names, -1 for None; and the distinct names."""
-    places: dict[str, int] = {}
-    codes = (-1 if name is None else places.setdefault(name, len(places)) for name in names)
-    return np.fromiter(codes, np.int64, len(names)), list(places)
+def _cells(posts: Posts) -> NDArray[np.int32]:
+    """(source, rating, year) of each post as numbers, (N, 3), -1 for unknown."""
+    return np.stack([posts.source.code_N, posts.rating.code_N, _years(posts.created_at)], axis=1, dtype=np.int32)
 
 
 def _years(created_at: NDArray[np.datetime64]) -> NDArray[np.int64]:
@@ -178,23 +201,28 @@ def _years(created_at: NDArray[np.datetime64]) -> NDArray[np.int64]:
     return np.where(np.isnat(created_at), -1, years)
 
 
-def _distinct(cells_N3: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _distinct(cells_N3: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The distinct cells, (C, 3), and which of them each row is, (N,)."""
     if not len(cells_N3):
         return cells_N3, np.zeros(0, np.int64)
-    # One number a cell: sorting numbers is ten times as fast as sorting rows.
+    # One number a cell: sorting numbers is ten times as fast as sorting rows, and short numbers again.
     spans = cells_N3.max(axis=0) + 2
-    _, first, cell_N = np.unique(np.ravel_multi_index(tuple((cells_N3 + 1).T), tuple(spans)), True, True)
+    number_N = np.ravel_multi_index(tuple((cells_N3 + 1).T), tuple(spans))
+    _, first, cell_N = np.unique(_short(number_N), return_index=True, return_inverse=True)
     return cells_N3[first], cell_N
 
 
+def _short(number_N: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """The same, none of which is negative, in the fewest bytes: numpy sorts those of two in one pass."""
+    return number_N.astype(np.min_scalar_type(number_N.max(initial=0)))
+
+
 def _percentiles(
-    cells_N3: NDArray[np.int64], popularity_N: NDArray[np.float64], preset: Preset
-) -> Iterator[tuple[list[int], int, list[float]]]:
-    """Each distinct cell, its number of posts and their percentiles."""
-    cells_C3, cell_N = _distinct(cells_N3)
-    counts_C = np.bincount(cell_N, minlength=len(cells_C3))
-    sorted_N = popularity_N[np.lexsort((popularity_N, cell_N))]  # one cell after the other, each from low to high
-    place_CP = -(-counts_C[:, None] * np.array(preset.percentiles) // 100) - 1  # rounded up, in whole numbers
-    start_C = np.cumsum(counts_C) - counts_C
-    yield from zip(cells_C3.tolist(), counts_C.tolist(), sorted_N[start_C[:, None] + place_CP].tolist(), strict=True)
+    pool_N: NDArray[np.int64], popularity_N: NDArray[np.float64], preset: Preset
+) -> tuple[list[int], list[list[float]]]:
+    """Of each pool, which are numbered from 0: its number of posts and their percentiles. Popularity is ascending."""
+    counts_P = np.bincount(pool_N)
+    sorted_N = popularity_N[np.argsort(_short(pool_N), kind="stable")]  # one pool after the other
+    place_PQ = -(-counts_P[:, None] * np.array(preset.percentiles) // 100) - 1  # rounded up, in whole numbers
+    start_P = np.cumsum(counts_P) - counts_P
+    return counts_P.tolist(), sorted_N[start_P[:, None] + place_PQ].tolist()

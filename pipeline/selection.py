@@ -23,8 +23,8 @@ from pipeline.quality import PRESETS, RATING_WORDS, Posts, QualityTable, era_wor
 from pipeline.records import JUDGED, REJECTED, SELECTION, TAG_CATEGORIES
 from pipeline.shards import Store
 from pipeline.stage_rules import Rules
-from pipeline.tag_columns import TagColumn, text_columns
-from pipeline.tags import TagRules, reader_of, without_separators
+from pipeline.tag_columns import TagColumn, captions_without_separators, text_columns
+from pipeline.tags import TagRules, reader_of
 
 _IDENTITY = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id", "score", "favourites"]
 
@@ -74,9 +74,9 @@ def survey(dataset: str, shards: list[str], preset: str) -> QualityTable:
     """How popular is popular: the borders between quality words, from all rows of these shards."""
     store = Store(dataset)
     with ThreadPoolExecutor(4) as readers:
-        tables = readers.map(lambda shard: store.read_table(f"images/{shard}.parquet", POST_COLUMNS), shards)
-        parts = [posts_of(table) for table in tables]
-    return QualityTable.compute(PRESETS[preset], Posts.together(parts))
+        parts = readers.map(lambda name: posts_of(store.read_table(f"images/{name}.parquet", POST_COLUMNS)), shards)
+        posts = Posts.together(list(parts))
+    return QualityTable.compute(PRESETS[preset], posts)
 
 
 # --- Judging ----------------------------------------------------------------------------------------------------------
@@ -129,22 +129,22 @@ def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]
     copies = {shard: Copies() for shard in shards}
     if not any(table.num_rows for table in tables):
         return copies
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
     shard_N, row_N = table["shard"].to_numpy(), table["row"].to_numpy()
-    once = np.zeros(table.num_rows, bool)
-    once[np.unique(pc.dictionary_encode(table["id"]).combine_chunks().indices.to_numpy(), return_index=True)[1]] = True
+    once = np.ones(table.num_rows, bool)
+    once[_repeated(table["id"])] = False
     for at in np.flatnonzero(~once).tolist():
         copies[shards[shard_N[at]]].refused[int(row_N[at])] = "duplicate id", "of a row before it"
 
-    distinct = table.filter(pa.array(once))
-    shard_N, row_N, group_N = shard_N[once], row_N[once], _groups(distinct)
+    group_N = _groups(table, once)
     shared = np.flatnonzero(np.bincount(group_N, minlength=len(group_N))[group_N] > 1)
-    pictures = distinct.take(pa.array(shared)).select(["id", "width", "height", "favourites", "score"]).to_pylist()
+    group_N, shared = group_N[shared], np.flatnonzero(once)[shared]
+    pictures = table.select(["id", "width", "height", "favourites", "score"]).take(pa.array(shared)).to_pylist()
     order = best_first([each["id"] for each in pictures], [each["width"] * each["height"] for each in pictures])
     kept: dict[int, int] = {}  # group -> the place of the row that stays
     tagged: dict[int, int] = {}  # place of a row of Pixiv that stays -> that of the best of its copies on Danbooru
     for place in order:
-        stays = kept.setdefault(int(group_N[shared[place]]), place)
+        stays = kept.setdefault(int(group_N[place]), place)
         picture, keeper = pictures[place], pictures[stays]
         if place != stays:
             found = copies[shards[shard_N[shared[place]]]]
@@ -190,12 +190,25 @@ def _admitted(store: Store, name: str, number: int, shard: str) -> pa.Table:
     return pa.table(columns | {column: images[column] for column in _IDENTITY if column not in ("sha256", "pixiv_id")})
 
 
-def _groups(table: pa.Table) -> NDArray[np.int64]:
-    width, height = (table[side].to_numpy().astype(np.float64) for side in ("width", "height"))
-    phash, aspect = table["phash"].to_numpy(), width / height
-    linked_work, work, page = (table[column].to_numpy().astype(np.int64) for column in ("linked_work", "work", "page"))
-    links = page_links(linked_work, work, page, phash, aspect)
-    return groups(table["content"].to_numpy(), phash, aspect, links)
+def _repeated(ids: pa.ChunkedArray) -> list[int]:
+    """The rows whose id a row before them has."""
+    # Only ids of equal hash are compared: a table of ten million texts would take gigabytes.
+    hash_N = np.concatenate([np.fromiter(map(hash, part.to_pylist()), np.int64, len(part)) for part in ids.chunks])
+    order = np.argsort(hash_N, kind="stable")
+    alike = np.flatnonzero(hash_N[order[1:]] == hash_N[order[:-1]])
+    rows = np.unique(order[np.concatenate([alike, alike + 1])])
+    first: dict[str, int] = {}
+    names = zip(rows.tolist(), ids.take(pa.array(rows)).to_pylist(), strict=True)
+    return [row for row, name in names if first.setdefault(name, row) != row]
+
+
+def _groups(table: pa.Table, among: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The groups of some of the rows, as `dedup.groups` has them."""
+
+    names = ("content", "phash", "width", "height", "linked_work", "work", "page")
+    content, phash, width, height, linked_work, work, page = (table[name].to_numpy()[among] for name in names)
+    links = page_links(linked_work, work, page, phash, width / height)
+    return groups(content, phash, width / height, links)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -248,14 +261,15 @@ def _texts(images: pa.Table, captions: pa.ChunkedArray, curation: Curation) -> d
     """The text parts of each row, in the columns of SELECTION."""
     posts = posts_of(images)
     words = {
-        "caption": [caption and without_separators(caption) for caption in captions.to_pylist()],
         "quality": curation.quality.judge(posts),
         "era": era_words(posts.created_at),
-        "rating": [rating and RATING_WORDS.get(rating) for rating in posts.rating],
+        "rating": [rating and RATING_WORDS.get(rating) for rating in posts.rating.texts()],
     }
     tags = {category: TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES}
-    return text_columns(tags, reader_of(curation.tags)) | {
-        part: pa.array(column, pa.string()) for part, column in words.items()
+    return {
+        **text_columns(tags, reader_of(curation.tags)),
+        "caption": captions_without_separators(captions),
+        **{part: pa.array(column, pa.string()) for part, column in words.items()},
     }
 
 

@@ -9,7 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from itertools import chain
+from typing import Final, Literal, TypeVar, get_args
+
+T = TypeVar("T")
 
 # A picture with one of these teaches nothing about drawing: a photograph, another's retouching, a page of text.
 EXCLUDED: Final = frozenset({"cosplay_photo", "third-party_edit", "text-only_page"})
@@ -71,21 +74,19 @@ class TagReader:
         self._blacklist = frozenset(map(self._name, self._rules.blacklist))
         excluded = frozenset(map(self._name, self._rules.excluded))
         self._excluded = _Remembered(lambda tag: name if (name := self._name(tag)) in excluded else "")
-        self._words = _Remembered(self._kept_words)
-        self._meta = _Remembered(lambda tag: self._kept_words(tag, self._rules.dropped_meta))
         self._implied = {tag: tuple(self._all_implied(tag)) for tag in self._implications}
+        self._meanings = _Remembered(self._meaning)
+        self._meta = _Remembered(lambda tag: self._meaning(tag, self._rules.dropped_meta))
+        self._special = _Remembered(lambda words: words in self._rules.special or _COUNT.fullmatch(words) is not None)
 
     def excluded(self, tag: str) -> str:
         """The tag as words if its pictures are left out, else ""."""
         return self._excluded[tag]
 
-    def words(self, category: str, tag: str) -> str:
-        """The tag as training text has it; "" where it has not."""
-        return (self._meta if category == "meta" else self._words)[tag]
-
-    def implied(self, words: str) -> tuple[str, ...]:
-        """What these words imply, directly or not, as words: to be added or dropped as the rules say."""
-        return () if self._rules.implied == "keep" else self._implied.get(words, ())
+    def meaning(self, category: str, tag: str) -> tuple[str, ...]:
+        """The tag as training text has it, then what it implies, directly or not: to be added or dropped as the rules
+        say. () for a tag that training text has not."""
+        return (self._meta if category == "meta" else self._meanings)[tag]
 
     @property
     def drops_implied(self) -> bool:
@@ -93,7 +94,7 @@ class TagReader:
 
     def is_special(self, words: str) -> bool:
         """Whether a general tag says who is in the picture."""
-        return words in self._rules.special or _COUNT.fullmatch(words) is not None
+        return self._special[words]
 
     def text_parts(self, tags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Raw tags by category -> words by part: special, character, copyright, artist, general, meta. The order is
@@ -108,13 +109,11 @@ class TagReader:
         }
 
     def _part(self, category: str, tags: Sequence[str]) -> list[str]:
-        found = [words for tag in tags if (words := self.words(category, tag))]
+        meanings = [self.meaning(category, tag) for tag in tags]
         if self.drops_implied:
-            dropped = {implied for words in found for implied in self.implied(words)}
-            found = [words for words in found if words not in dropped]
-        else:
-            found = [each for words in found for each in (words, *self.implied(words))]
-        return list(dict.fromkeys(found))
+            dropped = {implied for meaning in meanings for implied in meaning[1:]}
+            meanings = [meaning[:1] for meaning in meanings if not dropped.issuperset(meaning[:1])]
+        return list(dict.fromkeys(chain.from_iterable(meanings)))
 
     def _last_name(self, words: str) -> str:
         """The name at the end of a chain of aliases."""
@@ -131,10 +130,11 @@ class TagReader:
         words = as_words(tag)
         return self._aliases.get(words, words)
 
-    def _kept_words(self, tag: str, dropped: tuple[str, ...] = ()) -> str:
+    def _meaning(self, tag: str, dropped: tuple[str, ...] = ()) -> tuple[str, ...]:
         words = self._name(tag)
-        unwanted = is_popularity(tag) or words in self._blacklist or any(word in words for word in dropped)
-        return "" if unwanted else words
+        if not words or is_popularity(tag) or words in self._blacklist or any(word in words for word in dropped):
+            return ()
+        return (words,) if self._rules.implied == "keep" else (words, *self._implied.get(words, ()))
 
     def _all_implied(self, tag: str) -> Iterator[str]:
         """Everything that a tag implies in the text, nearest first."""
@@ -155,13 +155,13 @@ def reader_of(rules: TagRules) -> TagReader:
     return TagReader(rules)
 
 
-class _Remembered(dict[str, str]):
+class _Remembered(dict[str, T]):
     """What a function answered before: a million posts share some ten thousand tags."""
 
-    def __init__(self, function: Callable[[str], str]) -> None:
+    def __init__(self, function: Callable[[str], T]) -> None:
         self._function = function
 
-    def __missing__(self, tag: str) -> str:
+    def __missing__(self, tag: str) -> T:
         if len(self) >= _REMEMBERED:
             self.clear()
         self[tag] = answer = self._function(tag)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.quality import PRESETS, Posts, Preset, QualityTable, era_words
+from pipeline.quality import PRESETS, Names, Posts, Preset, QualityTable, era_words
 
 HALVES = Preset((50,), ("good", "bad"))
 NEVER = np.datetime64("NaT", "s")
@@ -26,8 +26,8 @@ def day(text: str) -> np.datetime64:
 def posts(popularity: list[float], source: str = "danbooru", rating: str | None = "general", year: int = 2015) -> Posts:
     count = len(popularity)
     return Posts(
-        source=[source] * count,
-        rating=[rating] * count,
+        source=Names.of([source] * count),
+        rating=Names.of([rating] * count),
         created_at=np.full(count, day(f"{year}-06-01")),
         popularity=np.array(popularity, float),
     )
@@ -36,17 +36,17 @@ def posts(popularity: list[float], source: str = "danbooru", rating: str | None 
 def word_of(
     table: QualityTable, source: str, rating: str | None, created_at: np.datetime64, popularity: float
 ) -> str | None:
-    post = Posts(source=[source], rating=[rating], created_at=np.array([created_at]), popularity=np.array([popularity]))
+    post = Posts(
+        source=Names.of([source]),
+        rating=Names.of([rating]),
+        created_at=np.array([created_at]),
+        popularity=np.array([popularity]),
+    )
     return table.judge(post)[0]
 
 
 def together(*columns: Posts) -> Posts:
-    return Posts(
-        source=[name for part in columns for name in part.source],
-        rating=[name for part in columns for name in part.rating],
-        created_at=np.concatenate([part.created_at for part in columns]),
-        popularity=np.concatenate([part.popularity for part in columns]),
-    )
+    return Posts.together(columns)
 
 
 def later(count: int = 1) -> Posts:

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.records import TAG_CATEGORIES
-from pipeline.tag_columns import TagColumn, first_excluded, text_columns
+from pipeline.tag_columns import TagColumn, captions_without_separators, first_excluded, text_columns
 from pipeline.tags import EXCLUDED, IMPLIED, TagReader, TagRules, as_words, read_list, read_pairs, without_separators
 
 
@@ -230,6 +230,16 @@ def test_columns_are_read_as_posts_are(implied: str) -> None:
     for row, post in enumerate(posts):
         every = (reader.excluded(tag) for category in TAG_CATEGORIES for tag in post[category])
         assert excluded.get(row) == next(filter(None, every), None)
+
+
+def test_captions_are_read_in_columns_as_one_by_one() -> None:
+    pieces = ["a girl", " ", "\n", "\u3000", "\x1f", "|", "||", "%", "$", "夜", ""]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(pieces, rng.integers(0, 6))) for _ in range(2000)]
+    column = pa.chunked_array([texts[:900], [None], texts[900:]], pa.string())
+    found = captions_without_separators(column).to_pylist()
+    assert found == [*map(without_separators, texts[:900]), None, *map(without_separators, texts[900:])]
+    assert any(text != mended for text, mended in zip(texts, found, strict=False))
 
 
 def test_columns_of_no_posts_are_empty() -> None:
