@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+from memory import watching
 from PIL import Image
 
 from captioner.engines import Draw
@@ -165,27 +165,10 @@ def job(dataset: Path, model: Path) -> tuple[float, int]:
         ],
         stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
     )  # fmt: skip
-    peak = [0]
-    watcher = threading.Thread(target=watch, args=(process, peak))
-    watcher.start()
-    assert process.wait() == 0
-    watcher.join()
+    with watching(process.pid) as usage:
+        assert process.wait() == 0
     record = json.loads((dataset / "captions" / "run.json").read_text())
-    return record["this_job"]["images_per_second"], peak[0]
-
-
-def watch(process: subprocess.Popen, peak: list[int]) -> None:
-    """Sums proportional memory, so that what processes share (Ray's object store) counts once."""
-    while process.poll() is None:
-        total = 0
-        with_children = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in with_children:
-            try:
-                total += one.memory_full_info().pss
-            except psutil.Error:
-                continue
-        peak[0] = max(peak[0], total)
-        time.sleep(0.5)
+    return record["this_job"]["images_per_second"], usage.peak
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Time of curate.py on generated metadata: `python tests/bench/curate.py [--rows 1000000] [--keep FOLDER]`.
+"""BENCH: curate over generated metadata, as its user runs it: time and memory; and again where nothing changed.
 
 The rows are Danbooru's in their numbers: about 30 tags each from a vocabulary with Zipf's frequencies, ratings, dates
-and favourites as on the site, one row in a hundred a copy. The pictures are one byte each: curate reads none. The job
-runs as its user runs it, in a process of its own with a Ray of its own; its peak memory is the driver's.
+and favourites as on the site, 300 characters of caption, one row in a hundred a copy. The pictures are one byte each:
+curate reads none. Nothing is compared; memory is that of all processes together, Ray's too.
+
+    python tests/bench/curate.py --rows 10000000
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,11 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from memory import Usage, watching
 
 from pipeline.records import CAPTIONS, IMAGES, TAG_CATEGORIES
 from pipeline.shards import Store
 
 ROOT = Path(__file__).parents[2]
+NAME = "bench"  # of the selection
 _GROUP_ROWS = 250  # of a row group: 32 MB of pictures
 # Mean number of tags of a row and size of the vocabulary, by category.
 _TAGS = {"general": (25, 30_000), "character": (1.2, 50_000), "copyright": (1.1, 8_000), "artist": (1, 80_000),
@@ -62,12 +68,26 @@ def write_shard(number: int, root: str, rows: int) -> None:
     with store.writing_table(f"images/{name}", IMAGES, raw=str(number), footer=str(number)) as write:
         for start in range(0, rows, _GROUP_ROWS):
             write(table.slice(start, _GROUP_ROWS))
-    words = "A girl with long hair stands in a field of flowers under a wide sky and looks back over her shoulder. "
-    captions = {
-        "id": ids, "caption": [words * 3] * rows, "reason": [None] * rows, "engine": ["none"] * rows,
-        "model": [""] * rows, "prompt_version": [""] * rows,
-    }  # fmt: skip
-    store.write_table(f"captions/{name}", pa.table(captions, schema=CAPTIONS), CAPTIONS)
+    same = dict.fromkeys(("engine", "model", "prompt_version"), pa.repeat("none", rows))
+    known = {"id": pa.array(ids), "caption": captions(rng, rows)} | same
+    table = pa.table([known.get(field.name, pa.nulls(rows, field.type)) for field in CAPTIONS], schema=CAPTIONS)
+    store.write_table(f"captions/{name}", table, CAPTIONS)
+
+
+def captions(rng: np.random.Generator, rows: int) -> pa.Array:
+    """Three sentences each, 300 characters; all but a few are different texts."""
+    sentences = pa.array(
+        [
+            f"A {size} {who} in {colour} stands {where} under a wide {colour} sky and looks {aim} over the shoulder."
+            for size in ("small", "tall", "young", "smiling", "serious")
+            for who in ("girl with long hair", "boy with glasses", "cat with a red bow", "knight with a sword")
+            for colour in ("red", "pale blue", "green", "dark grey")
+            for where in ("in a field of flowers", "on a crowded street", "beside a quiet lake", "before a window")
+            for aim in ("back", "down", "to the left")
+        ]
+    )
+    drawn = [sentences.take(pa.array(numbers)) for numbers in rng.integers(0, len(sentences), (3, rows))]
+    return pc.binary_join_element_wise(*drawn, " ")
 
 
 def tag_lists(rng: np.random.Generator, category: str, rows: int) -> pa.Array:
@@ -80,37 +100,38 @@ def tag_lists(rng: np.random.Generator, category: str, rows: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), names.take(pa.array(drawn)))
 
 
-def peak_memory(process: int) -> float:
-    """GiB of this process alone, without Ray's workers; Linux only."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 2**20 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+def curate(root: str) -> tuple[float, Usage]:
+    """Seconds of the job, and what all of its processes used."""
+    command = [sys.executable, ROOT / "pipeline" / "curate.py", "--dataset", root, "--stage", "256", "--name", NAME]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    started = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as job, watching(job.pid) as usage:
+        assert job.wait() == 0
+    return time.perf_counter() - started, usage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--shards", type=int, default=40)
+    parser.add_argument("--shards", type=int, help="default: of 25,000 rows each")
     parser.add_argument("--keep", metavar="FOLDER", help="where to generate the dataset, used again if it is there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        root = args.keep or temporary
-        missing = sorted(set(range(args.shards)) - {int(name[-4:]) for name in Store(root).shards("captions")})
-        with ProcessPoolExecutor(2) as writers:
-            list(writers.map(partial(write_shard, root=root, rows=args.rows // args.shards), missing))
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        for title in ("first", "again, nothing changed"):
-            started, peak = time.time(), 0.0
-            command = [sys.executable, ROOT / "pipeline" / "curate.py", "--dataset", root, "--stage", "256"]
-            with subprocess.Popen(command, env=environment) as job:
-                while job.poll() is None:
-                    peak = max(peak, peak_memory(job.pid))
-                    time.sleep(0.1)
-            seconds = time.time() - started
-            print(f"{title}: exit code {job.returncode}, {seconds:.1f} s, {args.rows / seconds:,.0f} rows/s, "
-                  f"driver's peak memory {peak:.2f} GiB")  # fmt: skip
+        root, shards = args.keep or temporary, args.shards or max(1, args.rows // 25_000)
+        shard_rows = args.rows // shards
+        missing = sorted(set(range(shards)) - {int(name[-4:]) for name in Store(root).shards("captions")})
+        with ProcessPoolExecutor(os.cpu_count()) as writers:
+            list(writers.map(partial(write_shard, root=root, rows=shard_rows), missing))
+        shutil.rmtree(Path(root, "selections", NAME), ignore_errors=True)
+        rows = shards * shard_rows
+        for title in ("", ", again where nothing changed"):
+            seconds, usage = curate(root)
+            print(
+                f"| curate, {rows:,} rows{title} | {seconds:.0f} s, {rows / seconds:,.0f} rows/s, "
+                f"{usage.cpu_seconds:.0f} s of CPU; peak memory {usage.peak / 2**30:.2f} GiB, "
+                f"of it the driver's {usage.peak_of_first / 2**30:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

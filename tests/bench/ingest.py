@@ -14,13 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from memory import watching
 from PIL import Image
 
 from pipeline.preflight import plan_shards
@@ -111,47 +111,15 @@ def job(files: list[Path], dataset: Path, downsize: int | None) -> tuple[float, 
     command += ["--downsize", str(downsize)] if downsize else []
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
-    peak = [0]
-    threading.Thread(target=watch, args=(process.pid, peak), daemon=True).start()
     working = None
-    for line in process.stdout or ():
-        if "Ray with" in line:
-            working = time.perf_counter()
-    assert process.wait() == 0
+    with watching(process.pid) as usage:
+        for line in process.stdout or ():
+            if "Ray with" in line:
+                working = time.perf_counter()
+        assert process.wait() == 0
     assert working is not None
     ended = time.perf_counter()
-    return ended - started, ended - working, peak[0]
-
-
-def watch(pid: int, peak: list[int]) -> None:
-    """Sums proportional memory, so that what processes share (Ray's object store) counts once."""
-    while Path(f"/proc/{pid}").exists():
-        peak[0] = max(peak[0], sum(map(proportional_memory, family(pid))))
-        time.sleep(0.5)
-
-
-def family(pid: int) -> set[int]:
-    """A process and all of its descendants."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, size = {pid}, 0
-    while size < len(found):
-        size = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found
-
-
-def proportional_memory(pid: int) -> int:
-    """Bytes; 0 for a process that ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return ended - started, ended - working, usage.peak
 
 
 if __name__ == "__main__":
