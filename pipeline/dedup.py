@@ -51,17 +51,13 @@ def groups(
     lengths = {len(column) for column in (content_N, phash_N, aspect_N)}
     assert len(lengths) == 1, lengths
     parent_N, log_aspect_N = np.arange(len(content_N)), np.log(aspect_N)
-    by_content = np.argsort(content_N, kind="stable")
-    same = _as_before(content_N[by_content])
-    _join(parent_N, by_content[1:][same], by_content[:-1][same])
+    _join_equal(parent_N, np.argsort(content_N, kind="stable"), content_N)
     if links:
         _join(parent_N, *links)
 
     structured = np.lexsort((log_aspect_N, phash_N))
     structured = structured[phash_N[structured] != FLAT]
-    same = _as_before(phash_N[structured]) & _as_before(log_aspect_N[structured])
-    _join(parent_N, structured[1:][same], structured[:-1][same])
-    row_U = np.concatenate([structured[:1], structured[1:][~same]])
+    row_U = _join_equal(parent_N, structured, phash_N, log_aspect_N)
     for left, right in near_pairs(phash_N[row_U]):
         left, right = row_U[left], row_U[right]
         alike = _same_shape(log_aspect_N, left, right)
@@ -105,12 +101,6 @@ def page_links(
     nearest = np.lexsort((page_N[right], bits, left))
     nearest = nearest[np.unique(left[nearest], return_index=True)[1]]
     return left[nearest], right[nearest]
-
-
-def _as_before(column: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each value but the first is that before it."""
-    same: NDArray[np.bool_] = column[1:] == column[:-1]
-    return same
 
 
 def _same_shape(
@@ -185,6 +175,17 @@ def _blocks(hash_U: NDArray[np.uint64]) -> list[NDArray[np.uint16]]:
             packed_U2 = np.packbits(bits_U64[:, block::_BLOCKS], axis=1, bitorder="little")
             block_BU[block, start : start + _ROWS_AT_ONCE] = packed_U2.view("<u2")[:, 0]
     return list(block_BU)
+
+
+def _join_equal(
+    parent_N: NDArray[np.int64], sorted_N: NDArray[np.int64], *columns_N: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Join the groups of rows that are equal in all of the columns by which they are sorted; the first of each kind."""
+    same = np.ones(max(0, len(sorted_N) - 1), bool)
+    for column_N in columns_N:
+        same &= column_N[sorted_N[1:]] == column_N[sorted_N[:-1]]
+    _join(parent_N, sorted_N[1:][same], sorted_N[:-1][same])
+    return np.concatenate([sorted_N[:1], sorted_N[1:][~same]])
 
 
 def _join(parent_N: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
