@@ -113,7 +113,7 @@ def _same_shape(
 def near_pairs(hash_U: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The places, left and right, of the pairs of these sorted hashes that differ in at most NEAR_BITS bits; in large
     pieces, a pair possibly more than once."""
-    found: list[NDArray[np.int64]] = []
+    found: list[NDArray[np.int32]] = []
     count = 0
     for pairs in _near_neighbours(hash_U):
         found.append(pairs)
@@ -124,12 +124,12 @@ def near_pairs(hash_U: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], 
     yield _sides(found)
 
 
-def _sides(found: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _sides(found: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     left, right = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
     return left, right
 
 
-def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
+def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int32]]:
     """As near_pairs, in small pieces, (2, pairs)."""
     for key, order_U in _sorted_by_two_blocks(hash_U):
         # In parts that a processor's cache holds: several times as fast.
@@ -149,11 +149,12 @@ def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
                     yield place_U[np.stack([near, near + distance])]
 
 
-def _sorted_by_two_blocks(hash_U: NDArray[np.uint64]) -> Iterator[tuple[np.uint64, NDArray[np.int64]]]:
+def _sorted_by_two_blocks(hash_U: NDArray[np.uint64]) -> Iterator[tuple[np.uint64, NDArray[np.int32]]]:
     """For every two blocks: a mask of their bits, and the places of the hashes sorted by these, then by number."""
     blocks = _blocks(hash_U)
     for first, block_U in enumerate(blocks):
-        by_first_U = np.argsort(block_U, kind="stable")
+        # Half the memory; of more than two thousand million pictures the other columns would not fit either.
+        by_first_U = np.argsort(block_U, kind="stable").astype(np.int32)
         for second in range(first + 1, _BLOCKS):
             order_U = by_first_U[np.argsort(blocks[second][by_first_U], kind="stable")]
             yield _bits_of(first) | _bits_of(second), order_U
