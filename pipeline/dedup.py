@@ -51,17 +51,13 @@ def groups(
     lengths = {len(column) for column in (content_N, phash_N, aspect_N)}
     assert len(lengths) == 1, lengths
     parent_N, log_aspect_N = np.arange(len(content_N)), np.log(aspect_N)
-    by_content = np.argsort(content_N, kind="stable")
-    same = _as_before(content_N[by_content])
-    _join(parent_N, by_content[1:][same], by_content[:-1][same])
+    _join_equal(parent_N, np.argsort(content_N, kind="stable"), content_N)
     if links:
         _join(parent_N, *links)
 
     structured = np.lexsort((log_aspect_N, phash_N))
     structured = structured[phash_N[structured] != FLAT]
-    same = _as_before(phash_N[structured]) & _as_before(log_aspect_N[structured])
-    _join(parent_N, structured[1:][same], structured[:-1][same])
-    row_U = np.concatenate([structured[:1], structured[1:][~same]])
+    row_U = _join_equal(parent_N, structured, phash_N, log_aspect_N)
     for left, right in near_pairs(phash_N[row_U]):
         left, right = row_U[left], row_U[right]
         alike = _same_shape(log_aspect_N, left, right)
@@ -107,12 +103,6 @@ def page_links(
     return left[nearest], right[nearest]
 
 
-def _as_before(column: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each value but the first is that before it."""
-    same: NDArray[np.bool_] = column[1:] == column[:-1]
-    return same
-
-
 def _same_shape(
     log_aspect_N: NDArray[np.float64], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
@@ -123,7 +113,7 @@ def _same_shape(
 def near_pairs(hash_U: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The places, left and right, of the pairs of these sorted hashes that differ in at most NEAR_BITS bits; in large
     pieces, a pair possibly more than once."""
-    found: list[NDArray[np.int64]] = []
+    found: list[NDArray[np.int32]] = []
     count = 0
     for pairs in _near_neighbours(hash_U):
         found.append(pairs)
@@ -134,12 +124,12 @@ def near_pairs(hash_U: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], 
     yield _sides(found)
 
 
-def _sides(found: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _sides(found: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     left, right = np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1)
     return left, right
 
 
-def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
+def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int32]]:
     """As near_pairs, in small pieces, (2, pairs)."""
     for key, order_U in _sorted_by_two_blocks(hash_U):
         # In parts that a processor's cache holds: several times as fast.
@@ -159,11 +149,12 @@ def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
                     yield place_U[np.stack([near, near + distance])]
 
 
-def _sorted_by_two_blocks(hash_U: NDArray[np.uint64]) -> Iterator[tuple[np.uint64, NDArray[np.int64]]]:
+def _sorted_by_two_blocks(hash_U: NDArray[np.uint64]) -> Iterator[tuple[np.uint64, NDArray[np.int32]]]:
     """For every two blocks: a mask of their bits, and the places of the hashes sorted by these, then by number."""
     blocks = _blocks(hash_U)
     for first, block_U in enumerate(blocks):
-        by_first_U = np.argsort(block_U, kind="stable")
+        # Half the memory; of more than two thousand million pictures the other columns would not fit either.
+        by_first_U = np.argsort(block_U, kind="stable").astype(np.int32)
         for second in range(first + 1, _BLOCKS):
             order_U = by_first_U[np.argsort(blocks[second][by_first_U], kind="stable")]
             yield _bits_of(first) | _bits_of(second), order_U
@@ -185,6 +176,17 @@ def _blocks(hash_U: NDArray[np.uint64]) -> list[NDArray[np.uint16]]:
             packed_U2 = np.packbits(bits_U64[:, block::_BLOCKS], axis=1, bitorder="little")
             block_BU[block, start : start + _ROWS_AT_ONCE] = packed_U2.view("<u2")[:, 0]
     return list(block_BU)
+
+
+def _join_equal(
+    parent_N: NDArray[np.int64], sorted_N: NDArray[np.int64], *columns_N: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Join the groups of rows that are equal in all of the columns by which they are sorted; the first of each kind."""
+    same = np.ones(max(0, len(sorted_N) - 1), bool)
+    for column_N in columns_N:
+        same &= column_N[sorted_N[1:]] == column_N[sorted_N[:-1]]
+    _join(parent_N, sorted_N[1:][same], sorted_N[:-1][same])
+    return np.concatenate([sorted_N[:1], sorted_N[1:][~same]])
 
 
 def _join(parent_N: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:

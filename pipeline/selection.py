@@ -124,22 +124,25 @@ def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]
     Of rows of one id the first stays, in the order of the shards' names.
     """
     store = Store(dataset)
-    with ThreadPoolExecutor(4) as readers:
-        tables = list(readers.map(lambda place: _admitted(store, name, *place), enumerate(shards)))
     copies = {shard: Copies() for shard in shards}
-    if not any(table.num_rows for table in tables):
+    if not shards:
         return copies
-    table = pa.concat_tables(tables)
+    with ThreadPoolExecutor(4) as readers:
+        table = pa.concat_tables(readers.map(lambda place: _admitted(store, name, *place), enumerate(shards)))
+    if not table.num_rows:
+        return copies
     shard_N, row_N = table["shard"].to_numpy(), table["row"].to_numpy()
     once = np.ones(table.num_rows, bool)
     once[_repeated(table["id"])] = False
     for at in np.flatnonzero(~once).tolist():
         copies[shards[shard_N[at]]].refused[int(row_N[at])] = "duplicate id", "of a row before it"
 
-    group_N = _groups(table, once)
+    looks = _looks(table, once)
+    table = table.select(["id", "width", "height", "favourites", "score"])  # the rest is half of its memory
+    group_N = groups(*looks)
     shared = np.flatnonzero(np.bincount(group_N, minlength=len(group_N))[group_N] > 1)
     group_N, shared = group_N[shared], np.flatnonzero(once)[shared]
-    pictures = table.select(["id", "width", "height", "favourites", "score"]).take(pa.array(shared)).to_pylist()
+    pictures = table.take(pa.array(shared)).to_pylist()
     order = best_first([each["id"] for each in pictures], [each["width"] * each["height"] for each in pictures])
     kept: dict[int, int] = {}  # group -> the place of the row that stays
     tagged: dict[int, int] = {}  # place of a row of Pixiv that stays -> that of the best of its copies on Danbooru
@@ -202,13 +205,14 @@ def _repeated(ids: pa.ChunkedArray) -> list[int]:
     return [row for row, name in names if first.setdefault(name, row) != row]
 
 
-def _groups(table: pa.Table, among: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The groups of some of the rows, as `dedup.groups` has them."""
-
+def _looks(
+    table: pa.Table, among: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float64], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """What `dedup.groups` asks of some of the rows."""
     names = ("content", "phash", "width", "height", "linked_work", "work", "page")
     content, phash, width, height, linked_work, work, page = (table[name].to_numpy()[among] for name in names)
-    links = page_links(linked_work, work, page, phash, width / height)
-    return groups(content, phash, width / height, links)
+    aspect = width / height
+    return content, phash, aspect, page_links(linked_work, work, page, phash, aspect)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ PARTS = (
     Part("train_stream", "--dataset demo/dataset --blocks 4"),
     Part("ingest", "--shards 4 --rows 100 --times 1 8"),
     Part("caption", venv=".venv-captioner"),
-    Part("curate", "--rows 10000000 --shards 100"),
+    Part("curate", "--rows 10000000"),
     Part("dedup"),
     Part("report"),
     Part("resume"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0  # a look takes some 50 ms of a CPU where processes are large
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Usage:
 
 @contextmanager
 def watching(pid: int) -> Iterator[Usage]:
-    """What a process and its descendants use while the block lasts, looked at twice a second."""
+    """What a process and its descendants use while the block lasts, looked at once a second."""
     usage, ends = Usage(), threading.Event()
 
     def watch() -> None:
