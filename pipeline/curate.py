@@ -19,7 +19,7 @@ from pipeline.curation import (
     write_work,
 )
 from pipeline.fingerprints import described, digest
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
+from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, in_words, run, write_run_record
 from pipeline.quality import PRESETS
 from pipeline.rerun import asked_for
 from pipeline.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard
@@ -191,7 +191,7 @@ def finish(
     if failed:
         raise ShardsFailed(failed)
     if not selected:
-        raise UsageError(f"no row is left for {curation.name}: {dict(reasons)}; loosen its rules with --rules FILE")
+        raise UsageError(f"no row is left for {curation.name}: {in_words(reasons)}; loosen its rules with --rules FILE")
     record = {
         "rules": asdict(curation.rules),
         "captions": curation.captions,

@@ -190,6 +190,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def in_words(reasons: Mapping[str, int]) -> str:
+    """Rows by reason, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+
+
 def write_run_record(
     folder: str, job: str, started: float, rows_in: int, rows_out: int, rejected: Mapping[str, int], **more: Any
 ) -> None:
@@ -209,6 +214,6 @@ def write_run_record(
         "versions": versions(),
     }
     Store(folder).write("run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1]))
+    reasons = in_words(rejected)
     print(f"{job}: {rows_in} rows in = {rows_out} out + {sum(rejected.values())} rejected", end="")
     print(f" ({reasons})" if reasons else "", f"in {seconds:.1f} s, in {folder}", flush=True)

@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class ExaminationConfig:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the pictures that were drawn now, on a machine that may have had other work."""
+    """Of the pictures that were drawn last, on a machine that may have had other work."""
 
     pictures: int
     pictures_per_second: float
@@ -69,7 +69,7 @@ class Speed:
 class Examination:
     pictures: int
     held_out: int  # of them, of texts that were not trained on
-    speed: Speed | None  # None where all pictures were there
+    speed: Speed | None  # None where all pictures were there, and no earlier record says how fast they were drawn
     camera: Consistency
     colour: Agreement | None
     shape: ShapeAgreement | None
@@ -93,12 +93,13 @@ def examine(model: PictureModel, config: ExaminationConfig, settings: Settings, 
         replace(request, settings=replace(settings, **move)) for move in _MOVES for request in still[:_CAMERA_PROMPTS]
     ]
     requests = fitted(model, [*still, *moved])
+    drawn_with = {"settings": asdict(requests[0].settings), **model.made_with}
     paths, speed = _drawn(model, requests, out / _PICTURES)
     drawn, of_camera = paths[: len(still)], paths[len(still) :]
     found = Examination(
         len(drawn),
         sum(row.held_out for row in rows),
-        speed,
+        speed or _speed_before(out, drawn_with),
         _camera(requests[len(still) :], drawn, of_camera),
         *_objects(selection, rows, drawn, model.resolution),
         _tags(tagger, rows, drawn) if tagger else None,
@@ -107,13 +108,22 @@ def examine(model: PictureModel, config: ExaminationConfig, settings: Settings, 
     record = {
         "selection": {"dataset": selection.dataset, "name": selection.name, "hash": selection.digest},
         "seed": config.seed,
-        "settings": asdict(requests[0].settings),
-        **model.made_with,
+        **drawn_with,
         **asdict(found),
         "notes": notes(found),
     }
     Store(str(out)).write(FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
     return found
+
+
+def _speed_before(out: Path, drawn_with: Mapping[str, Any]) -> Speed | None:
+    """Of OUT/evaluation.json, where it is about the same model and settings."""
+    try:
+        record = json.loads(Store(str(out)).read(FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    same = all(record.get(name) == value for name, value in drawn_with.items())
+    return Speed(**record["speed"]) if same and record.get("speed") else None
 
 
 def table(found: Examination) -> list[str]:

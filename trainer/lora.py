@@ -51,6 +51,8 @@ def merge_adapters(model: nn.Module, scale: float = 1.0) -> None:
             module.scale_layer(scale)
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):  # peft warns of a second one
+        del model.peft_config
     model.requires_grad_(True)
 
 

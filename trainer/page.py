@@ -182,7 +182,7 @@ def _form(facts: ModelFacts, limits: Limits, start: Settings) -> tuple[dict[str,
         with gr.Column(scale=3, min_width=190):
             form["x_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="x shift →", elem_id="x_shift")
             form["y_shift"] = gr.Slider(-1, 1, value=0, step=0.01, label="y shift ↓", elem_id="y_shift")
-            form["zoom"] = gr.Slider(0, 4, value=1, step=0.01, label="Zoom", elem_id="zoom")
+            form["zoom"] = gr.Slider(0.1, 4, value=1, step=0.01, label="Zoom", elem_id="zoom")
         with gr.Column(scale=2, min_width=150):
             gr.HTML(outline_html(start.width, start.height), padding=False)
     presets = size_presets(facts.resolution, facts.token, limits.largest_side)

@@ -88,8 +88,13 @@ def test_what_is_drawn_already_is_not_drawn_again(evaluate: RunJob, tmp_path: Pa
     assert evaluate("--n", 2, "--steps", 1).returncode == 0
     assert {path.name for path in folder.glob("*.png")} == first.keys()
 
+    record = tmp_path / "out" / "evaluation.json"
+    speed = json.loads(record.read_text())["speed"]
     assert evaluate("--n", 2, "--steps", 1).returncode == 0
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["speed"] is None
+    assert json.loads(record.read_text())["speed"] == speed, "nothing was drawn, so it is still the last one's"
+    record.unlink()
+    assert evaluate("--n", 2, "--steps", 1).returncode == 0
+    assert json.loads(record.read_text())["speed"] is None
     assert evaluate("--n", 2, "--steps", 2).returncode == 0
     assert len(list(folder.glob("*.png"))) == 20, "other settings are other pictures"
 
