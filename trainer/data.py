@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,6 +110,17 @@ class Batch:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Of a Batch."""
+
+    id: str
+    cut: Crop
+    text: str
+    key: int
+    replaced: list[tuple[str, str]]
+
+
 def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
     """Read, crop and describe the samples at these positions of training; equal on every machine and worker.
 
@@ -124,7 +135,7 @@ def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64])
     groups = _ROW_GROUPS.take(data.layout, Counter(group_B.tolist()), data.cached_row_groups)
     chance_B3 = keyed_uniform(key_B, 3, Stream.CROP).tolist()
     places = zip(group_B.tolist(), row_B.tolist(), key_B.tolist(), chance_B3, strict=True)
-    return join([_training_sample(data, groups, *place) for place in places])
+    return _batch(data, len(group_B), (_training_sample(data, groups, *place) for place in places))
 
 
 def held_out_batch(data: TrainingData, numbers: Sequence[int]) -> Batch:
@@ -135,7 +146,7 @@ def held_out_batch(data: TrainingData, numbers: Sequence[int]) -> Batch:
     group: whoever evaluates more than once keeps the batch.
     """
     with ThreadPoolExecutor(_THREADS) as threads:
-        return join(list(threads.map(partial(_held_out_sample, data), numbers)))
+        return _batch(data, len(numbers), threads.map(partial(_held_out_sample, data), numbers))
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -150,9 +161,24 @@ def join(batches: Sequence[Batch]) -> Batch:
     )
 
 
+def _batch(data: TrainingData, count: int, samples: Iterable[_Sample]) -> Batch:
+    """Each crop is copied as it comes, while the processor's cache has it."""
+    side = data.crop.resolution
+    pixels_BHW3, frame_B4 = np.empty((count, side, side, 3), np.uint8), np.empty((count, 4), np.float32)
+    batch = Batch([], pixels_BHW3, frame_B4, [], np.empty(count, np.int64), [])
+    for at, sample in enumerate(samples):
+        batch.ids.append(sample.id)
+        batch.pixels_BHW3[at] = sample.cut.pixels_HWC
+        batch.frame_B4[at] = sample.cut.x0, sample.cut.y0, sample.cut.width, sample.cut.height
+        batch.texts.append(sample.text)
+        batch.keys_B[at] = sample.key
+        batch.replaced.extend(sample.replaced)
+    return batch
+
+
 def _training_sample(
     data: TrainingData, groups: dict[int, RowGroup], group: int, nth: int, key: int, chances: Sequence[float]
-) -> Batch:
+) -> _Sample:
     """Training row `nth` of a row group or, where it cannot be read, the next one that can: of the same row group, in
     which the first row follows the last, then of those after it. Which one that is depends on the place alone.
     `chances`: three in [0, 1), of the crop and its mirroring."""
@@ -167,27 +193,27 @@ def _training_sample(
             row = int(found.row_T[place % count])
             cut = _crop(found, row, data.crop.resolution, across, down)
             if isinstance(cut, Crop):
-                parts = text_parts(found.row(row))
+                parts = text_parts(found.rows[row])
                 if mirroring < data.crop.flip and may_be_mirrored(parts):
                     cut = mirrored(cut)
                 text = training_text(parts, sample_generator(key, Stream.CAPTION), data.crop.captions)
-                return _one(found, row, cut, text, key, failures[:1])
-            failures.append((_id(found, row), cut))
+                return _Sample(found.rows[row]["id"], cut, text, key, failures[:1])
+            failures.append((found.rows[row]["id"], cut))
             if found.pictures is None:
                 break
     raise _nothing_readable(failures)
 
 
-def _held_out_sample(data: TrainingData, number: int) -> Batch:
+def _held_out_sample(data: TrainingData, number: int) -> _Sample:
     layout, failures = data.layout, list[tuple[str, str]]()
     for other in range(number, number + min(_MOST_HELD_OUT, layout.held_out_count)):
         at = other % layout.held_out_count
         found, row = read_row_group(layout, int(layout.group_H[at])), int(layout.row_H[at])
-        cut = _crop(found, row, data.crop.resolution, 0.5, 0.5)
+        name, cut = found.rows[row]["id"], _crop(found, row, data.crop.resolution, 0.5, 0.5)
         if isinstance(cut, Crop):
             key = int(sample_key(_HELD_OUT_SEED, 0, found.hash_R[row : row + 1])[0])
-            return _one(found, row, cut, full_text(text_parts(found.row(row))), key, failures[:1])
-        failures.append((_id(found, row), cut))
+            return _Sample(name, cut, full_text(text_parts(found.rows[row])), key, failures[:1])
+        failures.append((name, cut))
     raise _nothing_readable(failures)
 
 
@@ -213,17 +239,6 @@ def mirrored(cut: Crop) -> Crop:
     """The crop of the mirrored picture that shows the same, mirrored."""
     side = cut.pixels_HWC.shape[1]
     return replace(cut, pixels_HWC=cut.pixels_HWC[:, ::-1], x0=cut.width - cut.x0 - side)
-
-
-def _one(group: RowGroup, row: int, cut: Crop, text: str, key: int, replaced: list[tuple[str, str]]) -> Batch:
-    """A batch of one sample."""
-    frame = np.array([[cut.x0, cut.y0, cut.width, cut.height]], np.float32)
-    return Batch([_id(group, row)], cut.pixels_HWC[None], frame, [text], np.array([key], np.int64), replaced)
-
-
-def _id(group: RowGroup, row: int) -> str:
-    name: str = group.texts["id"][row].as_py()
-    return name
 
 
 # --- Texts without pictures -------------------------------------------------------------------------------------------

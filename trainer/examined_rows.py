@@ -58,8 +58,8 @@ def middle_crops(
         found = read_row_group(layout, group) if _has_any(layout, group, wanted) else None
         if found is None or found.pictures is None:
             continue
-        for at, name in enumerate(found.texts["id"].to_pylist()):
-            if name in wanted:
+        for at, row in enumerate(found.rows):
+            if (name := row["id"]) in wanted:
                 cut = square_crop(found.pictures[at].as_py(), side, 0.5, 0.5)
                 if isinstance(cut, Crop):
                     yield wanted[name], cut.pixels_HWC

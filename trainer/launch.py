@@ -281,7 +281,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         # Ray sets OMP_NUM_THREADS to the worker's logical CPUs; reading pictures needs few of the real ones.
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
-        _keep_freed_memory()
+        keep_freed_memory()
     team = Team.assemble()
     source = config["samples"](ray.get(config["data"]), training, team)
     try:
@@ -298,7 +298,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         ray.get(board.end.remote(steps))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc gives large blocks back to the system at every free and faults them in again at every allocation, which
     takes about a tenth of a training step on a CPU. (By environment variables it would need a Ray runtime environment,
     whose workers do not start from a path with a space.)"""

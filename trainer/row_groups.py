@@ -30,16 +30,11 @@ _THREADS = 8
 class RowGroup:
     """The selected rows of a row group of pictures. Axes: R selected rows, T those that are trained on."""
 
-    texts: pa.Table  # SELECTION, each column in one chunk
+    rows: list[dict[str, Any]]  # SELECTION. All at once: a quarter of the time that row by row takes
     hash_R: NDArray[np.int64]  # of their ids
     row_T: NDArray[np.int64]  # those of R that are not held out
     pictures: pa.ChunkedArray | None  # bytes, row for row; None where they cannot be read
     failure: str  # why they cannot
-
-    def row(self, at: int) -> dict[str, Any]:
-        """Of SELECTION. Value by value: a third of the time that a slice of the table takes."""
-        columns = zip(self.texts.column_names, self.texts.columns, strict=True)
-        return {name: column.chunk(0)[at].as_py() for name, column in columns}
 
 
 class RowGroups:
@@ -85,20 +80,21 @@ def read_row_group(layout: Layout, group: int) -> RowGroup:
     selected = selection_rows(selection.dataset, selection.name, shard)
     row_R = selected["row"].to_numpy()
     inside = np.flatnonzero((row_R >= first) & (row_R < stop))
-    texts = selected.take(pa.array(inside)).combine_chunks()
+    texts = selected.take(pa.array(inside))
+    rows = texts.to_pylist()
     hash_R = id_hash(texts["id"])
     row_T = np.flatnonzero(~held_out(hash_R, layout.hold_out))
     try:
         pictures = _pictures(selection, shard, int(layout.group_G[group]))
     except (OSError, pa.ArrowException) as error:
-        return RowGroup(texts, hash_R, row_T, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return RowGroup(rows, hash_R, row_T, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     if pictures.num_rows != stop - first:
         raise stale(selection, shard)
     if len(inside) < pictures.num_rows:
         pictures = pictures.take(pa.array(row_R[inside] - first))
     if not pictures["id"].equals(texts["id"]):
         raise stale(selection, shard)
-    return RowGroup(texts, hash_R, row_T, pictures["image"], "")
+    return RowGroup(rows, hash_R, row_T, pictures["image"], "")
 
 
 @lru_cache(maxsize=16)

@@ -50,7 +50,7 @@ from pipeline.shards import Store
 from trainer.captions import training_text
 from trainer.data import TrainingData, text_parts
 from trainer.keys import Stream, sample_generator
-from trainer.launch import streamed
+from trainer.launch import keep_freed_memory, streamed
 from trainer.recipe import Command, Training, resolve
 from trainer.row_groups import read_row_group
 from trainer.team import Team
@@ -66,6 +66,7 @@ LEFT_OUT = 2.0  # seconds after the first batch
 MEASURED = 4.0  # seconds after those
 WATCHED = 16.0  # seconds of a stream whose memory is looked at
 LOOK_SECONDS = 0.5
+SETTLES = 5.0  # seconds
 NICENESS = 19  # that of launch's loaders on a machine without a GPU
 
 
@@ -127,7 +128,7 @@ def drawing(rng: np.random.Generator) -> Picture:
     width, height = rng.integers(800, 1300, 2).tolist()
     shades = np.zeros((height, width, 3), np.float32)
     for size in (8, 32, 128):
-        coarse = rng.normal(0, size, (height // size + 2, width // size + 2, 3)).astype(np.float32)
+        coarse = rng.normal(0, size**1.6, (height // size + 2, width // size + 2, 3)).astype(np.float32)
         channels = [Image.fromarray(coarse[..., channel]).resize((width, height)) for channel in range(3)]
         shades += np.stack([np.asarray(channel) for channel in channels], axis=-1)
     image = Image.fromarray(np.clip(128 + 32 * shades / shades.std(), 0, 255).astype(np.uint8))
@@ -190,6 +191,7 @@ def through_ray(training: Training, data: Any, left_out: float, seconds: float) 
 
     @ray.remote(num_cpus=0, max_calls=1)
     def consume(training: Training, data: TrainingData) -> Figures:
+        keep_freed_memory()
         started = time.perf_counter()
         return measure(started, streamed(data, training, Team(0, 1, None)).batches(training), left_out, seconds)
 
@@ -222,7 +224,7 @@ def thread_pool(data: TrainingData) -> Iterator[tuple[np.ndarray, np.ndarray, li
             assert isinstance(crop, Crop)
             crops.append(crop)
             generator = sample_generator(group * 1000 + row, Stream.CAPTION)
-            texts.append(training_text(text_parts(found.row(row)), generator, data.crop.captions))
+            texts.append(training_text(text_parts(found.rows[row]), generator, data.crop.captions))
         frames = np.array([(crop.x0, crop.y0, crop.width, crop.height) for crop in crops], np.float32)
         return np.stack([crop.pixels_HWC for crop in crops]), frames, texts
 
@@ -302,6 +304,7 @@ def memory_row(folder: Path, times: int) -> str:
     """Of this process's whole family while a stream runs, and what of it was there before."""
     training = training_of(folder, times)
     data = data_of(training)
+    time.sleep(SETTLES)  # until the processes of the stream before are gone
     before, looks, ends = memory(), list[float](), threading.Event()
 
     def look() -> None:
