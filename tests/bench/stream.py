@@ -39,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ingest import family, proportional_memory
+from memory import family, proportional_memory
 from PIL import Image, ImageDraw
 from stream_others import BATCH, Figures, measure
 
