@@ -43,15 +43,15 @@ STEP = "--dtype bf16 --compile --encoders --tread 0 0.5"
 PARTS = (
     Part("decode"),
     Part("stream"),
-    Part("train_stream", "--dataset demo/dataset --blocks 4"),
-    Part("ingest", "--shards 4 --rows 100 --times 1 8"),
-    Part("caption", venv=".venv-captioner"),
-    Part("curate", "--rows 10000000"),
-    Part("dedup"),
-    Part("report"),
-    Part("resume"),
-    Part("train_step", "--preset base --resolution 512 --batch 1 --steps 2"),
     Part("sample", "--run demo/run"),
+    Part("curate", "--rows 10000000"),
+    Part("resume"),
+    Part("train_stream", "--dataset demo/dataset --blocks 4"),
+    Part("dedup"),
+    Part("caption", venv=".venv-captioner"),
+    Part("ingest", "--shards 4 --rows 100 --times 1 8"),
+    Part("train_step", "--preset base --resolution 512 --batch 1 --steps 2"),
+    Part("report"),
     *(
         Part("train_step", f"--preset base --resolution {side} --batch {batch} {STEP} --profile 10", gpu=True)
         for side, batch in ((256, 128), (512, 64), (768, 32), (1024, 16))
@@ -69,15 +69,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and not (args.out.is_file() and BEGIN in args.out.read_text() and END in args.out.read_text()):
         parser.error(f"--out {args.out} has no lines {BEGIN} and {END}")
-    parts = [part for part in PARTS if not args.only or part.bench in args.only]
-    rows = [row for part in parts for row in measured(part)]
-    table = "\n".join([machine(), "", "| what | figure | command |", "|---|---|---|", *rows])
-    if args.out:
-        before, rest = args.out.read_text().split(BEGIN)
-        args.out.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
-    else:
-        print(table)
+    rows = [machine(), "", "| what | figure | command |", "|---|---|---|"]
+    for part in PARTS:
+        if not args.only or part.bench in args.only:
+            rows += measured(part)
+            if args.out:  # after each: the rest may take half an hour
+                write("\n".join(rows), args.out)
+    if not args.out:
+        print("\n".join(rows))
     sys.exit(any("| failed with " in row for row in rows))
+
+
+def write(table: str, file: Path) -> None:
+    before, rest = file.read_text().split(BEGIN)
+    file.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
 def measured(part: Part) -> list[str]:
