@@ -30,6 +30,7 @@ import venv
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -305,7 +306,21 @@ def memory_row(folder: Path, times: int) -> str:
     training = training_of(folder, times)
     data = data_of(training)
     time.sleep(SETTLES)  # until the processes of the stream before are gone
-    before, looks, ends = memory(), list[float](), threading.Event()
+    before = memory()
+    with watched() as looks:
+        figures = through_ray(training, ray.put(data), LEFT_OUT, WATCHED)
+    quarters = [max(looks[at * len(looks) // 4 : (at + 1) * len(looks) // 4]) for at in range(4)]
+    shown = ", ".join(f"{quarter:.2f}" for quarter in quarters)
+    return (
+        f"| memory with {data.layout.count} pictures ({times}x), peaks of four parts of {WATCHED:.0f} s "
+        f"| {shown} GiB, of it {before:.2f} before; {figures.rate:.0f} images/s |"
+    )
+
+
+@contextmanager
+def watched() -> Iterator[list[float]]:
+    """What `memory` was while the block lasts."""
+    looks, ends = list[float](), threading.Event()
 
     def look() -> None:
         while not ends.wait(LOOK_SECONDS):
@@ -313,15 +328,11 @@ def memory_row(folder: Path, times: int) -> str:
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    figures = through_ray(training, ray.put(data), LEFT_OUT, WATCHED)
-    ends.set()
-    watcher.join()
-    quarters = [max(looks[at * len(looks) // 4 : (at + 1) * len(looks) // 4]) for at in range(4)]
-    shown = ", ".join(f"{quarter:.2f}" for quarter in quarters)
-    return (
-        f"| memory with {data.layout.count} pictures ({times}x), peaks of four parts of {WATCHED:.0f} s "
-        f"| {shown} GiB, of it {before:.2f} before; {figures.rate:.0f} images/s |"
-    )
+    try:
+        yield looks
+    finally:
+        ends.set()
+        watcher.join()
 
 
 def memory() -> float:
