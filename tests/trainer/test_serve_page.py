@@ -114,14 +114,13 @@ def test_from_a_prompt_to_a_file_that_says_what_made_it(page: Any, tmp_path: Pat
 
 def test_what_cannot_be_drawn_is_a_message_on_the_page_and_the_next_picture_is_drawn(page: Any) -> None:
     fill(page, "steps", 2)
-    fill(page, "zoom", 0)
+    fill(page, "width", 0)  # not the zoom: gradio brings a slider's number between its ends, now and then
     page.wait_for_selector("#outline.impossible")
     page.click("#draw")
-    assert "above 0" in wait_for_message(page, "zoom")
+    assert "width 0" in wait_for_message(page, "width 0")
     assert page.is_visible("#message [role=alert]")
-    fill(page, "zoom", 1)
+    fill(page, "width", 64)
     for field, value, words in (
-        ("width", 0, "width 0"),
         ("width", -64, "width -64"),
         ("height", 10**7, "128 pixels at most"),
         ("steps", 10**6, "1000 at most"),
