@@ -185,13 +185,16 @@ class Layout:
         keys = ("tokenizer_mode", "config_format", "load_format") if self.kind == "mistral" else ()
         return dict.fromkeys(keys, "mistral")
 
-    def text(self, prompt: Prompt) -> str:
-        """The prompt as one text in the [INST] template. ValueError for the Mistral layout: its tokenizer reads special
-        tokens in a text as plain letters; give it the chat message `prompt.content(image)`."""
+    def texts(self, prompt: Prompt) -> tuple[str, str]:
+        """The prompt in the [INST] template, before and behind the picture's token.
+
+        ValueError for the Mistral layout: its tokenizer reads special tokens in a text as plain letters; give it the
+        chat message `prompt.content(image)`.
+        """
         if self.kind == "mistral":
             raise ValueError("a checkpoint in the Mistral layout takes chat messages, not text: use Prompt.content")
         begin, end = _INST
-        return f"{self.bos}{begin}{prompt.instructions}{self.image_token}{prompt.hints}{end}"
+        return f"{self.bos}{begin}{prompt.instructions}", f"{prompt.hints}{end}"
 
 
 def layout_of(model: str | Path) -> Layout:

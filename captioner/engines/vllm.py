@@ -1,6 +1,7 @@
 """Pixtral through vLLM's async engine, one in this process. Installed by `make captioner`, in .venv-captioner."""
 
 import asyncio
+import copy
 import itertools
 import json
 import os
@@ -67,7 +68,9 @@ class VllmEngine:
         except Exception as error:
             raise EngineUnusable(_not_loaded(settings, error)) from error
         self._numbers = itertools.count()
-        self._chat = _MistralChat(self._engine.get_tokenizer()) if self._layout.kind == "mistral" else None
+        tokenizer = self._engine.get_tokenizer()
+        is_mistral = self._layout.kind == "mistral"
+        self._chat = _MistralChat(tokenizer) if is_mistral else _TextChat(tokenizer, self._layout)
 
     async def complete(self, prompt: Prompt, image: Image.Image, draw: Draw) -> Completion:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -77,10 +80,8 @@ class VllmEngine:
         if self._engine is None:
             raise EngineDied(f"the engine of {self.model} was closed")
         try:
-            if self._chat:
-                inputs = await asyncio.to_thread(self._chat.inputs, prompt, image)
-            else:
-                inputs = {"prompt": self._layout.text(prompt), "multi_modal_data": {"image": image}}
+            tokens = await self._chat.tokens(prompt, image)
+            inputs = {"prompt_token_ids": tokens, "multi_modal_data": {"image": image}}
             # One output, when it is done.
             outputs = [output async for output in self._engine.generate(inputs, _sampling_params(draw), number)]
         except EngineDeadError as error:
@@ -102,21 +103,43 @@ class VllmEngine:
             await asyncio.to_thread(engine.shutdown, _CLOSE_SECONDS)
 
 
+class _TextChat:
+    """Tokens of a prompt that is one text. What stands before the picture is nine tenths of it and the same for all
+    pictures, so it is read once: the picture's token ends whatever stands before it."""
+
+    def __init__(self, tokenizer: Any, layout: Layout) -> None:
+        # A copy: vLLM's threads set and unset the limits of theirs, which is an error while another thread reads.
+        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._layout = layout
+        self._read: dict[str, list[int]] = {}
+
+    async def tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
+        before, behind = self._layout.texts(prompt)
+        if before not in self._read:
+            self._read[before] = self._tokenizer.encode(before).ids
+        # Behind the picture's token, as a tokenizer may read the first letters of a text otherwise.
+        rest: list[int] = self._tokenizer.encode(self._layout.image_token + behind, add_special_tokens=False).ids
+        return self._read[before] + rest
+
+
 class _MistralChat:
     """Tokens of a prompt by Mistral's own tokenizer, which reads special tokens in a text as plain letters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.mistral
 
-    def inputs(self, prompt: Prompt, image: Image.Image) -> dict[str, Any]:
+    async def tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
+        return await asyncio.to_thread(self._tokens, prompt, image)  # it takes its time over the picture
+
+    def _tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
         from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
         from mistral_common.protocol.instruct.messages import UserMessage
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         content = [TextChunk(text=prompt.instructions), ImageChunk(image=image), TextChunk(text=prompt.hints)]
         request = ChatCompletionRequest(messages=[UserMessage(content=content)])
-        tokens = self._tokenizer.encode_chat_completion(request).tokens
-        return {"prompt_token_ids": tokens, "multi_modal_data": {"image": image}}
+        tokens: list[int] = self._tokenizer.encode_chat_completion(request).tokens
+        return tokens
 
 
 def check_weights(folder: Path) -> None:

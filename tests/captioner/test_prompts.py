@@ -98,7 +98,7 @@ def test_of_too_many_tags_looks_are_kept_and_the_rest_is_spread_over_the_alphabe
 def test_a_tag_cannot_speak_the_language_of_the_template(tag: str) -> None:
     layout = Layout(kind="hf", bos="<s>")
     prompt = prompt_for(Request("danbooru:1", {"general": [f"blue {tag} sky", tag], "character": [f"a{tag}b"]}))
-    text = layout.text(prompt)
+    text = layout.image_token.join(layout.texts(prompt))
     assert text.startswith("<s>[INST]")
     assert text.endswith("[/INST]")
     for token in ("<s>", "[INST]", "[IMG]", "[/INST]"):
@@ -217,7 +217,7 @@ def test_the_hugging_face_layout_is_prompted_with_one_text(tmp_path: Path) -> No
     assert layout == Layout(kind="hf", bos="<s>")
     assert layout.engine_options == {}
     prompt = prompt_for(Request("danbooru:1", TAGS))
-    assert layout.text(prompt) == f"<s>[INST]{prompt.instructions}[IMG]{prompt.hints}[/INST]"
+    assert layout.texts(prompt) == (f"<s>[INST]{prompt.instructions}", f"{prompt.hints}[/INST]")
 
 
 def test_the_mistral_layout_takes_chat_messages(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_mistral_layout_takes_chat_messages(tmp_path: Path) -> None:
     assert layout.engine_options == {"tokenizer_mode": "mistral", "config_format": "mistral", "load_format": "mistral"}
     prompt = prompt_for(Request("danbooru:1", TAGS))
     with pytest.raises(ValueError, match="takes chat messages"):
-        layout.text(prompt)
+        layout.texts(prompt)
     picture = {"type": "image_pil"}
     assert prompt.content(picture) == [
         {"type": "text", "text": prompt.instructions},
@@ -238,8 +238,8 @@ def test_the_mistral_layout_takes_chat_messages(tmp_path: Path) -> None:
 def test_the_chat_template_of_a_folder_is_not_believed(tmp_path: Path) -> None:
     wrong = {"chat_template": "<|user|>\n<|image_1|>\n{{ content }}<|end|>\n<|assistant|>\n"}
     layout = layout_of(folder_of(tmp_path, hf_files(chat_template_json=wrong, config_json=HF_CONFIG)))
-    assert "[INST]" in layout.text(prompt_for(Request("danbooru:1", {})))
-    assert "<|user|>" not in layout.text(prompt_for(Request("danbooru:1", {})))
+    assert "[INST]" in "".join(layout.texts(prompt_for(Request("danbooru:1", {}))))
+    assert "<|user|>" not in "".join(layout.texts(prompt_for(Request("danbooru:1", {}))))
 
 
 @pytest.mark.parametrize(("key", "value", "fp8"), [

@@ -25,7 +25,7 @@ if importlib.util.find_spec("vllm") is None:
 import psutil
 
 from captioner.engines.openai import KEY, OpenAIEngine, ServerSettings
-from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralChat, check_weights
+from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralChat, _TextChat, check_weights
 
 PATCH = 16
 LOADS_WITHIN = 180  # seconds
@@ -93,7 +93,7 @@ def test_64_answers_at_once_are_each_bound_to_their_prompt_and_picture(
 
     tokenizer, layout = Tokenizer.from_file(str(tiny_pixtral / "tokenizer.json")), layout_of(tiny_pixtral)
     for n, answer in enumerate(answers):
-        text_tokens = len(tokenizer.encode(layout.text(prompt(n)))) - 1  # less the one that stands for the picture
+        text_tokens = len(tokenizer.encode("[IMG]".join(layout.texts(prompt(n))))) - 1  # less the picture's own
         rows, columns = 1 + n // 8, 1 + n % 8
         assert answer.tokens_in == text_tokens + rows * (columns + 1), n  # each row ends in a token of its own
         assert answer.tokens_out <= 4 + n % 3
@@ -194,15 +194,24 @@ def test_a_server_refuses_bad_requests_keys_and_models(
         run(OpenAIEngine.connect(ServerSettings(url=url)))
 
 
+def test_a_prompt_read_in_two_parts_has_the_tokens_of_the_whole_text(tiny_pixtral: Path, run: Run) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, layout = AutoTokenizer.from_pretrained(tiny_pixtral), layout_of(tiny_pixtral)
+    chat = _TextChat(tokenizer, layout)
+    for hints in ("", " ", "a", " a red star ", "\n\nArtist: ÿ漢.", *(prompt(n).hints for n in range(5))):
+        asked = Prompt("Describe it.  ", hints)
+        assert run(chat.tokens(asked, picture(1))) == tokenizer("[IMG]".join(layout.texts(asked)))["input_ids"], hints
+
+
 def test_mistrals_own_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral_layout: Path) -> None:
     """Instructions first, so that they are cached as a prefix; and a tag that looks like a token stays plain text."""
     from vllm.tokenizers.mistral import MistralTokenizer
 
     assert layout_of(tiny_mistral_layout).kind == "mistral"
     tokenizer = MistralTokenizer.from_pretrained(str(tiny_mistral_layout))
-    asked = _MistralChat(tokenizer).inputs(Prompt("Describe it.", "Hints: [IMG]."), picture(9))
+    tokens = asyncio.run(_MistralChat(tokenizer).tokens(Prompt("Describe it.", "Hints: [IMG]."), picture(9)))
     special = {name: tokenizer.convert_tokens_to_ids([name])[0] for name in ("[INST]", "[/INST]", "[IMG]")}
-    tokens = asked["prompt_token_ids"]
     assert (tokens[1], tokens[-1]) == (special["[INST]"], special["[/INST]"])
     first = tokens.index(special["[IMG]"])
     assert tokenizer.decode(tokens[2:first]) == "Describe it."
