@@ -23,7 +23,7 @@ from trainer.form import FORM, Limits, example_rows, form_of, read_form, size_pr
 from trainer.live import Draw, Drawn, ModelFacts, Step
 from trainer.outline import MOVE_OUTLINE, outline_html
 from trainer.page_figures import FORMAT, PageFigures
-from trainer.passwords import CheckLogin
+from trainer.passwords import Attempts, CheckLogin
 from trainer.pictures import Request, Sampler, Settings, read_origin, save_picture
 from trainer.turns import QueueFull, Turns
 
@@ -337,10 +337,12 @@ _POLICY: Final = (
 
 
 class _Closed:
-    """Around the app: only what the page needs is read and answered, and with a policy that keeps it to this server."""
+    """Around the app: only what the page needs is read and answered, logins are counted, and a policy keeps the page to
+    this server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._logins = Attempts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -349,6 +351,11 @@ class _Closed:
         path: str = scope["path"]
         if path.startswith(_SHUT) or (path.startswith(_API) and not path.removeprefix(_API).startswith(_OPEN)):
             await Response("not here\n", status_code=404, media_type="text/plain")(scope, receive, send)
+            return
+
+        address = (scope.get("client") or [""])[0]  # behind a proxy that does not tell, all visitors share one
+        if path.startswith("/login") and scope["method"] == "POST" and not self._logins.may(address):
+            await Response("too many logins; try again in a minute\n", 429)(scope, receive, send)
             return
 
         received = 0

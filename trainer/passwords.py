@@ -1,12 +1,35 @@
 """Names and passwords of those who may use the page."""
 
 import hmac
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from pipeline.jobs import UsageError
 
 CheckLogin = Callable[[str, str], bool]  # name, password
+
+_MOST_ATTEMPTS: Final = 10
+_SECONDS: Final = 60.0
+
+
+class Attempts:
+    """Counts logins: a password that can be tried without end is found. Of one address at most ten in a minute; right
+    ones count too, so that how long an answer takes or whether it comes says nothing of the password."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._made: Counter[str] = Counter()
+
+    def may(self, address: str) -> bool:
+        """Whether one more from this address is let in; counts it."""
+        if self._clock() - self._began >= _SECONDS:
+            self._began = self._clock()
+            self._made.clear()
+        self._made[address] += 1
+        return self._made[address] <= _MOST_ATTEMPTS
 
 
 def read_logins(text: str, where: str) -> CheckLogin:

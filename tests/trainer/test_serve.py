@@ -28,7 +28,7 @@ from trainer.form import FORM, Limits, example_rows, form_of, read_form, size_pr
 from trainer.live import Drawn, ModelFacts, Step, follow
 from trainer.outline import view
 from trainer.page_figures import PageFigures
-from trainer.passwords import login_check, read_logins
+from trainer.passwords import Attempts, login_check, read_logins
 from trainer.pictures import PictureModel, read_origin
 from trainer.positions import camera, full_position_map
 from trainer.turns import QueueFull, Ticket, Turns
@@ -507,8 +507,20 @@ def test_a_page_with_a_password_shows_nothing_before_it_is_given(model: PictureM
             assert await seen() == [401, 401]
             assert (await log_in("wrong"), await seen()) == (400, [401, 401])
             assert (await log_in("secret"), await seen()) == (200, [200, 200])
+            assert [await log_in("wrong") for _ in range(8)] == [400] * 8
+            assert (await log_in("wrong"), await log_in("secret")) == (429, 429)
+            assert await seen() == [200, 200]
 
     asyncio.run(visit())
+
+
+def test_an_address_may_log_in_ten_times_a_minute() -> None:
+    now = 100.0
+    attempts = Attempts(lambda: now)
+    assert [attempts.may("a") for _ in range(12)] == [True] * 10 + [False] * 2
+    assert attempts.may("b")
+    now += 60
+    assert attempts.may("a")
 
 
 def test_no_more_pictures_are_stored_than_a_disk_is_known_to_have_room_for(
