@@ -55,14 +55,19 @@ def groups(
     if links:
         _join(parent_N, *links)
 
-    structured = np.lexsort((log_aspect_N, phash_N))
-    structured = structured[phash_N[structured] != FLAT]
-    row_U = _join_equal(parent_N, structured, phash_N, log_aspect_N)
+    row_U = _join_equal(parent_N, _structured(phash_N, log_aspect_N), phash_N, log_aspect_N)
     for left, right in near_pairs(phash_N[row_U]):
         left, right = row_U[left], row_U[right]
         alike = _same_shape(log_aspect_N, left, right)
         _join(parent_N, left[alike], right[alike])
     return parent_N
+
+
+def _structured(phash_N: NDArray[np.uint64], log_aspect_N: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The rows that are not flat, sorted by hash, then by shape."""
+    row_N = np.lexsort((log_aspect_N, phash_N))
+    structured: NDArray[np.int64] = row_N[phash_N[row_N] != FLAT]
+    return structured
 
 
 def best_first(ids: Sequence[str], pixels: Sequence[int]) -> list[int]:

@@ -139,6 +139,7 @@ def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]
 
     looks = _looks(table, once)
     table = table.select(["id", "width", "height", "favourites", "score"])  # the rest is half of its memory
+    pa.default_memory_pool().release_unused()
     group_N = groups(*looks)
     shared = np.flatnonzero(np.bincount(group_N, minlength=len(group_N))[group_N] > 1)
     group_N, shared = group_N[shared], np.flatnonzero(once)[shared]
