@@ -6,11 +6,13 @@ The models are tiny and random; each folder has the layout in which such models 
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -87,11 +89,15 @@ NUMBERS = (11, 5, 7, 2, 9, 30, 4)
 BROKEN_NUMBERS = (7, 4)
 
 
+def write_dataset(root: Path) -> Path:
+    rows = [image_row(number, BROKEN if number in BROKEN_NUMBERS else picture(number)) for number in NUMBERS]
+    write_images(root, {"a": [rows[:5], rows[5:6], rows[6:]], "b": []})
+    return root
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    rows = [image_row(number, BROKEN if number in BROKEN_NUMBERS else picture(number)) for number in NUMBERS]
-    write_images(tmp_path / "dataset", {"a": [rows[:5], rows[5:6], rows[6:]], "b": []})
-    return tmp_path / "dataset"
+    return write_dataset(tmp_path / "dataset")
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -430,13 +436,29 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The dataset with scores/marks, by the model of that name, which is in ONNX."""
+
+    root: Path
+    model: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def scored(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    folder = tmp_path_factory.mktemp("scored")
+    root, model = write_dataset(folder / "dataset"), save_onnx_folder(folder / "marks")
+    return Scored(root, model, succeeded(run_job("pipeline/score.py", "--dataset", root, "--model", model)))
+
+
 def test_scores_are_bound_to_the_ids_and_a_broken_picture_has_none_and_a_reason(
     run_job: RunJob, dataset: Path, tmp_path: Path
 ) -> None:
     model = save_vit(tmp_path / "model", **labelled(*WORDS))
     command = ("pipeline/score.py", "--dataset", dataset, "--model", tmp_path / "model", "--name", "marks")
     before = times(dataset)
-    succeeded(run_job(*command, "--batch-size", 2))
+    succeeded(run_job(*command, "--batch-size", 2, "--actors", 1))
     folder = dataset / "scores" / "marks"
     assert times(dataset).items() >= before.items()
 
@@ -463,18 +485,20 @@ def test_scores_are_bound_to_the_ids_and_a_broken_picture_has_none_and_a_reason(
 
 
 def test_only_what_another_model_or_other_images_change_is_scored_again(
-    run_job: RunJob, call_job: RunJob, dataset: Path, tmp_path: Path
+    run_job: RunJob, call_job: RunJob, dataset: Path, scored: Scored, tmp_path: Path
 ) -> None:
-    model, folder = save_onnx_folder(tmp_path / "marks"), dataset / "scores" / "marks"
-    command = ("pipeline/score.py", "--dataset", dataset, "--model", model)
-    assert "would do: scoring 2 of 2 shards: 2 new (a, b)" in succeeded(call_job(*command, "--plan"))
-    assert not folder.exists()
-    assert "2 actors, each with 1 CPU" in succeeded(run_job(*command))
+    planned = call_job("pipeline/score.py", "--dataset", dataset, "--model", scored.model, "--plan")
+    assert "would do: scoring 2 of 2 shards: 2 new (a, b)" in succeeded(planned)
+    assert not (dataset / "scores").exists()
+    assert "2 actors, each with 1 CPU" in scored.printed
+
+    root, model = shutil.copytree(scored.root, tmp_path / "scored"), shutil.copytree(scored.model, tmp_path / "marks")
+    command, folder = ("pipeline/score.py", "--dataset", root, "--model", model), root / "scores" / "marks"
     first = times(folder)
-    assert "scoring 0 of 2 shards\n" in succeeded(run_job(*command, "--batch-size", 3))
+    assert "scoring 0 of 2 shards\n" in succeeded(call_job(*command, "--batch-size", 3))
     assert times(folder) == first
 
-    write_images(dataset, {"b": [[image_row(50, picture(50))]]})
+    write_images(root, {"b": [[image_row(50, picture(50))]]})
     assert "would do: scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(call_job(*command, "--plan"))
     assert times(folder) == first
     assert "scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(run_job(*command))
@@ -493,25 +517,25 @@ def test_only_what_another_model_or_other_images_change_is_scored_again(
 
 
 def test_scores_of_another_model_are_there_until_theirs_takes_their_place(
-    run_job: RunJob, dataset: Path, tmp_path: Path
+    run_job: RunJob, scored: Scored, tmp_path: Path
 ) -> None:
     """Two folders of one name, and a second model that cannot score the first shard."""
-    command = ("pipeline/score.py", "--dataset", dataset, "--name", "final", "--model")
-    succeeded(run_job(*command, save_onnx_folder(tmp_path / "a" / "final")))
-    before = written(dataset / "scores" / "final")
-    other = save_onnx_folder(tmp_path / "b" / "final", config={"id2label": {"0": "x", "1": "y", "2": "z"}})
-    images = dataset / "images" / "a.parquet"
+    root = shutil.copytree(scored.root, tmp_path / "scored")
+    before = written(root / "scores" / "marks")
+    other = save_onnx_folder(tmp_path / "marks", config={"id2label": {"0": "x", "1": "y", "2": "z"}})
+    images = root / "images" / "a.parquet"
     content = bytearray(images.read_bytes())
     content[4:2000] = bytes(1996)  # the first pictures; the footer stays
     images.write_bytes(content)
-    assert run_job(*command, other).returncode == 1
-    after = written(dataset / "scores" / "final")
+    command = ("pipeline/score.py", "--dataset", root, "--name", "marks", "--model", other)
+    assert run_job(*command).returncode == 1
+    after = written(root / "scores" / "marks")
     assert after["a.parquet"] == before["a.parquet"]
     assert after["b.parquet"] != before["b.parquet"]
 
 
 def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_address: str, tmp_path: Path) -> None:
-    model, shards = save_onnx_folder(tmp_path / "marks"), 40
+    model, shards = save_onnx_folder(tmp_path / "marks"), 20
     for root in (tmp_path / "killed", tmp_path / "whole"):
         pictures = [picture(number) for number in range(60)]
         write_images(
@@ -530,6 +554,8 @@ def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_addr
         str(tmp_path / "killed"),
         "--model",
         str(model),
+        "--actors",
+        "1",
     ]
     job = subprocess.Popen(
         command, env=os.environ | {"RAY_ADDRESS": ray_address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -547,20 +573,18 @@ def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_addr
     assert written(scored) == written(tmp_path / "whole" / "scores" / "marks")
 
 
-def test_on_s3_it_writes_the_same_files(run_job: RunJob, dataset: Path, bucket: str, tmp_path: Path) -> None:
+def test_on_s3_it_writes_the_same_files(run_job: RunJob, dataset: Path, scored: Scored, bucket: str) -> None:
     import s3fs
 
-    model = save_wd_tagger(tmp_path / "tagger")
     s3fs.S3FileSystem(skip_instance_cache=True).put(str(dataset), f"{bucket}/scored", recursive=True)
-    for root in (dataset, f"{bucket}/scored"):
-        succeeded(run_job("pipeline/score.py", "--dataset", root, "--model", model))
-    here, there = Store(str(dataset)), Store(f"{bucket}/scored")
+    succeeded(run_job("pipeline/score.py", "--dataset", f"{bucket}/scored", "--model", scored.model))
+    here, there = Store(str(scored.root)), Store(f"{bucket}/scored")
     for name in ("a.parquet", "b.parquet", "rejected/a.parquet"):
-        assert there.read(f"scores/tagger/{name}") == here.read(f"scores/tagger/{name}")
+        assert there.read(f"scores/marks/{name}") == here.read(f"scores/marks/{name}")
 
 
 def test_a_wrong_command_is_refused_in_one_line_and_writes_nothing(
-    run_job: RunJob, dataset: Path, tmp_path: Path
+    run_job: RunJob, call_job: RunJob, dataset: Path, tmp_path: Path
 ) -> None:
     only_pickle(tmp_path / "pickle")
     model = save_onnx_folder(tmp_path / "m")
@@ -572,8 +596,8 @@ def test_a_wrong_command_is_refused_in_one_line_and_writes_nothing(
         (("--model", model, "--batch-size", 0), "--batch-size"),
         ((), "--model"),
     ]:
-        assert named in refused(run_job("pipeline/score.py", "--dataset", dataset, *arguments))
-    assert "ingest.py" in refused(run_job("pipeline/score.py", "--dataset", tmp_path / "none", "--model", model))
+        assert named in refused(call_job("pipeline/score.py", "--dataset", dataset, *arguments))
+    assert "ingest.py" in refused(call_job("pipeline/score.py", "--dataset", tmp_path / "none", "--model", model))
     # Ray would wait for the fourth CPU for ever.
     assert "Ray has 3" in refused(run_job("pipeline/score.py", "--dataset", dataset, "--model", model, "--actors", 4))
     assert not (dataset / "scores").exists()

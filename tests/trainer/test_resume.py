@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -73,23 +75,57 @@ def is_train_worker(pid: int) -> bool:
         return False
 
 
+@contextmanager
+def started(
+    dataset: Path, run: Path, environment: dict[str, str], output: int | TextIO
+) -> "Iterator[subprocess.Popen[str]]":
+    """The job with two workers, which does not outlive the block."""
+    command = [sys.executable, *map(str, training(dataset, run))]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=subprocess.DEVNULL)
+    try:
+        yield job
+    finally:
+        job.kill()
+        job.wait(timeout=60)
+
+
 @pytest.fixture(scope="module")
 def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with a Ray of its own: driver, workers and Ray are killed between two checkpoints."""
     run = tmp_path_factory.mktemp("killed")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    job = subprocess.Popen(
-        [sys.executable, *map(str, training(dataset, run))],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_until(lambda: max(losses(run), default=0) >= 6 and bool(saved(run)), job)
-    for pid in [job.pid, *descendants(job.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    assert job.wait() == -signal.SIGKILL
+    with started(dataset, run, environment, subprocess.DEVNULL) as job:
+        wait_until(lambda: max(losses(run), default=0) >= 6 and bool(saved(run)), job)
+        for pid in [job.pid, *descendants(job.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        assert job.wait() == -signal.SIGKILL
     return run
+
+
+@dataclass(frozen=True)
+class Stopped:
+    run: Path
+    killed_at: int  # the newest checkpoint's step, as of the kill
+    exit_code: int
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def stopped(dataset: Path, killed: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """The killed run, run again, and asked to stop after its first new steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = shutil.copytree(killed, folder / "run")
+    began, taken = saved(run)[-1], (run / "audit").stat().st_size
+    with (
+        (folder / "printed").open("w") as output,
+        started(dataset, run, os.environ | {"RAY_ADDRESS": ray_address}, output) as job,
+    ):
+        wait_until(lambda: (run / "audit").stat().st_size > taken, job)
+        job.send_signal(signal.SIGTERM)
+        return Stopped(run, began, job.wait(timeout=60), (folder / "printed").read_text())
 
 
 def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(dataset: Path, whole: Path) -> None:
@@ -103,43 +139,32 @@ def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(dataset: Path,
         assert len(set(seen[start : start + epoch])) == epoch
 
 
-def test_killed_and_run_again_it_takes_the_same_steps_to_the_last_bit(
-    run_job: RunJob, dataset: Path, whole: Path, killed: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(killed, run)
-    began = saved(run)[-1]
-    assert 4 <= began < STEPS
-    again = run_job(*training(dataset, run))
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert f"going on from step {began}" in again.stdout
-    assert ids(run) == ids(whole)
-    assert losses(run) == losses(whole)
+def test_killed_and_run_again_it_takes_the_same_steps_to_the_last_bit(whole: Path, stopped: Stopped) -> None:
+    assert 4 <= stopped.killed_at < STEPS
+    assert f"going on from step {stopped.killed_at}" in stopped.printed
+    last = saved(stopped.run)[-1]
+    assert last > stopped.killed_at
+    taken, wanted = ids(stopped.run), ids(whole)
+    assert {step: taken[step] for step in range(1, last + 1)} == {step: wanted[step] for step in range(1, last + 1)}
+    assert losses(stopped.run) == {step: loss for step, loss in losses(whole).items() if step <= last}
+
+
+def test_asked_to_stop_it_saves_and_ends_well(stopped: Stopped) -> None:
+    assert stopped.exit_code == 0
+    assert saved(stopped.run)[-1] == max(losses(stopped.run)) < STEPS
 
 
 def test_with_another_number_of_workers_it_sees_the_same_batches(
-    run_job: RunJob, dataset: Path, whole: Path, killed: Path, tmp_path: Path
+    run_job: RunJob, dataset: Path, whole: Path, stopped: Stopped, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(killed, run)
+    run = shutil.copytree(stopped.run, tmp_path / "run")
     (run / "audit").unlink()
     began = saved(run)[-1]
     again = run_job(*training(dataset, run, "--workers", 1))
     assert again.returncode == 0, again.stderr[-2000:]
+    assert f"going on from step {began}" in again.stdout
     assert ids(run) == {step: batch for step, batch in ids(whole).items() if step > began}
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
-
-
-def test_asked_to_stop_it_saves_and_ends_well(start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path) -> None:
-    job = start_job(*training(dataset, tmp_path))
-    wait_until(lambda: max(losses(tmp_path), default=0) >= 2, job)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 0
-    began = saved(tmp_path)[-1]
-    assert began == max(losses(tmp_path)) < STEPS
-    for step in range(1, began + 1):
-        assert ids(tmp_path)[step] == ids(whole)[step]
-        assert losses(tmp_path)[step] == losses(whole)[step]
 
 
 @pytest.fixture
@@ -153,6 +178,7 @@ def two_nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.cluster
 def test_a_worker_that_dies_and_a_node_that_goes_take_no_step_along(
     two_nodes: Any, start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
 ) -> None:
