@@ -25,7 +25,9 @@ _CONFIG = "config.json"
 @contextmanager
 def only_job(run: Path) -> Iterator[None]:
     """Two jobs would prune each other's checkpoints: UsageError where another process is inside. The lock is the
-    kernel's and of the folder itself, so that it goes with its process, however that ends."""
+    kernel's and of the folder itself, so that it goes with its process, however that ends. A folder that nothing was
+    written to, since the job was refused, goes too."""
+    is_new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
     try:
@@ -36,7 +38,11 @@ def only_job(run: Path) -> Iterator[None]:
                 f"another job is training in {run}: wait for it or stop it (ray job list), or give this one a --run of "
                 "its own"
             ) from error
-        yield  # outside: a terminal that does not block raises BlockingIOError, too
+        try:
+            yield  # outside: a terminal that does not block raises BlockingIOError, too
+        finally:
+            if is_new and not any(run.iterdir()):
+                run.rmdir()
     finally:
         os.close(folder)
 

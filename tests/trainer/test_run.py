@@ -84,6 +84,14 @@ def test_a_second_job_keeps_out_of_a_run_that_one_trains(call_job: RunJob, datas
         pass
 
 
+def test_a_refused_job_leaves_no_folder_behind(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--workers", 3), "does not divide")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--workers", 3), "does not divide")
+    assert (tmp_path / "run").exists(), "which was the user's"
+
+
 def test_the_number_of_workers_may_come_from_the_environment(
     call_job: RunJob, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
