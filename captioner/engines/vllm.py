@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 from PIL import Image
 
@@ -23,6 +24,9 @@ _LONGEST_LOOP: Final = 40
 _TIMES_ROUND: Final = 5
 # Pixtral's largest picture, 1024x1024, has this many tokens, and a picture is never split over two batches.
 _LARGEST_PICTURE: Final = 4160
+# Where a picture keeps its name in vLLM's caches, the same for each attempt and engine. Unnamed, vLLM would hash all of
+# its pixels.
+_NAME: Final = "vllm"
 _CLOSE_SECONDS: Final = 10.0  # for its processes to end by themselves
 
 
@@ -81,7 +85,11 @@ class VllmEngine:
             raise EngineDied(f"the engine of {self.model} was closed")
         try:
             tokens = await self._chat.tokens(prompt, image)
-            inputs = {"prompt_token_ids": tokens, "multi_modal_data": {"image": image}}
+            inputs = {
+                "prompt_token_ids": tokens,
+                "multi_modal_data": {"image": image},
+                "multi_modal_uuids": {"image": [image.info.setdefault(_NAME, uuid4().hex)]},
+            }
             # One output, when it is done.
             outputs = [output async for output in self._engine.generate(inputs, _sampling_params(draw), number)]
         except EngineDeadError as error:

@@ -1,8 +1,8 @@
 """BENCH: the caption job against one plain `vllm.LLM.chat` call over the same pictures; memory at 1x and 8x.
 
-A tiny random Pixtral whose answers all have the full length. Both get pictures that need no downsizing; the plain call
-gets them decoded. Each is warm: its first round is not counted. Then the whole job, as a user runs it, over
-as many pictures and 8 times as many.
+A tiny random Pixtral whose answers all have the full length. Both get the same pictures, which need no downsizing, and
+new ones in each round, as vLLM's prefix cache would have the old; the plain call gets them decoded. Each is warm: its
+first round is not counted. Then the whole job, as a user runs it, over as many pictures and 8 times as many.
 
     .venv-captioner/bin/python tests/bench/caption.py --images 512 --side 256
 """
@@ -42,6 +42,9 @@ WARM = 128  # pictures
 SAMPLING = Sampling(temperatures=(0.5,), max_tokens=64)
 AT_ONCE = 128
 
+Work = Callable[[], object]
+Prepared = Callable[[str], tuple[int, Work]]  # of a shard: its pictures, and what is timed
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,8 +60,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-caption-"))
     try:
         subprocess.run([sys.executable, ROOT / "tests/captioner/tiny_pixtral.py", folder / "model"], check=True)
-        write_images(folder / "data", "warm", WARM, args.side)
-        write_images(folder / "data", "images", args.images, args.side)
+        for round in range(args.rounds + 1):
+            write_images(folder / "data", f"{round:04d}", args.images, args.side)
         # A process of its own, so that its engines' memory is gone before the job's is measured.
         command = [sys.executable, __file__, "--folder", str(folder), "--rounds", str(args.rounds)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -75,7 +78,7 @@ def main() -> None:
 
 
 def write_images(root: Path, shard: str, count: int, side: int) -> None:
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(list(shard.encode()))
     rows = []
     for number in range(count):
         coarse = Image.fromarray(generator.integers(0, 255, (side // 16, side // 16, 3), np.uint8))
@@ -93,11 +96,11 @@ def write_images(root: Path, shard: str, count: int, side: int) -> None:
 
 def compare(folder: Path, rounds: int) -> None:
     """Both engines live in this process's children; while one works the other waits."""
-    count = Store(str(folder / "data")).read_table("images/images.parquet", ["id"]).num_rows
-    ways = {"LLM.chat": plain(folder), "job": ours(folder, count)}
+    ways = {"LLM.chat": plain(folder), "job": ours(folder)}
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, work in ways.items():
+    for round in range(rounds + 1):
+        for name, prepared in ways.items():
+            count, work = prepared(f"{round:04d}")
             started = time.perf_counter()
             work()
             rates[name].append(count / (time.perf_counter() - started))
@@ -111,7 +114,7 @@ def compare(folder: Path, rounds: int) -> None:
     os._exit(0)
 
 
-def plain(folder: Path) -> Callable[[], object]:
+def plain(folder: Path) -> Prepared:
     """One call of LLM.chat, with the engine's arguments of the job."""
     from vllm import LLM
 
@@ -122,7 +125,7 @@ def plain(folder: Path) -> Callable[[], object]:
     llm = LLM(**given)
     version = next(reversed(TEMPLATES))
 
-    def chats(shard: str) -> tuple[list, list]:
+    def prepared(shard: str) -> tuple[int, Work]:
         store, reader = Store(str(folder / "data")), TagReader()
         table = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "image"]).to_pylist()
         chats, draws = [], []
@@ -137,14 +140,12 @@ def plain(folder: Path) -> Callable[[], object]:
             ]
             chats.append([{"role": "user", "content": content}])
             draws.append(_sampling_params(Draw.of(SAMPLING, request.id, 0)))
-        return chats, draws
+        return len(chats), lambda: llm.chat(chats, draws, use_tqdm=False)
 
-    llm.chat(*chats("warm"), use_tqdm=False)
-    conversations, draws = chats("images")
-    return lambda: llm.chat(conversations, draws, use_tqdm=False)
+    return prepared
 
 
-def ours(folder: Path, count: int) -> Callable[[], object]:
+def ours(folder: Path) -> Prepared:
     """What an actor of the job does: reads, decodes, asks, judges, writes."""
     store = Store(str(folder / "data"))
     settings = CaptionSettings(
@@ -152,8 +153,12 @@ def ours(folder: Path, count: int) -> Callable[[], object]:
     )
     choice = EngineChoice(engine="vllm", model=str(folder / "model"), at_once=AT_ONCE)
     captioner = Captioner(CaptionTask(dataset=store.root, folder="captions", choice=choice, settings=settings))
-    captioner(ImageShard("warm", WARM, ""))
-    return lambda: captioner(ImageShard("images", count, ""))
+
+    def prepared(shard: str) -> tuple[int, Work]:
+        count = store.rows(f"images/{shard}.parquet")
+        return count, lambda: captioner(ImageShard(shard, count, ""))
+
+    return prepared
 
 
 def job(dataset: Path, model: Path) -> tuple[float, int]:
