@@ -1,6 +1,7 @@
 """A dataset -> what a plan asks of it: how many pictures a stage has, of how many bytes, and how long its texts are."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -48,6 +49,17 @@ def pictures_of(selection: Selection) -> Pictures:
     sizes = Store(selection.dataset).sizes(selection.images)
     stored = sum(sizes.get(f"{shard}.parquet", 0) for shard in selection.shards)
     return Pictures(selection.images, selection.count, stored, stored / selection.count)
+
+
+def all_pictures(dataset: str) -> Pictures:
+    """Every ingested picture, at its full size: what captions are written for."""
+    store = Store(dataset)
+    with ThreadPoolExecutor(8) as readers:
+        images = sum(readers.map(lambda shard: store.rows(f"images/{shard}.parquet"), store.shards("images")))
+    if not images:
+        raise UsageError(f"{dataset} has no images; make them with pipeline/ingest.py, or leave out --dataset")
+    stored = sum(store.sizes("images").values())
+    return Pictures("images", images, stored, stored / images)
 
 
 def text_lengths(selection: Selection, stage: StageConfig) -> tuple[Counter[int], str]:

@@ -332,18 +332,18 @@ def stage_row(setting: Setting, pictures: Pictures, speed: Speed, rates: Rates, 
     )
 
 
-def caption_row(images: int, captions_per_second: float, pictures: Pictures, rates: Rates) -> Row:
-    """Captions of so many pictures, once each."""
-    seconds = images / captions_per_second
+def caption_row(captions_per_second: float, pictures: Pictures, rates: Rates) -> Row:
+    """Captions of these pictures, once each."""
+    seconds = pictures.images / captions_per_second
     size = pictures.stored_bytes / max(1, pictures.images)
     costs = rates.costs(seconds / 3600)
     return Row(
         name="captions",
-        images=images,
+        images=pictures.images,
         images_per_second=captions_per_second,
         source="given",
         remark=f"--captions-per-second {captions_per_second:g}",
-        read_bytes=images * size,
+        read_bytes=pictures.stored_bytes,
         bytes_per_second=captions_per_second * size,
         **costs,  # type: ignore[arg-type]
     )

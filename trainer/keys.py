@@ -61,7 +61,7 @@ def sample_key(seed: int, epoch: int, position: int | NDArray[np.integer[Any]]) 
 
 
 def sample_generator(key: int, stream: Stream) -> np.random.Generator:
-    """The same idea for code that wants a numpy generator (captions, crops): Philox keyed by (key, stream)."""
+    """The same idea for code that wants a numpy generator (captions): Philox keyed by (key, stream)."""
     return np.random.Generator(np.random.Philox(key=[key % (1 << 64), int(stream)]))
 
 

@@ -30,6 +30,7 @@ Indices = NDArray[np.int64]
 _THREADS = 32
 
 KEPT = "layout.safetensors"
+_FORMAT = 1  # of a layout that is kept: one more with each change of what it says
 _ARRAYS = ("shard_G", "group_G", "first_G", "stop_G", "counts_G", "group_H", "row_H")
 
 
@@ -149,7 +150,7 @@ def _made_from(selection: Selection, hold_out: float) -> str:
     """A hash of all that decides a layout: the selection by its own hash, the pictures by how a listing shows them."""
     listed = Store(selection.dataset).listing(selection.images)
     pictures = [(shard, listed[f"{shard}.parquet"].stamp) for shard in selection.shards if f"{shard}.parquet" in listed]
-    source = [selection.dataset, selection.name, selection.digest, selection.images, hold_out, pictures]
+    source = [_FORMAT, selection.dataset, selection.name, selection.digest, selection.images, hold_out, pictures]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 

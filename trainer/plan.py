@@ -1,7 +1,6 @@
 """JOB: hours, dollars, energy, disk and bandwidth of a recipe, estimated before it is paid for."""
 
 import json
-import math
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from trainer.planning import Plan, Texts
 
 _MOST_SECONDS = 60.0  # of a probe
+_LARGEST = 1e15  # of any number: what is computed of larger ones may be infinite
 
 
 def parse_args() -> Namespace:
@@ -62,8 +62,10 @@ def main() -> None:
     from trainer.planning import within_budget  # torch takes seconds to import: not for --help
 
     path = local_path("--json", args.json) if args.json else None
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)  # before a probe that may last a minute
+    if path:  # before a probe that may last a minute
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(f"--json {path} is a folder: give the name of a file")
     inputs = _inputs(args)
     make = partial(_make, args, inputs)
     settings, plan = inputs.settings, make(inputs.settings)
@@ -85,6 +87,7 @@ class _Inputs:
     settings: "list[Setting]"
     chosen: dict[str, dict[str, str]]  # by stage: what --set changes
     pictures: "dict[str, Pictures]"
+    captioned: "Pictures"
     texts: "dict[str, Texts]"
     rates: "Rates"
     price_source: str
@@ -113,16 +116,20 @@ def _inputs(args: Namespace) -> _Inputs:
 
     names = _stages(args)
     machine, price_source = _machine(args)
+    if args.budget is not None and machine.price is None:
+        raise UsageError("--budget needs the price of a GPU hour: give --price")
     texts, pictures = _texts(args, names), {}
     chosen = {name: planning.settings_for(name, names, args.settings) for name in names}
     settings = [planning.setting_of(name, chosen[name], machine.count, texts[name]) for name in names]
     for setting in settings:
         pictures[setting.name] = _pictures(args, setting)
+    captioned = _captioned(args, pictures)
     measured, remarks = (None, []) if args.measure is None else _measure(args, settings, chosen, texts)
     return _Inputs(
         settings=settings,
         chosen=chosen,
         pictures=pictures,
+        captioned=captioned,
         texts=texts,
         rates=Rates(machine=machine, host_watts=args.host_watts, dollars_per_kwh=args.kwh),
         price_source=price_source,
@@ -138,7 +145,9 @@ def _make(args: Namespace, inputs: _Inputs, settings: "Sequence[Setting]") -> "P
     given = {name: _above_0("--images-per-second", value) for name, value in _pairs(args, "images_per_second").items()}
     machine = inputs.rates.machine
     speeds = {s.name: planning.speed_of(s, machine, given, inputs.measured) for s in settings}
-    return planning.make_plan(settings, inputs.pictures, speeds, inputs.rates, args.captions_per_second)
+    return planning.make_plan(
+        settings, inputs.pictures, speeds, inputs.rates, args.captions_per_second, inputs.captioned
+    )  # fmt: skip
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -149,8 +158,8 @@ def _check_numbers(args: Namespace) -> None:
         _above_0("--" + name.replace("_", "-"), getattr(args, name))
     for name in ("price", "kwh", "host_watts"):
         value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} {value:g}: a number of at least 0")
+        if value is not None and not 0 <= value <= _LARGEST:
+            raise UsageError(f"--{name.replace('_', '-')} {value:g}: a number from 0 to {_LARGEST:g}")
     if args.gpus is not None and args.gpus < 1:
         raise UsageError(f"--gpus {args.gpus}: at least 1")
     if args.measure is not None and args.measure > _MOST_SECONDS:
@@ -158,8 +167,8 @@ def _check_numbers(args: Namespace) -> None:
 
 
 def _above_0(flag: str, value: float | None) -> float:
-    if value is not None and not 0 < value < math.inf:
-        raise UsageError(f"{flag} {value:g}: a number above 0")
+    if value is not None and not 0 < value <= _LARGEST:
+        raise UsageError(f"{flag} {value:g}: a number above 0, up to {_LARGEST:g}")
     return value or 0.0
 
 
@@ -172,8 +181,8 @@ def _pairs(args: Namespace, name: str) -> dict[str, float]:
             found[key] = float(text)
         except ValueError:
             equals = ""
-        if not (key and equals and math.isfinite(found[key])):
-            raise UsageError(f"{flag} {pair}: give a name and a number, as in 256=1000")
+        if not (key and equals and abs(found[key]) <= _LARGEST):
+            raise UsageError(f"{flag} {pair}: give a name and a number up to {_LARGEST:g}, as in 256=1000")
     return found
 
 
@@ -194,7 +203,12 @@ def _stages(args: Namespace) -> list[str]:
     for name in [*asked, *_pairs(args, "images"), *given]:
         if name not in STAGES:
             raise UsageError(f"there is no stage {name!r}; stages: {', '.join(STAGES)}")
-    return [name for name in STAGES if name in asked]
+    planned = [name for name in STAGES if name in asked]
+    for flag, names in (("--images", _pairs(args, "images")), ("--images-per-second", given)):
+        for name in names:
+            if name not in planned:
+                raise UsageError(f"{flag} {name}: stage {name} is not planned; --stages {' '.join([*planned, name])}")
+    return planned
 
 
 def _machine(args: Namespace) -> "tuple[Machine, str]":
@@ -293,6 +307,16 @@ def _pictures(args: Namespace, setting: "Setting") -> "Pictures":
     return planning.default_pictures(setting, int(given or PUBLISHED[setting.name].images))
 
 
+def _captioned(args: Namespace, pictures: "dict[str, Pictures]") -> "Pictures":
+    from trainer import planning
+
+    if args.dataset is None or args.captions_per_second is None:
+        return planning.default_captioned(pictures.values())
+    from trainer.corpus import all_pictures
+
+    return all_pictures(args.dataset)
+
+
 def _measure(
     args: Namespace, settings: "list[Setting]", chosen: dict[str, dict[str, str]], texts: "dict[str, Texts]"
 ) -> "tuple[list[Measured], list[str]]":
@@ -378,12 +402,16 @@ def _show_budget(
 
 
 def _show_commands(args: Namespace, inputs: _Inputs, settings: "Sequence[Setting]") -> list[str]:
-    from trainer.planning import command_of
+    from trainer.planning import command_of, device_remarks
 
     machine, chosen = inputs.rates.machine, inputs.chosen
+    if remarks := device_remarks(settings, machine):
+        print(f"\nNo commands: {'; '.join(remarks)}", flush=True)
+        return []
+    before = [None, *(setting.name for setting in settings)]
     commands = [
-        shlex.join(command_of(setting, chosen[setting.name], machine, args.dataset, first=number == 0))
-        for number, setting in enumerate(settings)
+        shlex.join(command_of(setting, chosen[setting.name], machine, args.dataset, previous))
+        for previous, setting in zip(before, settings, strict=False)
     ]
     print("\nTo carry it out:\n" + "\n".join(commands), flush=True)
     return commands

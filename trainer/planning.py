@@ -1,7 +1,7 @@
 """What a command asks to be planned -> settings, speeds, rows, and every assumption in words. Knows no terminal."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ RECIPE = tuple(PUBLISHED)
 # Of a VAE and a language model that are not on this machine: those of the recipe.
 _VAE_SHAPE = (4, 8)
 _LOCAL_TEXT_WIDTH = 128  # of trainer/text.py, which takes seconds to import
-_LEAST_MEMORY_SHARE = 0.95  # of a GPU's memory; the rest is never free
+_MEMORY_SHARE = 0.95  # of a GPU's memory; the rest is never free
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ def default_pictures(setting: Setting, images: int) -> Pictures:
     return Pictures(f"images-{costs.SMALL_SIDE}" if small else "images", images, images * size, size)
 
 
+def default_captioned(pictures: Iterable[Pictures]) -> Pictures:
+    """Captions are written before anything is selected or made smaller: at least for what the largest stage has."""
+    images = max(found.images for found in pictures)
+    return Pictures("images", images, images * costs.BYTES_OF_A_PICTURE, costs.BYTES_OF_A_PICTURE)
+
+
 # --- Speeds and rows --------------------------------------------------------------------------------------------------
 
 
@@ -126,17 +132,18 @@ def make_plan(
     speeds: Mapping[str, Speed],
     rates: Rates,
     captions_per_second: float | None,
+    captioned: Pictures,
 ) -> Plan:
-    """Captions are of the stage that has the most pictures."""
+    """`captioned`: what captions are written for, where their speed is given."""
     rows = [
         costs.stage_row(s, pictures[s.name], speeds[s.name], rates, memory.parameters(s.model)) for s in settings
     ]  # fmt: skip
     folders: dict[str, float] = {}
-    for found in pictures.values():
+    read = [*pictures.values(), *([captioned] if captions_per_second is not None else [])]
+    for found in read:
         folders[found.folder] = max(folders.get(found.folder, 0), found.stored_bytes)
     if captions_per_second is not None:
-        most = max(pictures.values(), key=lambda found: found.images)
-        rows.append(costs.caption_row(most.images, captions_per_second, most, rates))
+        rows.append(costs.caption_row(captions_per_second, captioned, rates))
     return Plan(rows=tuple(rows), total=costs.total_row(rows, folders))
 
 
@@ -144,9 +151,8 @@ def within_budget(
     settings: Sequence[Setting], plan: Plan, budget: float, planned: Callable[[Sequence[Setting]], Plan]
 ) -> tuple[list[Setting], Plan]:
     """The stages with so many samples less that the plan costs at most `budget`. UsageError where that is not sensible,
-    or dollars are not known."""
-    if plan.total.dollars is None:
-        raise UsageError("--budget needs the price of a GPU hour: give --price")
+    as where a stage would be left out. The price of a GPU hour must be known."""
+    assert plan.total.dollars is not None
     stages = {row.name: row.dollars or 0.0 for row in plan.stages}
     besides = plan.total.dollars - sum(stages.values())
     if budget <= besides:
@@ -172,14 +178,15 @@ def _shortened(setting: Setting, share: float) -> Setting:
 
 
 def command_of(
-    setting: Setting, chosen: Mapping[str, str], machine: Machine, dataset: str | None, first: bool
+    setting: Setting, chosen: Mapping[str, str], machine: Machine, dataset: str | None, before: str | None
 ) -> list[str]:
-    """The words that train the stage as planned; `chosen`: what --set changes in this plan."""
+    """The words that train the stage as planned; `chosen`: what --set changes in this plan; `before`: the stage that is
+    planned before this one."""
     stage = setting.stage
     words = ["python", "trainer/run.py", "--stage", setting.name, "--dataset", dataset or "ROOT", "--run", "RUN"]
     words += ["--workers", str(machine.count)]
-    if first and stage.after is not None:
-        words += ["--from", "FOLDER"]
+    if stage.after not in (None, before):
+        words += ["--from", f"RUN/{before}" if before else "FOLDER"]
     values = dict(chosen)
     if stage.samples != STAGES[setting.name].samples:
         values["samples"] = str(stage.samples)
@@ -202,7 +209,7 @@ def fitting_micro_batch(setting: Setting, machine: Machine) -> int | None:
     if machine.gigabytes is None:
         return None
     size = setting.stage.micro_batch
-    room = _LEAST_MEMORY_SHARE * machine.gigabytes * 2**30
+    room = _MEMORY_SHARE * machine.gigabytes * 2**30
     while size and memory.training_bytes(setting.model, setting.stage, size, setting.codec_factor) > room:
         size //= 2
     return size

@@ -1,8 +1,7 @@
 """Times the training step on the machine at hand: the stage's model, codec and text encoder, on synthetic batches."""
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from trainer.stand_ins import WORDS, local_text_encoder, qwen3_600m, sdxl_vae
 from trainer.text import TextEncoder, load_text_encoder
 from trainer.worker import encode, new_loop
 
-# On a CPU a micro batch of the recipe would take minutes: so many steps of a smaller one are to fit in a probe.
+# On a CPU a micro batch of the recipe would take minutes: of a smaller one so many steps are to fit in a probe.
 _CPU_STEPS = 4
 # Of a matrix product's speed, before anything was measured: what a step reaches on a CPU (tests/bench/RESULTS.md: 85%),
 # on the careful side.
@@ -48,7 +47,8 @@ def measure(settings: Sequence[Setting], seconds: float, device: torch.device) -
     """Steps of each setting for an equal share of `seconds` in all, and what could not be measured, a line each.
 
     Each begins with a step that does not count: it allocates, and compiles where the stage is compiled, which takes
-    minutes of its own. One whose two steps would, by arithmetic, take longer than what is left is left out.
+    minutes of its own. On a CPU two steps of one sample come first, of which the second says how many samples a step
+    may have; a setting of which four such steps would, by arithmetic, take longer than what is left is left out.
     """
     measured: list[Measured] = []
     remarks: list[str] = []
@@ -60,11 +60,19 @@ def measure(settings: Sequence[Setting], seconds: float, device: torch.device) -
         if key not in encoders:
             encoders = {key: _encoders(setting, device)}
         share = left / (len(settings) - number)
-        setting = _as_probed(setting, encoders[key], share * rate / _CPU_STEPS if device.type == "cpu" else math.inf)
-        expected = 2 * setting.stage.micro_batch * setting.work.total / rate
-        if device.type == "cpu" and expected > left:
-            remarks.append(f"stage {setting.name} is not measured: by arithmetic its probe takes {expected:.0f} s here")
-            continue
+        setting = _as_probed(setting, encoders[key])
+        if device.type == "cpu":
+            expected = 4 * setting.work.total / rate
+            if expected > left:
+                remarks.append(
+                    f"stage {setting.name} is not measured: by arithmetic its probe takes {expected:.0f} s here"
+                )
+                continue
+            step = _stepping(_with_micro_batch(setting, 1), encoders[key], device)
+            spent, seconds_of_one = _seconds(step), _seconds(step)
+            left, share = (max(0.0, seconds - spent - seconds_of_one) for seconds in (left, share))
+            fitting = int(share / seconds_of_one / _CPU_STEPS)
+            setting = _with_micro_batch(setting, min(setting.stage.micro_batch, max(1, fitting)))
         found, spent, remark = _probe_what_fits(setting, encoders[key], share, device)
         remarks += [remark] if remark else []
         if found:
@@ -93,25 +101,13 @@ def _probe_what_fits(
 
 def _probe(setting: Setting, encoders: Encoders, seconds: float, device: torch.device) -> tuple[Measured, float]:
     """Also the seconds that it took out of the time for training steps."""
-    stage = replace(setting.stage, text_tokens=setting.text_tokens, text_multiple=1)
     on_gpu = device.type == "cuda"
-    compiles = stage.compiled and on_gpu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    model = XUT(setting.model, stage.checkpointing)
-    loop = new_loop(stage, model, stage.samples // stage.batch_size, encoders.codec, device)
-    batch = _batch(setting)
-
-    def step() -> None:
-        loop.step([encode(batch, encoders.codec, encoders.text, stage, device)])
-        if on_gpu:
-            torch.cuda.synchronize(device)
-
-    begun = time.perf_counter()
-    step()
-    started = time.perf_counter()
-    spent = 0.0 if compiles else started - begun
-    steps, now = 0, started
+    step = _stepping(setting, encoders, device)
+    seconds_of_first = _seconds(step)
+    spent = 0.0 if on_gpu and setting.stage.compiled else seconds_of_first
+    steps, now = 0, (started := time.perf_counter())
     # Another step only where it will be done in time; one in any case.
     while not steps or spent + (now - started) * (steps + 1) / steps <= seconds:
         step()
@@ -128,13 +124,33 @@ def _probe(setting: Setting, encoders: Encoders, seconds: float, device: torch.d
     ), spent + now - started
 
 
-def _as_probed(setting: Setting, encoders: Encoders, operations: float) -> Setting:
-    """With the widths of the encoders; an optimizer step is one micro batch, of `operations` at most or one sample."""
+def _stepping(setting: Setting, encoders: Encoders, device: torch.device) -> Callable[[], None]:
+    """One whole step of a new model, each time that it is called."""
+    stage = replace(setting.stage, text_tokens=setting.text_tokens, text_multiple=1)
+    model = XUT(setting.model, stage.checkpointing)
+    loop = new_loop(stage, model, stage.samples // stage.batch_size, encoders.codec, device)
+    batch = _batch(setting)
+
+    def step() -> None:
+        loop.step([encode(batch, encoders.codec, encoders.text, stage, device)])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _as_probed(setting: Setting, encoders: Encoders) -> Setting:
+    """With the widths of the encoders; an optimizer step is one micro batch."""
     codec = encoders.codec
     model = replace(setting.model, in_channels=codec.channels, text_dim=encoders.text.dim)
     setting = replace(setting, model=model, codec_factor=codec.factor)
-    fitting = min(setting.stage.micro_batch, operations / setting.work.total)
-    return _with_micro_batch(setting, max(1, int(fitting)))
+    return _with_micro_batch(setting, setting.stage.micro_batch)
 
 
 def _with_micro_batch(setting: Setting, samples: int) -> Setting:

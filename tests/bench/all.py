@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--out", type=Path, metavar="FILE", help="which has the two marks")
     args = parser.parse_args()
+    if args.out and args.only:
+        parser.error("--only prints its rows: in a table of one date and machine they have no place")
     if args.out and not (args.out.is_file() and BEGIN in args.out.read_text() and END in args.out.read_text()):
         parser.error(f"--out {args.out} has no lines {BEGIN} and {END}")
     rows = [machine(), "", "| what | figure | command |", "|---|---|---|"]

@@ -123,7 +123,7 @@ def main() -> None:
         with ProcessPoolExecutor(os.cpu_count()) as writers:
             list(writers.map(partial(write_shard, root=root, rows=shard_rows), missing))
         shutil.rmtree(Path(root, "selections", NAME), ignore_errors=True)
-        rows = shards * shard_rows
+        rows = sum(Store(root).rows(f"images/{name}.parquet") for name in Store(root).shards("images"))
         for title in ("", ", again where nothing changed"):
             seconds, usage = curate(root)
             print(

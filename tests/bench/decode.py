@@ -1,8 +1,9 @@
 """BENCH: bytes -> random square crop on one core: ours against plain Pillow's whole decode, whole resize and crop.
 
 The baseline is what torchvision's Resize and RandomCrop do to a picture opened with Pillow, in Pillow alone, so that
-torchvision need not be there. Both ways with LANCZOS, and both in two builds of Pillow: the one that runs this, and
-plain Pillow of the same version, which pip installs into a folder that is deleted again. Each way in each build has a
+torchvision need not be there: with LANCZOS, which ours has too, and with torchvision's default, bilinear, which is less
+work. All in two builds of Pillow: the one that runs this, and plain Pillow of the same version, which pip installs into
+a folder that is deleted again. Each way in each build has a
 process; only one works at a time, on all pictures, in turns. Images per second of that thread's processor time; medians
 of the rates, and of the ratios within a turn.
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +156,17 @@ def ours(data: bytes, side: int, across: float, down: float) -> None:
     square_crop(data, side, across, down)
 
 
-def whole(data: bytes, side: int, across: float, down: float) -> None:
+def whole(data: bytes, side: int, across: float, down: float, filter: int = Image.Resampling.LANCZOS) -> None:
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = picture.resize((width, height), filter)
     left, top = int(across * (width - side + 1)), int(down * (height - side + 1))
     np.array(resized.crop((left, top, left + side, top + side)))
 
 
-WAYS: dict[str, Callable[..., None]] = {"ours": ours, "whole": whole}
+BILINEAR = partial(whole, filter=Image.Resampling.BILINEAR)
+WAYS: dict[str, Callable[..., None]] = {"ours": ours, "whole": whole, "bilinear": BILINEAR}
 PARTS = {"checks": "_open", "decoding": "_flatten"}  # of pipeline.images; what remains of `ours` is resizing
 
 
@@ -253,19 +256,20 @@ def compare(builds: list[Build], kind: str, side: int, rounds: int) -> str:
             seconds[build, way].append(build.measure(kind, side, way))
     warm = {one: np.array(of_rounds[1:]) for one, of_rounds in seconds.items()}
 
-    def faster(build: Build, than: Build) -> str:
-        return f"{np.median(warm[than, 'whole'][:, 0] / warm[build, 'ours'][:, 0]):.2f}x"
+    def faster(build: Build, than: Build, way: str = "whole") -> str:
+        return f"{np.median(warm[than, way][:, 0] / warm[build, 'ours'][:, 0]):.2f}x"
 
     def each(build: Build) -> str:
-        of, against = (f"{1 / np.median(warm[build, way][:, 0]):.0f}/s" for way in WAYS)
+        of, against = (f"{1 / np.median(warm[build, way][:, 0]):.0f}/s" for way in ("ours", "whole"))
         return f"{build.name} {of} against {against}: {faster(build, build)}"
 
     in_all, *parts = np.median(warm[builds[0], "ours"], axis=0)
     shares = {part: seconds / in_all for part, seconds in zip(PARTS, parts, strict=True)}
     shares["resizing"] = 1 - sum(shares.values())
     time_of_ours = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-    across = f"{faster(builds[0], builds[-1])}; in one build: " if len(builds) > 1 else ""
-    return f"{across}{'; '.join(map(each, builds))}; time of ours: {time_of_ours}"
+    across = f"{faster(builds[0], builds[-1])}; " if len(builds) > 1 else ""
+    bilinear = f"of bilinear: {faster(builds[0], builds[-1], 'bilinear')}; in one build: "
+    return f"{across}{bilinear}{'; '.join(map(each, builds))}; time of ours: {time_of_ours}"
 
 
 if __name__ == "__main__":

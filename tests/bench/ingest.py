@@ -97,6 +97,7 @@ def bare_loop(files: list[Path], dataset: Path) -> float:
         worker.start()
     for worker in workers:
         worker.join()
+        assert worker.exitcode == 0
     return time.perf_counter() - started
 
 

@@ -47,7 +47,8 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         size = len(store.read("report.html")) / 1e6
-    print(f"| report of {args.rows:,} rows | {seconds:.1f} s, peak memory {peak:.0f} MiB, a page of {size:.2f} MB |")
+        rows = sum(store.rows(f"images/{name}.parquet") for name in store.shards("images"))
+    print(f"| report of {rows:,} rows | {seconds:.1f} s, peak memory {peak:.0f} MiB, a page of {size:.2f} MB |")
 
 
 def generate(store: Store, rows: int) -> None:

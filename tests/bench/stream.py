@@ -240,13 +240,13 @@ def thread_pool(data: TrainingData) -> Iterator[tuple[np.ndarray, np.ndarray, li
 def environment(folder: Path) -> Path:
     """The Python of an environment that has, above this one's packages, those that are compared with."""
     python, ready = folder / "bin" / "python", folder / ".ready"
-    if not ready.exists():
+    wanted = [*PINNED, f"torch=={torch.__version__.partition('+')[0]}"]
+    if not ready.exists() or ready.read_text() != "\n".join(wanted):
         venv.create(folder, with_pip=True, clear=True)
         [packages] = folder.glob("lib/python*/site-packages")
         (packages / "project.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-        pip = [python, "-m", "pip", "install", "--quiet", *PINNED, f"torch=={torch.__version__.partition('+')[0]}"]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
-        ready.touch()
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True, stdout=sys.stderr)
+        ready.write_text("\n".join(wanted))
     return python
 
 

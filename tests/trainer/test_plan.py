@@ -208,6 +208,7 @@ def test_captions_are_a_row_of_their_own(plan: Plan) -> None:
     made = plan("--images", "512=9000000", "--captions-per-second", 25)
     *stages, captions = made["stages"]
     assert captions["hours"] == pytest.approx(9_000_000 / 25 / 3600)
+    assert captions["read_bytes"] == 9_000_000 * costs.BYTES_OF_A_PICTURE, "not of a tier of small ones"
     assert captions["dollars"] == pytest.approx(captions["hours"] * made["machine"]["price"] * 4)
     assert made["total"]["dollars"] == pytest.approx(sum(row["dollars"] for row in stages) + captions["dollars"])
 
@@ -320,6 +321,15 @@ def test_the_commands_of_a_budget_carry_it_out(plan: Plan) -> None:
     assert made["total"]["hours"] == pytest.approx(HOURS), "the whole recipe is still told"
 
 
+def test_a_stage_begins_with_the_weights_of_the_one_planned_before_it(plan: Plan) -> None:
+    first, second, third = plan("--stages", "256", "1024", "512")["commands"]
+    assert "--from" not in first
+    assert "--from" not in second, "run.py finds the stage before by itself"
+    assert "--from RUN/512" in third
+    [alone] = plan("--stages", "1024")["commands"]
+    assert "--from FOLDER" in alone
+
+
 def test_budgets_that_buy_nothing_sensible_are_refused(call_job: CallJob) -> None:
     refused(call_job("trainer/plan.py", "--budget", 100), "no sensible recipe", "$171")
     refused(call_job("trainer/plan.py", "--budget", 100, "--gpu", "H100"), "--price")
@@ -402,6 +412,11 @@ def test_a_probe_of_a_cpu_says_nothing_of_a_gpu(call_job: CallJob) -> None:
         (("--stages", "demo", "--images", "demo=1"), ("no published speed", "--measure")),
         (("--stages", "257"), ("'257'",)),
         (("--stages", "256", "--set", "512.samples=9"), ("not planned",)),
+        (("--stages", "256", "--images", "512=9"), ("--images 512", "--stages 256 512")),
+        (("--stages", "256", "--images-per-second", "512=9"), ("--images-per-second 512", "--stages 256 512")),
+        (("--text-lengths", "64=1e308"), ("--text-lengths 64=1e308",)),
+        (("--price", 1e308), ("--price 1e+308",)),
+        (("--json", "."), ("--json", "folder")),
         (("--set", "256.samplse=9"), ("samples",)),
     ],
 )
