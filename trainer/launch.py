@@ -29,6 +29,7 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.jobs import Idle, JobFailed, UsageError, progress
+from trainer.board import Board
 from trainer.data import Batch, TrainingData, join
 from trainer.loader import Loader
 from trainer.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
@@ -71,7 +72,7 @@ def train(training: Training, samples: MakeSource | None = None) -> Trained:
     check_writers(LogConfig(wandb="homemade-diffusion" if training.wandb else None))
     data = _data(training)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"training": training, "data": ray.put(data), "board": board, "samples": samples or streamed},
@@ -128,39 +129,6 @@ def _cpus_of_worker(workers: int) -> float:
 
 
 # --- What driver and workers tell each other --------------------------------------------------------------------------
-
-
-class _Board:
-    """An actor beside the driver. It outlives workers that are started again."""
-
-    def __init__(self) -> None:
-        self.lines: list[Line | str] = []  # figures, or a remark
-        self.stops = False
-        self.failure = ""
-        self.steps = 0
-
-    def tell(self, line: Line | str) -> None:
-        self.lines.append(line)
-
-    def since(self, number: int) -> tuple[list[Line | str], str]:
-        """What was told after the first `number`, and why the workers gave up."""
-        return self.lines[number:], self.failure
-
-    def stop(self) -> None:
-        self.stops = True
-
-    def is_stopping(self) -> bool:
-        return self.stops
-
-    def give_up(self, why: str) -> None:
-        """Workers that are started again need not try."""
-        self.failure = self.failure or why
-
-    def end(self, steps: int) -> None:
-        self.steps = steps
-
-    def ended_at(self) -> int:
-        return self.steps
 
 
 class _Watcher:

@@ -253,11 +253,11 @@ def test_whatever_the_server_does_every_row_ends_with_its_own_caption_or_its_rea
 
 
 def test_a_second_run_asks_nothing_and_other_sampling_or_size_asks_for_all(
-    run_job: RunJob, server: Server, tmp_path: Path
+    run_job: RunJob, call_job: RunJob, server: Server, tmp_path: Path
 ) -> None:
     root = write_images(tmp_path, {"a": range(12)}, row0=picture(0, side=1000))
     succeeded(run_job(*command(root, server)))
-    assert "1 of them captioned before" in succeeded(run_job(*command(root, server)))
+    assert "1 of them captioned before" in succeeded(call_job(*command(root, server)))
     assert server.asked.total() == 12
     assert {max(sent(body).size) for body in server.bodies} == {768, 48, 49, 50, 51, 52}
 

@@ -160,7 +160,7 @@ def test_with_another_number_of_workers_it_sees_the_same_batches(
     run = shutil.copytree(stopped.run, tmp_path / "run")
     (run / "audit").unlink()
     began = saved(run)[-1]
-    again = run_job(*training(dataset, run, "--workers", 1))
+    again = run_job(*training(dataset, run, "--workers", 1, "--set", "evaluate_every=1000"))
     assert again.returncode == 0, again.stderr[-2000:]
     assert f"going on from step {began}" in again.stdout
     assert ids(run) == {step: batch for step, batch in ids(whole).items() if step > began}
