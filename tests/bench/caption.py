@@ -1,8 +1,9 @@
-"""BENCH: the caption job against one plain `vllm.LLM.chat` call over the same pictures; memory at 1x and 8x.
+"""BENCH: the caption job against a plain loop of `vllm.LLM.chat` over the same pictures; memory at 1x and 8x.
 
-A tiny random Pixtral whose answers all have the full length. Both get the same pictures, which need no downsizing, and
-new ones in each round, as vLLM's prefix cache would have the old; the plain call gets them decoded. Each is warm: its
-first round is not counted. Then the whole job, as a user runs it, over as many pictures and 8 times as many.
+A tiny random Pixtral whose answers all have the full length. Both read the same shard in each round, with pictures that
+need no downsizing, and another one in the next, as vLLM's prefix cache would have the old. The loop reads and decodes
+it, makes one call of all and keeps the answers. Each is warm: its first round is not counted. Then the whole job, as a
+user runs it, over as many pictures and 8 times as many.
 
     .venv-captioner/bin/python tests/bench/caption.py --images 512 --side 256
 """
@@ -41,9 +42,6 @@ ROOT = Path(__file__).parents[2]
 WARM = 128  # pictures
 SAMPLING = Sampling(temperatures=(0.5,), max_tokens=64)
 AT_ONCE = 128
-
-Work = Callable[[], object]
-Prepared = Callable[[str], tuple[int, Work]]  # of a shard: its pictures, and what is timed
 
 
 def main() -> None:
@@ -97,25 +95,27 @@ def write_images(root: Path, shard: str, count: int, side: int) -> None:
 def compare(folder: Path, rounds: int) -> None:
     """Both engines live in this process's children; while one works the other waits."""
     ways = {"LLM.chat": plain(folder), "job": ours(folder)}
+    store = Store(str(folder / "data"))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for round in range(rounds + 1):
-        for name, prepared in ways.items():
-            count, work = prepared(f"{round:04d}")
+        shard = f"{round:04d}"
+        count = store.rows(f"images/{shard}.parquet")
+        for name, caption in ways.items():
             started = time.perf_counter()
-            work()
+            caption(shard)
             rates[name].append(count / (time.perf_counter() - started))
     warm = {name: rates[name][1:] for name in ways}
     ratio = statistics.median(mine / bare for mine, bare in zip(warm["job"], warm["LLM.chat"], strict=True))
     shown = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in warm[name])}" for name in ways)
-    what = f"what an actor of the caption job does against one LLM.chat, {count} pictures"
+    what = f"what an actor of the caption job does against a loop of LLM.chat, {count} pictures at a time"
     print(f"| {what} | {ratio:.0%}, median; images/s in turns: {shown} |", flush=True)
     for process in psutil.Process().children(recursive=True):  # LLM has no way to end its engine
         process.kill()
     os._exit(0)
 
 
-def plain(folder: Path) -> Prepared:
-    """One call of LLM.chat, with the engine's arguments of the job."""
+def plain(folder: Path) -> Callable[[str], object]:
+    """What the loop does with a shard; the engine has the arguments of the job's."""
     from vllm import LLM
 
     settings = VllmSettings(model=str(folder / "model"), max_num_seqs=AT_ONCE)
@@ -125,7 +125,7 @@ def plain(folder: Path) -> Prepared:
     llm = LLM(**given)
     version = next(reversed(TEMPLATES))
 
-    def prepared(shard: str) -> tuple[int, Work]:
+    def caption(shard: str) -> object:
         store, reader = Store(str(folder / "data")), TagReader()
         table = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "image"]).to_pylist()
         chats, draws = [], []
@@ -140,12 +140,12 @@ def plain(folder: Path) -> Prepared:
             ]
             chats.append([{"role": "user", "content": content}])
             draws.append(_sampling_params(Draw.of(SAMPLING, request.id, 0)))
-        return len(chats), lambda: llm.chat(chats, draws, use_tqdm=False)
+        return llm.chat(chats, draws, use_tqdm=False)
 
-    return prepared
+    return caption
 
 
-def ours(folder: Path) -> Prepared:
+def ours(folder: Path) -> Callable[[str], object]:
     """What an actor of the job does: reads, decodes, asks, judges, writes."""
     store = Store(str(folder / "data"))
     settings = CaptionSettings(
@@ -154,11 +154,7 @@ def ours(folder: Path) -> Prepared:
     choice = EngineChoice(engine="vllm", model=str(folder / "model"), at_once=AT_ONCE)
     captioner = Captioner(CaptionTask(dataset=store.root, folder="captions", choice=choice, settings=settings))
 
-    def prepared(shard: str) -> tuple[int, Work]:
-        count = store.rows(f"images/{shard}.parquet")
-        return count, lambda: captioner(ImageShard(shard, count, ""))
-
-    return prepared
+    return lambda shard: captioner(ImageShard(shard, store.rows(f"images/{shard}.parquet"), ""))
 
 
 def job(dataset: Path, model: Path) -> tuple[float, int]:

@@ -89,9 +89,10 @@ def generate_shard(store: Store, shard: str, start: int, rows: int, vocabulary: 
             write(table.slice(group, ROWS_PER_GROUP))
     refused = rejected(rng, [f"danbooru:{start}x{number}" for number in range(rows // 20)], ["truncated", "empty"], "")
     store.write_table(f"rejected/{shard}.parquet", refused, REJECTED)
-    columns = {"id": ids, "caption": captions, "reason": pa.nulls(rows, pa.string())}
-    names = {name: pa.array([name] * rows) for name in ("engine", "model", "prompt_version")}
-    store.write_table(f"captions/{shard}.parquet", pa.table(columns | names, CAPTIONS), CAPTIONS)
+    known = {"id": ids, "caption": captions}
+    known |= {name: pa.array([name] * rows) for name in ("engine", "model", "prompt_version")}
+    captioned = pa.table([known.get(field.name, pa.nulls(rows, field.type)) for field in CAPTIONS], schema=CAPTIONS)
+    store.write_table(f"captions/{shard}.parquet", captioned, CAPTIONS)
     for name, share in (("512", 0.8), ("1024", 0.3)):
         kept = np.flatnonzero(rng.random(rows) < share)
         write_selection(store, f"selections/{name}", shard, rng, table, captions, kept)

@@ -1,9 +1,9 @@
 """BENCH: the training's stream of samples through Ray against a bare thread pool, MosaicML Streaming and WebDataset.
 
-All read the same JPEGs of 512 pixels along the short side from local disk (in the page cache) and give batches of 32
+All read the same JPEGs of 512 pixels along the short side from local disk (in the page cache) and give batches of 128
 crops of 256 pixels and their texts, which are dropped. "the same work": our crop and our text. "their users' own":
 Pillow's whole picture resized, then cut, and a text as stored. The thread pool is the least that reads our files: a
-task reads row groups one after the other, crops and describes 32 rows and stacks them; as many threads as cores.
+task reads row groups one after the other, crops and describes 128 rows and stacks them; as many threads as cores.
 MosaicML Streaming and WebDataset come into an environment of their own (--environment), and read what they wrote
 themselves, with as many workers of torch's DataLoader as there are cores.
 

@@ -1,7 +1,7 @@
 """What tests/bench/stream.py compares with: MosaicML Streaming and WebDataset, each as its own guide has it.
 
 Run by that bench, in an environment of its own. Both read local files through a DataLoader of torch's with two workers,
-shuffled, without an epoch's end; a batch is a uint8 tensor (32, side, side, 3) and its texts.
+shuffled, without an epoch's end; a batch is a uint8 tensor (128, side, side, 3) and its texts.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pipeline.shards import Store
 from trainer.captions import CaptionConfig, full_text, training_text
 from trainer.data import text_parts
 
-BATCH = 32
+BATCH = 128  # the micro batch of stage 256
 SHARD_BYTES = 1 << 26  # MosaicML Streaming's default
 WORKERS = os.cpu_count() or 2
 SHUFFLED = 1000  # samples that a worker of WebDataset's has in memory, as in its guide
