@@ -6,9 +6,9 @@ python deploy/make_bucket.py s3://bucket/prefix
 import sys
 import time
 
-from pipeline import s3
-from pipeline.jobs import UsageError, run
-from pipeline.s3 import S3Unavailable
+from pipeline.core.errors import S3Unavailable, UsageError
+from pipeline.core.jobs import run
+from pipeline.storage import s3
 
 _PATIENCE = 120.0  # seconds for the store to come up
 

@@ -88,7 +88,7 @@ wait_for_nodes 3
 in_head python deploy/make_bucket.py s3://hdm
 [ "$(in_head stat -c %a /home/hdm/.ray/auth_token)" = 600 ] || fail "others can read Ray's token"
 in_head sh -c '[ "$(id -u)" != 0 ]' || fail "the containers run as root"
-say "it decodes with $(in_head python -c 'from pipeline.images import pillow_build; print(pillow_build())')"
+say "it decodes with $(in_head python -c 'from pipeline.pictures.decoder import pillow_build; print(pillow_build())')"
 if in_head env RAY_AUTH_MODE=disabled ray job submit -- true >"$scratch/refused" 2>&1; then
     fail "a job was taken without the token"
 fi
@@ -133,7 +133,7 @@ in_head ray job submit --no-wait --submission-id ingest -- python $(ingest kille
 finished() {  # once there are $1 shards
     in_head python -c "
 import time
-from pipeline.shards import Store
+from pipeline.storage.shards import Store
 count = lambda: len(Store('s3://hdm/killed').shards('images'))
 while count() < $1: time.sleep(0.1)
 print(count())"
@@ -142,7 +142,7 @@ victim=$(containers worker | head -n 1)
 before=$(finished 3)
 $ENGINE kill "$victim" >/dev/null
 after=$(finished 0)
-all=$(in_head python -c "from pipeline.shards import Store; print(len(Store('s3://hdm/calm').shards('images')))")
+all=$(in_head python -c "from pipeline.storage.shards import Store; print(len(Store('s3://hdm/calm').shards('images')))")
 say "killed worker container $victim: $before of $all shards were finished before, $after right after"
 [ "$after" -lt "$all" ] || fail "the kill came too late to disturb anything; give more IMAGES"
 in_head ray job logs --follow ingest >"$scratch/job" 2>&1 || true

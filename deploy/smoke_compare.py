@@ -8,8 +8,9 @@ import sys
 
 import pyarrow.parquet as pq
 
-from pipeline.jobs import JobFailed, run
-from pipeline.shards import Store
+from pipeline.core.errors import JobFailed
+from pipeline.core.jobs import run
+from pipeline.storage.shards import Store
 
 _FOLDERS = ("images", "rejected", "captions", "selections/demo")
 _COUNTED = ("images", "captions", "selections/demo")

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.fingerprints import Footer, changes, image_footers, made_from
-from pipeline.jobs import JobFailed, Parser, ShardsFailed, UsageError, default_dataset, run, write_run_record
-from pipeline.shards import Store
+from pipeline.core.errors import JobFailed, ShardsFailed, UsageError
+from pipeline.core.jobs import Parser, default_dataset, run
+from pipeline.storage.fingerprints import Footer, changes, image_footers, made_from
+from pipeline.storage.run_record import write_run_record
+from pipeline.storage.shards import Store
 
 if TYPE_CHECKING:
-    from pipeline.model_captions import CaptionTask
+    from pipeline.captions.model_captions import CaptionTask
 
 _ENGINES = ("tags", "vllm", "openai")
 _AT_ONCE = {"vllm": 128, "openai": 32}
@@ -165,9 +167,9 @@ def with_tags(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tup
     print(f"caption: {len(images)} shards of images, {len(images) - len(todo)} of them captioned before", flush=True)
     if not todo:
         return {}, {}
-    from pipeline.captioning import ImageShard, caption_shard
-    from pipeline.cluster import cluster  # takes seconds to import: not for --help
-    from pipeline.dataflow import map_shards
+    from pipeline.captions.tag_captions import ImageShard, caption_shard
+    from pipeline.core.cluster import cluster  # takes seconds to import: not for --help
+    from pipeline.core.dataflow import map_shards
 
     work = partial(caption_shard, dataset=dataset.root, folder=job.folder)
     with cluster("caption"):
@@ -179,9 +181,9 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
     """As with_tags."""
     # Here and not above: these take a second to import, which --help and a mistyped flag should not cost.
     from captioner.attempts import MODEL_FAILURES
-    from pipeline.caption_costs import Meter
-    from pipeline.captioning import ImageShard
-    from pipeline.model_captions import Captioner
+    from pipeline.captions.costs import Meter
+    from pipeline.captions.model_captions import Captioner
+    from pipeline.captions.tag_captions import ImageShard
 
     task = caption_task(job, dataset)
     settings = task.settings
@@ -193,8 +195,8 @@ def with_model(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> tu
     print(f"caption: {len(images)} shards of images, {len(images) - len(todo)} of them captioned before", flush=True)
     if not todo:
         return {}, {"model": settings.model}
-    from pipeline.cluster import cluster
-    from pipeline.dataflow import map_shards_with, plan_engines
+    from pipeline.core.cluster import cluster
+    from pipeline.core.dataflow import map_shards_with, plan_engines
 
     with cluster("caption"):
         pool = plan_engines(job.engines, job.tensor_parallel, len(todo), use_gpus=job.engine == "vllm")
@@ -217,7 +219,7 @@ def tallies(dataset: Store, folder: str, shards: Iterable[str]) -> dict[str, Cou
 
 def try_captions(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> None:
     """Write the page, and print what it says of time and money."""
-    from pipeline.caption_trial import estimate, render, run_trial, spread
+    from pipeline.captions.trial import estimate, render, run_trial, spread
 
     assert job.trial
     task, rows = caption_task(job, dataset), {shard: footer.rows for shard, footer in images.items()}
@@ -233,8 +235,8 @@ def try_captions(job: CaptionJob, dataset: Store, images: dict[str, Footer]) -> 
 
 
 def caption_task(job: CaptionJob, dataset: Store) -> "CaptionTask":
-    from pipeline.engine_choice import EngineChoice, known_settings, pinned
-    from pipeline.model_captions import CaptionTask
+    from pipeline.captions.engine_choice import EngineChoice, known_settings, pinned
+    from pipeline.captions.model_captions import CaptionTask
 
     choice = pinned(
         EngineChoice(

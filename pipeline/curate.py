@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
-from pipeline.curation import (
+from pipeline.core.errors import ShardsFailed, UsageError
+from pipeline.core.jobs import Parser, default_dataset, run
+from pipeline.curation.plan import (
     Inputs,
     judge_work,
     quality_table,
@@ -18,13 +20,13 @@ from pipeline.curation import (
     to_do,
     write_work,
 )
-from pipeline.fingerprints import described, digest
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, in_words, run, write_run_record
-from pipeline.quality import PRESETS
-from pipeline.rerun import asked_for
-from pipeline.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard
-from pipeline.shards import Store
-from pipeline.stage_rules import RULES, stage_rules, tag_rules, with_artists
+from pipeline.curation.quality import PRESETS
+from pipeline.curation.rerun import asked_for
+from pipeline.curation.selection import Copies, Curation, ShardWork, find_copies, judge_shard, select_shard
+from pipeline.curation.stage_rules import RULES, stage_rules, tag_rules, with_artists
+from pipeline.storage.fingerprints import described, digest
+from pipeline.storage.run_record import in_words, write_run_record
+from pipeline.storage.shards import Store
 
 # Runs the work on these shards; those that failed, each with why.
 OnShards = Callable[[Callable[[ShardWork], None], dict[str, ShardWork], str], dict[str, str]]
@@ -53,7 +55,7 @@ def parse_args() -> CurateJob:
     )  # fmt: skip
     parser.add_argument("--preset", choices=tuple(PRESETS), help="of the quality words; default: that of the rules")
     parser.add_argument(
-        "--rules", metavar="FILE", help="TOML that overrides rules, as pipeline/rules/example.toml does"
+        "--rules", metavar="FILE", help="TOML that overrides rules, as pipeline/curation/rules/example.toml does"
     )
     parser.add_argument("--name", help="of the selection; default: that of the stage")
     parser.add_argument("--captions", metavar="NAME", help="take captions/<name>/, as caption.py --name wrote it")
@@ -81,7 +83,7 @@ def main() -> None:
             raise UsageError(f"{flag} {folder} must be the name of a folder, without /")
     captions = f"captions/{job.captions}" if job.captions else "captions"
     if job.diff:
-        from pipeline.compare import compare
+        from pipeline.curation.compare import compare
 
         print("\n".join(compare(dataset, *job.diff)), flush=True)
         return
@@ -95,7 +97,7 @@ def main() -> None:
     quality, borders = quality_table(dataset, f"selections/{name}", inputs, rules.preset, job.new_quality)
     curation = Curation(dataset.root, name, rules, tags, quality, captions)
     if job.explain:
-        from pipeline.explain import explain
+        from pipeline.curation.explain import explain
 
         for line in explain(curation, list(inputs.images), job.explain):
             print(line, flush=True)
@@ -131,7 +133,7 @@ def print_plan(curation: Curation, inputs: Inputs) -> None:
 
 def curate(curation: Curation, inputs: Inputs, on_shards: OnShards, asked: Mapping[str, str | None]) -> None:
     """Judge, look for copies, write; each only where something changed since the last time. What was asked for by which
-    options goes to run.json, for pipeline/rerun.py."""
+    options goes to run.json, for pipeline/curation/rerun.py."""
     started = time.time()
     dataset, folder = Store(curation.dataset), curation.folder
     # Gone until all is done: a selection with this file is whole.
@@ -158,7 +160,7 @@ def on_ray(stack: ExitStack) -> OnShards:
 
     @cache
     def start() -> None:
-        from pipeline.cluster import cluster  # takes seconds to import: not for --help, --explain and the like
+        from pipeline.core.cluster import cluster  # takes seconds to import: not for --help, --explain and the like
 
         stack.enter_context(cluster("curate"))
 
@@ -166,7 +168,7 @@ def on_ray(stack: ExitStack) -> OnShards:
         if not parts:
             return {}
         start()
-        from pipeline.dataflow import map_shards
+        from pipeline.core.dataflow import map_shards
 
         return map_shards(parts, work, lambda part: part.rows, description)
 

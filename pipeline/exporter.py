@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from pipeline.inventory import Holding, Inventory
-from pipeline.jobs import Parser, UsageError, default_dataset, run
-from pipeline.s3 import S3Refused, S3Unavailable
-from pipeline.shards import Store
+from pipeline.core.errors import S3Refused, S3Unavailable, UsageError
+from pipeline.core.jobs import Parser, default_dataset, run
+from pipeline.reporting.inventory import Holding, Inventory
+from pipeline.storage.shards import Store
 
 
 @dataclass(frozen=True, kw_only=True)

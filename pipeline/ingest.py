@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, run, versions, write_run_record
-from pipeline.records import SCHEMA_VERSION
-from pipeline.shards import Store, find_parquet
+from pipeline.core.errors import ShardsFailed, UsageError
+from pipeline.core.jobs import Parser, default_dataset, run
+from pipeline.core.records import SCHEMA_VERSION
 from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
+from pipeline.storage.run_record import versions, write_run_record
+from pipeline.storage.shards import Store, find_parquet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +84,9 @@ def main() -> None:
     started = time.time()
     raw_files = find_raw(job.raw)
     # Here and not above: these take seconds to import, which --help and a mistyped path should not cost.
-    from pipeline.images import Limits
-    from pipeline.preflight import plan_shards
-    from pipeline.validation import IngestRules, downsize_shard, validate_shard
+    from pipeline.ingestion.preflight import plan_shards
+    from pipeline.ingestion.validation import IngestRules, downsize_shard, validate_shard
+    from pipeline.pictures.decoder import Limits
 
     dataset = Store(job.dataset)
     rules = IngestRules(limits=Limits(max_pixels=int(job.max_megapixels * 1e6)), **job.rules)
@@ -96,8 +98,8 @@ def main() -> None:
 
     failed: dict[str, str] = {}  # by shard
     if plan.todo or plan.tiers:
-        from pipeline.cluster import cluster
-        from pipeline.dataflow import map_shards
+        from pipeline.core.cluster import cluster
+        from pipeline.core.dataflow import map_shards
 
         if not dataset.exists("dataset.json"):
             about = {"schema_version": SCHEMA_VERSION, "created_by": versions()}

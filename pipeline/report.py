@@ -4,8 +4,9 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from pipeline.jobs import Parser, UsageError, default_dataset, run
-from pipeline.shards import Store
+from pipeline.core.errors import UsageError
+from pipeline.core.jobs import Parser, default_dataset, run
+from pipeline.storage.shards import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ def main() -> None:
         raise UsageError(f"{job.dataset} has no {job.captions}/; --captions takes one of: {named}")
     folder, _, file = Store(job.out).root.rpartition("/")
     # Here and not above: these take a second to import, which --help should not cost.
-    from pipeline.findings import survey
-    from pipeline.report_page import funnel, render
+    from pipeline.reporting.findings import survey
+    from pipeline.reporting.report_page import funnel, render
 
     findings = survey(dataset, job.captions)
     page = render(findings).encode()

@@ -13,10 +13,13 @@ from multiprocessing import get_context
 
 import pyarrow as pa
 
-from pipeline.jobs import Parser, UsageError, progress, run, write_run_record
-from pipeline.sample_posts import Post, count_planted, plan, shards
-from pipeline.sample_rows import SITES
-from pipeline.shards import Store
+from pipeline.core.errors import UsageError
+from pipeline.core.jobs import Parser, run
+from pipeline.core.progress import progress
+from pipeline.drawings.sample_posts import Post, count_planted, plan, shards
+from pipeline.drawings.sample_rows import SITES
+from pipeline.storage.run_record import write_run_record
+from pipeline.storage.shards import Store
 
 VERSION = 2  # raised whenever the same seed no longer gives the same rows
 _GROUP_ROWS = 256  # a row group: about 2 MB

@@ -1,6 +1,6 @@
 """JOB: image shards -> scores of any image classifier (aesthetic, watermark ...); images are never rewritten.
 
-The classifier is a folder on this machine, in transformers' layout or ONNX: the head of pipeline/classifiers.py says
+The classifier is a folder on this machine, in transformers' layout or ONNX: the head of pipeline/pictures/classifiers.py says
 what it must hold. Nothing is downloaded.
 """
 
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.fingerprints import changes, described, image_footers, made_from
-from pipeline.jobs import Parser, ShardsFailed, UsageError, default_dataset, local_path, run, write_run_record
-from pipeline.shards import Store
+from pipeline.core.errors import ShardsFailed, UsageError
+from pipeline.core.jobs import Parser, default_dataset, local_path, run
+from pipeline.storage.fingerprints import changes, described, image_footers, made_from
+from pipeline.storage.run_record import write_run_record
+from pipeline.storage.shards import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,8 @@ def main() -> None:
     dataset, folder = Store(job.dataset), f"scores/{name}"
     images = image_footers(dataset)
     # Here and not above: this takes seconds to import, which --help and a mistyped path should not cost.
-    from pipeline.classifiers import digest, load_classifier, uses_gpu
-    from pipeline.scoring import Scorer, plan_scores
+    from pipeline.pictures.classifiers import digest, load_classifier, uses_gpu
+    from pipeline.scores.scoring import Scorer, plan_scores
 
     # Loaded here too, for a moment: a folder that cannot be used is refused in one line, before Ray starts.
     classifier = load_classifier(Path(job.model), device="cpu", threads=1)
@@ -75,8 +77,8 @@ def main() -> None:
         return
     failed: dict[str, str] = {}
     if why:
-        from pipeline.cluster import cluster
-        from pipeline.dataflow import map_shards_with, plan_pool
+        from pipeline.core.cluster import cluster
+        from pipeline.core.dataflow import map_shards_with, plan_pool
 
         with cluster("score"):
             pool = plan_pool(job.actors, len(why), uses_gpu(Path(job.model)))

@@ -162,7 +162,7 @@ class _Relay(BaseHTTPRequestHandler):
 
 
 def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
-    """Where the path has a space: for the session's Ray what pipeline/cluster.py does for a Ray of the job's own."""
+    """Where the path has a space: for the session's Ray what pipeline/core/cluster.py does for a Ray of the job's own."""
     if " " not in sys.executable or "RAY_ADDRESS" in (environment or {}):
         return {}
     job = {"runtime_env": {"py_executable": shlex.quote(sys.executable)}}

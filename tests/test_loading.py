@@ -12,9 +12,9 @@ READS_PICKLES = (
     "pyarrow.deserialize",
 )  # fmt: skip
 # The driver's own shards, on their way through Ray to its workers.
-ALLOWED = {"pipeline/dataflow.py": {"pickle"}}
+ALLOWED = {"pipeline/core/dataflow.py": {"pickle"}}
 # Loads the folder, and with it the code, that it has just written itself.
-LOADS_OWN_CODE = "trainer/diffusers_export.py"
+LOADS_OWN_CODE = "trainer/exporting/diffusers_export.py"
 
 
 def _names(tree: ast.AST) -> Iterator[str]:

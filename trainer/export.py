@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.jobs import JobFailed, Parser, UsageError, default_run, local_path, run
+from pipeline.core.errors import JobFailed, UsageError
+from pipeline.core.jobs import Parser, default_run, local_path, run
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.checkpoint import Checkpoint
+    from trainer.runs.checkpoint import Checkpoint
 
-Weights = Literal["ema", "raw"]  # of trainer.weights, which imports torch
+Weights = Literal["ema", "raw"]  # of trainer.runs.weights, which imports torch
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -95,8 +96,8 @@ def main() -> None:
 def _from_released(job: ExportJob, out: Path) -> int:
     """The number of tensors written."""
     from trainer.model.released import from_released, read_config, read_tensors  # torch takes seconds: not for --help
-    from trainer.model.saved import load_model, save_model
     from trainer.model.xut import XUTConfig
+    from trainer.runs.model_folder import load_model, save_model
 
     config = read_config(job.config) if job.config else XUTConfig.released()
     tensors = from_released(read_tensors(str(job.from_released)), config)
@@ -107,8 +108,8 @@ def _from_released(job: ExportJob, out: Path) -> int:
 
 def _to_released(job: ExportJob, out: Path) -> int:
     from trainer.model.released import read_tensors, to_released, write_released
-    from trainer.model.saved import is_model_folder, load_model
-    from trainer.weights import trained_model
+    from trainer.runs.model_folder import is_model_folder, load_model
+    from trainer.runs.weights import trained_model
 
     source = job.run or default_run()
     if is_model_folder(Path(source)):
@@ -127,8 +128,8 @@ def _to_released(job: ExportJob, out: Path) -> int:
 
 
 def _to_diffusers(job: ExportJob, out: Path) -> int:
-    from trainer.model.saved import is_model_folder
-    from trainer.run_folder import config_of
+    from trainer.runs.model_folder import is_model_folder
+    from trainer.runs.run_folder import config_of
 
     source = job.run or default_run()
     if is_model_folder(Path(source)):
@@ -144,9 +145,9 @@ def _to_diffusers(job: ExportJob, out: Path) -> int:
         )
     import torch
 
-    from trainer.diffusers_export import write_diffusers
-    from trainer.pictures import PictureModel
-    from trainer.weights import trained_model
+    from trainer.drawing.pictures import PictureModel
+    from trainer.exporting.diffusers_export import write_diffusers
+    from trainer.runs.weights import trained_model
 
     picture = PictureModel.load(found.folder, torch.device("cpu"))
     if job.weights == "raw":
@@ -155,10 +156,10 @@ def _to_diffusers(job: ExportJob, out: Path) -> int:
 
 
 def _to_lora(job: ExportJob, out: Path) -> int:
-    from trainer.lora import read_adapters, write_adapters
-    from trainer.model.saved import is_model_folder
-    from trainer.run_folder import config_of
-    from trainer.weights import Lora, adapters
+    from trainer.runs.lora import read_adapters, write_adapters
+    from trainer.runs.model_folder import is_model_folder
+    from trainer.runs.run_folder import config_of
+    from trainer.runs.weights import Lora, adapters
 
     source = job.run or default_run()
     found = None if is_model_folder(Path(source)) else _checkpoint(source)
@@ -178,8 +179,8 @@ def _to_lora(job: ExportJob, out: Path) -> int:
 
 def _checkpoint(source: str) -> "Checkpoint":
     """The newest one of a run, a stage or the checkpoint itself."""
-    from pipeline.shards import Store
-    from trainer.run_folder import find_checkpoint
+    from pipeline.storage.shards import Store
+    from trainer.runs.run_folder import find_checkpoint
 
     root = Store(source).root
     found = find_checkpoint(root)

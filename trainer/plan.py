@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import Parser, UsageError, local_path, run
+from pipeline.core.errors import UsageError
+from pipeline.core.jobs import Parser, local_path, run
 
 if TYPE_CHECKING:
-    from trainer.costs import Machine, Measured, Pictures, Rates, Setting
-    from trainer.planning import Plan, Texts
+    from trainer.cost.costs import Machine, Measured, Pictures, Rates, Setting
+    from trainer.cost.planning import Plan, Texts
 
 _MOST_SECONDS = 60.0  # of a probe
 _LARGEST = 1e15  # of any number: what is computed of larger ones may be infinite
@@ -59,7 +60,7 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    from trainer.planning import within_budget  # torch takes seconds to import: not for --help
+    from trainer.cost.planning import within_budget  # torch takes seconds to import: not for --help
 
     path = local_path("--json", args.json) if args.json else None
     if path:  # before a probe that may last a minute
@@ -96,7 +97,7 @@ class _Inputs:
     remarks: list[str]  # of the probe
 
     def assumptions(self, plan: "Plan") -> list[str]:
-        from trainer import planning
+        from trainer.cost import planning
 
         return [
             "nothing here is measured but what is called so",
@@ -111,8 +112,8 @@ class _Inputs:
 
 
 def _inputs(args: Namespace) -> _Inputs:
-    from trainer import planning
-    from trainer.costs import Rates
+    from trainer.cost import planning
+    from trainer.cost.costs import Rates
 
     names = _stages(args)
     machine, price_source = _machine(args)
@@ -140,7 +141,7 @@ def _inputs(args: Namespace) -> _Inputs:
 
 
 def _make(args: Namespace, inputs: _Inputs, settings: "Sequence[Setting]") -> "Plan":
-    from trainer import planning
+    from trainer.cost import planning
 
     given = {name: _above_0("--images-per-second", value) for name, value in _pairs(args, "images_per_second").items()}
     machine = inputs.rates.machine
@@ -188,12 +189,12 @@ def _pairs(args: Namespace, name: str) -> dict[str, float]:
 
 def _stages(args: Namespace) -> list[str]:
     """In training order; of a dataset those whose speed is known or measured, so that its demo can stay in it."""
-    from trainer.planning import RECIPE
-    from trainer.stages import STAGES
+    from trainer.cost.planning import RECIPE
+    from trainer.recipe.stages import STAGES
 
     given = _pairs(args, "images_per_second")
     if args.stages is None and args.dataset is not None:
-        from trainer.corpus import selections_of
+        from trainer.cost.corpus import selections_of
 
         if not (found := selections_of(args.dataset)):
             raise UsageError(f"{args.dataset} has no selection of a stage; make one with pipeline/curate.py")
@@ -213,7 +214,7 @@ def _stages(args: Namespace) -> list[str]:
 
 def _machine(args: Namespace) -> "tuple[Machine, str]":
     """And a remark on the price. UsageError for a kind of GPU that is not known."""
-    from trainer import costs
+    from trainer.cost import costs
 
     kind, count, peak, price_source = args.gpu, args.gpus, None, ""
     if args.measure is not None:
@@ -248,8 +249,8 @@ def _machine_at_hand(args: Namespace) -> tuple[str, int, float | None]:
     them."""
     import torch
 
-    from trainer import costs, probe
-    from trainer.metrics import peak_teraflops
+    from trainer.cost import costs, probe
+    from trainer.training.metrics import peak_teraflops
 
     device = probe.device_at_hand()
     here = probe.device_name(device)
@@ -268,9 +269,9 @@ def _machine_at_hand(args: Namespace) -> tuple[str, int, float | None]:
 
 
 def _texts(args: Namespace, names: Sequence[str]) -> "dict[str, Texts]":
-    from trainer import planning
-    from trainer.planning import Texts
-    from trainer.settings import stage_config
+    from trainer.cost import planning
+    from trainer.cost.planning import Texts
+    from trainer.recipe.settings import stage_config
 
     given = _pairs(args, "text_lengths")
     if given:
@@ -281,7 +282,7 @@ def _texts(args: Namespace, names: Sequence[str]) -> "dict[str, Texts]":
         return dict.fromkeys(
             names, Texts(None, "no dataset: every text fills the recipe's text_tokens, as the papers'")
         )
-    from trainer.corpus import selection_of, text_lengths
+    from trainer.cost.corpus import selection_of, text_lengths
 
     found = {}
     for name in names:
@@ -292,14 +293,14 @@ def _texts(args: Namespace, names: Sequence[str]) -> "dict[str, Texts]":
 
 def _pictures(args: Namespace, setting: "Setting") -> "Pictures":
     """UsageError where there are none."""
-    from trainer import planning
-    from trainer.costs import PUBLISHED
+    from trainer.cost import planning
+    from trainer.cost.costs import PUBLISHED
 
     given = _pairs(args, "images").get(setting.name)
     if given is not None and (given < 1 or given != int(given)):
         raise UsageError(f"--images {setting.name}={given:g}: a stage trains on a whole number of images, at least 1")
     if args.dataset is not None and given is None:
-        from trainer.corpus import pictures_of, selection_of
+        from trainer.cost.corpus import pictures_of, selection_of
 
         return pictures_of(selection_of(args.dataset, setting.stage))
     if given is None and setting.name not in PUBLISHED:
@@ -308,11 +309,11 @@ def _pictures(args: Namespace, setting: "Setting") -> "Pictures":
 
 
 def _captioned(args: Namespace, pictures: "dict[str, Pictures]") -> "Pictures":
-    from trainer import planning
+    from trainer.cost import planning
 
     if args.dataset is None or args.captions_per_second is None:
         return planning.default_captioned(pictures.values())
-    from trainer.corpus import all_pictures
+    from trainer.cost.corpus import all_pictures
 
     return all_pictures(args.dataset)
 
@@ -321,8 +322,8 @@ def _measure(
     args: Namespace, settings: "list[Setting]", chosen: dict[str, dict[str, str]], texts: "dict[str, Texts]"
 ) -> "tuple[list[Measured], list[str]]":
     """On a CPU a tiny model is probed where --set names none."""
-    from trainer import probe
-    from trainer.planning import setting_of
+    from trainer.cost import probe
+    from trainer.cost.planning import setting_of
 
     device = probe.device_at_hand()
     if device.type == "cpu":
@@ -342,7 +343,7 @@ def _measure(
 
 
 def _record(plan: "Plan", inputs: _Inputs) -> dict[str, object]:
-    from trainer.costs import PUBLISHED, PUBLISHED_DOLLARS, PUBLISHED_GPU, PUBLISHED_GPUS, PUBLISHED_HOURS
+    from trainer.cost.costs import PUBLISHED, PUBLISHED_DOLLARS, PUBLISHED_GPU, PUBLISHED_GPUS, PUBLISHED_HOURS
 
     papers = {
         "gpu": PUBLISHED_GPU,
@@ -367,8 +368,8 @@ def _record(plan: "Plan", inputs: _Inputs) -> dict[str, object]:
 
 
 def _show(plan: "Plan", inputs: _Inputs) -> None:
-    from trainer.plan_table import papers_line, table
-    from trainer.planning import RECIPE
+    from trainer.cost.plan_table import papers_line, table
+    from trainer.cost.planning import RECIPE
 
     print(f"An estimate, for {inputs.rates.machine.count} x {inputs.rates.machine.name}:\n")
     print(table(plan, set(RECIPE) <= {row.name for row in plan.rows}))
@@ -379,8 +380,8 @@ def _show(plan: "Plan", inputs: _Inputs) -> None:
 def _show_budget(
     budget: float, whole: "Sequence[Setting]", settings: "Sequence[Setting]", plan: "Plan"
 ) -> dict[str, object]:
-    from trainer.budget import RULE
-    from trainer.plan_table import table
+    from trainer.cost.budget import RULE
+    from trainer.cost.plan_table import table
 
     kept = {
         setting.name: setting.stage.samples / before.stage.samples
@@ -402,7 +403,7 @@ def _show_budget(
 
 
 def _show_commands(args: Namespace, inputs: _Inputs, settings: "Sequence[Setting]") -> list[str]:
-    from trainer.planning import command_of, device_remarks
+    from trainer.cost.planning import command_of, device_remarks
 
     machine, chosen = inputs.rates.machine, inputs.chosen
     if remarks := device_remarks(settings, machine):

@@ -5,10 +5,11 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import Parser, default_dataset, default_run, local_path, run, write_run_record
+from pipeline.core.jobs import Parser, default_dataset, default_run, local_path, run
+from pipeline.storage.run_record import write_run_record
 
 if TYPE_CHECKING:
-    from trainer.recipe import Command
+    from trainer.recipe.resolve import Command
 
 
 def parse_args() -> Namespace:
@@ -69,8 +70,8 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    from trainer.recipe import Command  # torch and Ray take seconds to import: not for --help
-    from trainer.run_folder import only_job
+    from trainer.recipe.resolve import Command  # torch and Ray take seconds to import: not for --help
+    from trainer.runs.run_folder import only_job
 
     with only_job(local_path("--run", args.run)):
         _train(Command(**vars(args)))
@@ -80,9 +81,9 @@ def _train(command: "Command") -> None:
     started = time.time()
     import torch
 
-    from pipeline.cluster import cluster
-    from trainer.launch import train
-    from trainer.recipe import check_device, resolve
+    from pipeline.core.cluster import cluster
+    from trainer.cluster.launch import train
+    from trainer.recipe.resolve import check_device, resolve
 
     training = resolve(command)
     for note in training.notes:

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.jobs import JobFailed, Parser, UsageError, default_dataset, default_run, local_path, run, write_run_record
-from trainer.prompts import FIELDS, Axis, Fields, Wish, numbered, parse_axis, read_prompts, swept
+from pipeline.core.errors import JobFailed, UsageError
+from pipeline.core.jobs import Parser, default_dataset, default_run, local_path, run
+from pipeline.storage.run_record import write_run_record
+from trainer.drawing.prompt_files import FIELDS, Axis, Fields, Wish, numbered, parse_axis, read_prompts, swept
 
 if TYPE_CHECKING:
-    from trainer.drawing import Original
-    from trainer.pictures import PictureModel
+    from trainer.drawing.draw import Original
+    from trainer.drawing.pictures import PictureModel
 
 
 _EXAMINED = 256  # pictures of --evaluate
@@ -182,8 +184,8 @@ def main() -> None:
     out = local_path("--out", job.out)
     import torch  # takes seconds: not for --help
 
-    from trainer.drawing import Original, request_of
-    from trainer.pictures import PictureModel
+    from trainer.drawing.draw import Original, request_of
+    from trainer.drawing.pictures import PictureModel
 
     original = Original.read(Path(job.like)) if job.like else None
     wishes = _wishes(job, original)
@@ -223,8 +225,8 @@ def _wishes(job: SampleJob, original: "Original | None") -> list[Wish]:
 def _draw_pictures(
     job: SampleJob, model: "PictureModel", wishes: list[Wish], original: "Original | None", out: Path, started: float
 ) -> None:
-    from trainer.drawing import batches_of, draw_to_files, fitted, request_of, write_list, write_tables
-    from trainer.sheet import MOST_ON_A_SHEET
+    from trainer.drawing.draw import batches_of, draw_to_files, fitted, request_of, write_list, write_tables
+    from trainer.drawing.sheet import MOST_ON_A_SHEET
 
     variants = [variant for wish in wishes for variant in swept(wish, job.sweep)]
     requests = fitted(model, [request_of(variant, model.resolution) for variant in variants])
@@ -248,8 +250,8 @@ def _draw_pictures(
 
 
 def _draw_gallery(job: SampleJob, model: "PictureModel", wishes: list[Wish], out: Path, started: float) -> None:
-    from trainer.drawing import request_of
-    from trainer.gallery import write_gallery
+    from trainer.drawing.draw import request_of
+    from trainer.evaluation.gallery import write_gallery
 
     first = request_of(wishes[0], model.resolution)
     settings = model.fitting(first.settings)
@@ -260,8 +262,8 @@ def _draw_gallery(job: SampleJob, model: "PictureModel", wishes: list[Wish], out
 
 
 def _evaluate(job: SampleJob, selection: str, model: "PictureModel", out: Path, started: float) -> None:
-    from trainer.drawing import request_of
-    from trainer.examination import ExaminationConfig, examine, table
+    from trainer.drawing.draw import request_of
+    from trainer.evaluation.examination import ExaminationConfig, examine, table
 
     first = request_of(numbered([""], job.given)[0], model.resolution)
     trained_on = model.record.get("selection", {}).get("dataset", default_dataset())

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.jobs import Parser, UsageError, default_run, run
-from trainer.passwords import CheckLogin, login_check
+from pipeline.core.errors import UsageError
+from pipeline.core.jobs import Parser, default_run, run
+from trainer.web.passwords import CheckLogin, login_check
 
 if TYPE_CHECKING:
-    from trainer.live import Draw, ModelFacts
+    from trainer.web.live import Draw, ModelFacts
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -122,8 +123,8 @@ def _warn(job: ServeJob) -> None:
 @contextmanager
 def _painter(job: ServeJob) -> Iterator[Painter]:
     if job.serve:
-        from pipeline.cluster import cluster
-        from trainer.replicas import Replicas
+        from pipeline.core.cluster import cluster
+        from trainer.cluster.replicas import Replicas
 
         path = job.run if "://" in job.run else os.path.abspath(job.run)  # a worker may be in another folder
         with cluster("serve"), Replicas.of(path, job.replicas) as replicas:
@@ -131,7 +132,7 @@ def _painter(job: ServeJob) -> Iterator[Painter]:
         return
     import torch  # takes seconds: not for --help
 
-    from trainer.live import ModelFacts, follow, load_model
+    from trainer.web.live import ModelFacts, follow, load_model
 
     model = load_model(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield Painter(ModelFacts.of(model), partial(follow, model), 1)
@@ -143,12 +144,12 @@ def _serve(job: ServeJob, painter: Painter, listener: socket.socket, folder: Pat
     try:
         import uvicorn
 
-        from trainer.page import Studio, page_app
+        from trainer.web.page import Studio, page_app
     except ModuleNotFoundError as error:
         raise UsageError(f'{error}: pip install -c deploy/constraints.txt -e ".[web]"') from error
-    from trainer.form import Limits
-    from trainer.page_figures import PageFigures
-    from trainer.turns import Turns
+    from trainer.web.form import Limits
+    from trainer.web.page_metrics import PageFigures
+    from trainer.web.turns import Turns
 
     try:
         limits = Limits(job.largest_side or min(4096, 2 * painter.facts.resolution), job.most_steps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import Post, Rejected
+from pipeline.core.records import Post, Rejected
 from pipeline.sources import danbooru, pixiv
 from pipeline.sources.fields import IMAGE_COLUMNS, image_layout
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
+from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import (
     IMAGE_COLUMNS,
     first,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import TAG_CATEGORIES, Post, Rating, Rejected
+from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, spelling, tally
-from pipeline.tags import is_popularity
+from pipeline.tagging.tags import is_popularity
 
 TELLTALE_COLUMNS = {
     "x_restrict", "xRestrict", "illust_ai_type", "aiType", "total_bookmarks", "bookmarkCount",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.images import pillow_build
+from pipeline.pictures.decoder import pillow_build
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- all.py writes below -->", "<!-- all.py writes above -->"

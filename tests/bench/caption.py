@@ -31,12 +31,12 @@ from PIL import Image
 from captioner.engines import Draw
 from captioner.engines.vllm import VllmSettings, _engine_args, _sampling_params
 from captioner.prompts import TEMPLATES, Sampling, layout_of, prompt_for
-from pipeline.captioning import TAG_COLUMNS, ImageShard, request_of
-from pipeline.engine_choice import CaptionSettings, EngineChoice
-from pipeline.model_captions import Captioner, CaptionTask, prepare
-from pipeline.records import IMAGES, TAG_CATEGORIES
-from pipeline.shards import Store
-from pipeline.tags import TagReader
+from pipeline.captions.engine_choice import CaptionSettings, EngineChoice
+from pipeline.captions.model_captions import Captioner, CaptionTask, prepare
+from pipeline.captions.tag_captions import TAG_COLUMNS, ImageShard, request_of
+from pipeline.core.records import IMAGES, TAG_CATEGORIES
+from pipeline.storage.shards import Store
+from pipeline.tagging.tags import TagReader
 
 ROOT = Path(__file__).parents[2]
 WARM = 128  # pictures

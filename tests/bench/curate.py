@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from memory import Usage, watching
 
-from pipeline.records import CAPTIONS, IMAGES, TAG_CATEGORIES
-from pipeline.shards import Store
+from pipeline.core.records import CAPTIONS, IMAGES, TAG_CATEGORIES
+from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
 NAME = "bench"  # of the selection

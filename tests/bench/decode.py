@@ -33,8 +33,8 @@ import PIL
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline import images
-from pipeline.images import Picture, Refused, decode, downsize, inspect, pillow_build, square_crop
+from pipeline.pictures import decoder as images
+from pipeline.pictures.decoder import Picture, Refused, decode, downsize, inspect, pillow_build, square_crop
 
 ROOT = Path(__file__).parents[2]
 # Width and height in pixels, portrait and landscape: 1.5 to 4 megapixels.
@@ -167,7 +167,7 @@ def whole(data: bytes, side: int, across: float, down: float, filter: int = Imag
 
 BILINEAR = partial(whole, filter=Image.Resampling.BILINEAR)
 WAYS: dict[str, Callable[..., None]] = {"ours": ours, "whole": whole, "bilinear": BILINEAR}
-PARTS = {"checks": "_open", "decoding": "_flatten"}  # of pipeline.images; what remains of `ours` is resizing
+PARTS = {"checks": "_open", "decoding": "_flatten"}  # of pipeline.pictures.decoder; what remains of `ours` is resizing
 
 
 # --- Turns ------------------------------------------------------------------------------------------------------------

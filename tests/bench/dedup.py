@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from pipeline.dedup import NEAR_BITS, groups
+from pipeline.curation.dedup import NEAR_BITS, groups
 
 
 def main() -> None:

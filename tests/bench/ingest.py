@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from memory import watching
 from PIL import Image
 
-from pipeline.preflight import plan_shards
-from pipeline.shards import Store
-from pipeline.validation import IngestRules, validate_shard
+from pipeline.ingestion.preflight import plan_shards
+from pipeline.ingestion.validation import IngestRules, validate_shard
+from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.illustrations import COLOURS, compose, draw, encode
-from pipeline.images import Refused, square_crop
-from pipeline.shapes import SHAPES
-from trainer.pictures import PictureModel, Settings
+from pipeline.drawings.illustrations import COLOURS, compose, draw, encode
+from pipeline.drawings.shapes import SHAPES
+from pipeline.pictures.decoder import Refused, square_crop
+from trainer.drawing.pictures import PictureModel, Settings
 
 KINDS, SIDE = list(SHAPES), 64
 PICTURES, CROPS_OF_EACH, HELD_OUT = 4000, 4, 400  # the last pictures test the classifier

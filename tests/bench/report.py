@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES
-from pipeline.shards import Store
+from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES
+from pipeline.storage.shards import Store
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 4000, 200
 # Vocabulary and tags per picture of each category; frequencies fall as 1 / rank^1.2.

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.shards import Store
-from trainer.captions import CaptionConfig
-from trainer.data import CropConfig, TrainingData
-from trainer.layout import KEPT, Selection
+from pipeline.storage.shards import Store
+from trainer.samples.data import CropConfig, TrainingData
+from trainer.samples.layout import KEPT, Selection
+from trainer.samples.training_text import CaptionConfig
 
 ROOT = Path(__file__).parents[2]
 NAME = "demo"  # of stage and selection

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from trainer.drawing.pictures import PictureModel, Settings, picture_png
+from trainer.encoders.random_encoders import qwen3_600m, sdxl_vae
 from trainer.model.xut import XUT, XUTConfig
-from trainer.pictures import PictureModel, Settings, picture_png
-from trainer.settings import PRESETS
-from trainer.stand_ins import qwen3_600m, sdxl_vae
+from trainer.recipe.settings import PRESETS
 
 SHAPES = PRESETS | {"released": XUTConfig.released}
 

@@ -44,17 +44,17 @@ from memory import family, proportional_memory
 from PIL import Image, ImageDraw
 from stream_others import BATCH, Figures, measure
 
-from pipeline.cluster import cluster
-from pipeline.images import Crop, Header, Picture, downsize, square_crop
-from pipeline.records import SELECTION, TEXT_CATEGORIES, TIER
-from pipeline.shards import Store
-from trainer.captions import training_text
-from trainer.data import TrainingData, text_parts
-from trainer.keys import Stream, sample_generator
-from trainer.launch import keep_freed_memory, streamed
-from trainer.recipe import Command, Training, resolve
-from trainer.row_groups import read_row_group
-from trainer.team import Team
+from pipeline.core.cluster import cluster
+from pipeline.core.records import SELECTION, TEXT_CATEGORIES, TIER
+from pipeline.pictures.decoder import Crop, Header, Picture, downsize, square_crop
+from pipeline.storage.shards import Store
+from trainer.cluster.launch import keep_freed_memory, streamed
+from trainer.diffusion.keyed_random import Stream, sample_generator
+from trainer.recipe.resolve import Command, Training, resolve
+from trainer.samples.data import TrainingData, text_parts
+from trainer.samples.row_groups import read_row_group
+from trainer.samples.training_text import training_text
+from trainer.training.process_group import Team
 
 ROOT = Path(__file__).parents[2]
 PINNED = ("mosaicml-streaming==0.13.0", "webdataset==1.0.2")

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
-from pipeline.images import Crop, square_crop
-from pipeline.records import TEXT_CATEGORIES
-from pipeline.shards import Store
-from trainer.captions import CaptionConfig, full_text, training_text
-from trainer.data import text_parts
+from pipeline.core.records import TEXT_CATEGORIES
+from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.storage.shards import Store
+from trainer.samples.data import text_parts
+from trainer.samples.training_text import CaptionConfig, full_text, training_text
 
 BATCH = 128  # the micro batch of stage 256
 SHARD_BYTES = 1 << 26  # MosaicML Streaming's default

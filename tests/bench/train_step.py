@@ -23,15 +23,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
-from trainer.keys import sample_key
-from trainer.model.arithmetic import products
+from trainer.diffusion.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
+from trainer.diffusion.keyed_random import sample_key
+from trainer.diffusion.positions import crop_position_map
+from trainer.encoders.random_encoders import WORDS, qwen3_600m, sdxl_vae
+from trainer.model.flops import products
 from trainer.model.xut import XUT, XUTConfig, compiled
-from trainer.optim import OptimizerConfig, build_optimizer
-from trainer.positions import crop_position_map
-from trainer.stand_ins import WORDS, qwen3_600m, sdxl_vae
+from trainer.optimization.optimizers import OptimizerConfig, build_optimizer
 
-# Not those of trainer.settings, which needs packages that a bare GPU machine may not have.
+# Not those of trainer.recipe.settings, which needs packages that a bare GPU machine may not have.
 SHAPES = {
     "tiny": XUTConfig.tiny,
     "small": XUTConfig.small,

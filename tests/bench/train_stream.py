@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.cluster import cluster
-from trainer.data import Batch, TrainingData
-from trainer.launch import streamed, train
-from trainer.recipe import Command, Training, resolve
-from trainer.team import Team
-from trainer.worker import Source
+from pipeline.core.cluster import cluster
+from trainer.cluster.launch import streamed, train
+from trainer.recipe.resolve import Command, Training, resolve
+from trainer.samples.data import Batch, TrainingData
+from trainer.training.process_group import Team
+from trainer.training.worker import Source
 
 STEPS = 40  # of a block
 

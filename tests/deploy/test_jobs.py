@@ -230,7 +230,7 @@ def test_a_worker_without_the_token_is_not_started(tmp_path: Path) -> None:
 def test_a_ray_of_this_machines_own_finds_a_token_that_other_users_cannot_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.cluster import keep_token_private
+    from pipeline.core.cluster import keep_token_private
 
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in RAY_SETTINGS:
@@ -458,8 +458,8 @@ def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(
 WITH_ACTORS = """
 import sys, time
 from pathlib import Path
-from pipeline.cluster import cluster
-from pipeline.dataflow import Pool, map_shards_with
+from pipeline.core.cluster import cluster
+from pipeline.core.dataflow import Pool, map_shards_with
 
 def make():
     def work(shard):

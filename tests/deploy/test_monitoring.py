@@ -24,11 +24,11 @@ import ray.dashboard.modules.metrics.dashboards as rays_dashboards
 import yaml
 from prometheus_client import CollectorRegistry
 
-from pipeline.caption_costs import Costs, Meter
+from pipeline.captions.costs import Costs, Meter
+from pipeline.core.progress import Idle
 from pipeline.exporter import DatasetMetrics
-from pipeline.jobs import Idle
-from pipeline.shards import Store
-from trainer.metrics import GAUGE_PREFIX, METRICS
+from pipeline.storage.shards import Store
+from trainer.training.metrics import GAUGE_PREFIX, METRICS
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"

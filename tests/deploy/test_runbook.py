@@ -98,8 +98,8 @@ def test_prometheus_has_its_alerts() -> None:
 
 
 def test_the_steps_of_each_stage_are_those_that_it_takes() -> None:
-    from trainer.settings import total_steps
-    from trainer.stages import STAGES
+    from trainer.recipe.settings import total_steps
+    from trainer.recipe.stages import STAGES
 
     rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ", (ROOT / "deploy/RUNBOOK.md").read_text(), re.MULTILINE)
     expected = {name: total_steps(stage, None) for name, stage in STAGES.items() if name != "demo"}

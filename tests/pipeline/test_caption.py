@@ -26,8 +26,8 @@ from PIL import Image
 
 from captioner.engines import Failure
 from captioner.requests import Reason
-from pipeline.records import CAPTIONS, IMAGES
-from pipeline.shards import Store
+from pipeline.core.records import CAPTIONS, IMAGES
+from pipeline.storage.shards import Store
 
 Finished = subprocess.CompletedProcess[str]
 RunJob = Callable[..., Finished]

@@ -22,8 +22,8 @@ from PIL import Image
 
 from captioner.attempts import MODEL_FAILURES
 from captioner.engines import KEY
-from pipeline.records import IMAGES, TAG_CATEGORIES
-from pipeline.shards import Store
+from pipeline.core.records import IMAGES, TAG_CATEGORIES
+from pipeline.storage.shards import Store
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM has an environment of its own: make captioner", allow_module_level=True)

@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import curate as job
-from pipeline.compare import compare
-from pipeline.curation import judge_work, quality_table, read_inputs
-from pipeline.explain import explain
-from pipeline.jobs import ShardsFailed, UsageError
-from pipeline.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
-from pipeline.rerun import curate_command
-from pipeline.selection import Curation, ShardWork, content_digest
-from pipeline.shards import Store
-from pipeline.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+from pipeline.core.errors import ShardsFailed, UsageError
+from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.curation.compare import compare
+from pipeline.curation.explain import explain
+from pipeline.curation.plan import judge_work, quality_table, read_inputs
+from pipeline.curation.rerun import curate_command
+from pipeline.curation.selection import Curation, ShardWork, content_digest
+from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+from pipeline.storage.shards import Store
 
 RULES = Rules(min_side=100)
 Row = dict[str, Any]

@@ -18,9 +18,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.core.records import CAPTIONS, REJECTED
 from pipeline.exporter import DatasetMetrics
-from pipeline.records import CAPTIONS, REJECTED
-from pipeline.shards import Store
+from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
 RunJob = Callable[..., CompletedProcess[str]]

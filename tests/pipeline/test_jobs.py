@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.jobs import Idle
-from pipeline.sample_posts import plan
-from pipeline.shards import Store
+from pipeline.core.progress import Idle
+from pipeline.drawings.sample_posts import plan
+from pipeline.storage.shards import Store
 
 Finished = CompletedProcess[str]
 RunJob = Callable[..., Finished]

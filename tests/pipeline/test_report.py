@@ -18,14 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import report, tallies
-from pipeline.census import SOURCES, take_census
-from pipeline.findings import Findings, duplicate_pairs, survey
-from pipeline.jobs import JobFailed, UsageError
-from pipeline.measures import CAPTION_WORDS, IMAGE_MEASURES, Measure
-from pipeline.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
-from pipeline.report_page import funnel, render
-from pipeline.shards import Store
+from pipeline import report
+from pipeline.core.errors import JobFailed, UsageError
+from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
+from pipeline.reporting import tallies
+from pipeline.reporting.census import SOURCES, take_census
+from pipeline.reporting.findings import Findings, duplicate_pairs, survey
+from pipeline.reporting.measures import CAPTION_WORDS, IMAGE_MEASURES, Measure
+from pipeline.reporting.report_page import funnel, render
+from pipeline.storage.shards import Store
 
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
 

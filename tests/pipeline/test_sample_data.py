@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.illustrations import compose, general_tags, subject
-from pipeline.jobs import UsageError
+from pipeline.core.errors import UsageError
+from pipeline.drawings.illustrations import compose, general_tags, subject
+from pipeline.drawings.sample_posts import PLANTED, count_planted, plan, scene_of
+from pipeline.drawings.sample_rows import JAPANESE, danbooru_row
 from pipeline.sample_data import SampleJob, main, write_samples
-from pipeline.sample_posts import PLANTED, count_planted, plan, scene_of
-from pipeline.sample_rows import JAPANESE, danbooru_row
 
 FEW = 120
 

@@ -37,10 +37,10 @@ from transformers import (
     ViTModel,
 )
 
-from pipeline.classifiers import digest, load_classifier
-from pipeline.jobs import UsageError
-from pipeline.records import IMAGES, scores_schema
-from pipeline.shards import Store
+from pipeline.core.errors import UsageError
+from pipeline.core.records import IMAGES, scores_schema
+from pipeline.pictures.classifiers import digest, load_classifier
+from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
 SIDE = 32  # pixels

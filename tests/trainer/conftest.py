@@ -58,12 +58,12 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a random model of the demo stage and its text encoder, made without training."""
     import torch  # seconds, which tests of other things should not wait
 
-    from trainer.checkpoint import Checkpoints, training_state
-    from trainer.ema import EMA
-    from trainer.latents import load_codec
+    from trainer.encoders.load_codec import load_codec
+    from trainer.encoders.text import build_local_text_encoder, text_width
     from trainer.model.xut import XUT, XUTConfig
-    from trainer.stages import STAGES
-    from trainer.text import build_local_text_encoder, text_width
+    from trainer.recipe.stages import STAGES
+    from trainer.runs.checkpoint import Checkpoints, training_state
+    from trainer.runs.ema import EMA
 
     run = tmp_path_factory.mktemp("runs") / "random"
     stage = STAGES["demo"]

@@ -20,16 +20,16 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoints, training_state
-from trainer.ema import EMA
-from trainer.latents import load_codec
+from trainer.drawing.pictures import PictureModel, Settings
+from trainer.encoders.load_codec import load_codec
+from trainer.encoders.text import build_local_text_encoder, text_width
+from trainer.exporting.single_file import single_file
 from trainer.model.released import to_released, write_released
-from trainer.model.saved import save_model
 from trainer.model.xut import XUT, XUTConfig
-from trainer.pictures import PictureModel, Settings
-from trainer.single_file import single_file
-from trainer.stages import STAGES
-from trainer.text import build_local_text_encoder, text_width
+from trainer.recipe.stages import STAGES
+from trainer.runs.checkpoint import Checkpoints, training_state
+from trainer.runs.ema import EMA
+from trainer.runs.model_folder import save_model
 
 RunJob = Callable[..., CompletedProcess[str]]
 
@@ -256,7 +256,7 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
 
 
 def test_a_file_alone_holds_only_what_it_needs_of_this_project() -> None:
-    source = single_file("trainer.exported.pipeline", "a note")
+    source = single_file("trainer.exporting.exported.pipeline", "a note")
     assert "# a note" in source
     assert "def full_position_map" in source
     assert "def crop_position_map" not in source

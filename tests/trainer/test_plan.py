@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.records import SELECTION, TEXT_CATEGORIES
-from trainer import costs, overrides
-from trainer.budget import LATER_FLOOR, LEAST, affordable
-from trainer.costs import Machine, Measured, Pictures, Rates, Speed
-from trainer.planning import Texts, setting_of
-from trainer.settings import stage_config, total_steps
-from trainer.stages import STAGES
-from trainer.stand_ins import local_text_encoder
+from pipeline.core.records import SELECTION, TEXT_CATEGORIES
+from trainer.cost import costs
+from trainer.cost.budget import LATER_FLOOR, LEAST, affordable
+from trainer.cost.costs import Machine, Measured, Pictures, Rates, Speed
+from trainer.cost.planning import Texts, setting_of
+from trainer.encoders.random_encoders import local_text_encoder
+from trainer.recipe import overrides
+from trainer.recipe.settings import stage_config, total_steps
+from trainer.recipe.stages import STAGES
 
 CallJob = Callable[..., CompletedProcess[str]]
 Plan = Callable[..., dict[str, Any]]
@@ -184,10 +185,10 @@ def test_energy_money_and_bandwidth_follow_from_the_hours() -> None:
 
 
 def test_a_checkpoint_has_the_bytes_of_weights_averages_and_moments() -> None:
-    from trainer.latents import load_codec
+    from trainer.encoders.load_codec import load_codec
     from trainer.model.xut import XUT, XUTConfig
-    from trainer.optim import OptimizerConfig
-    from trainer.worker import new_loop
+    from trainer.optimization.optimizers import OptimizerConfig
+    from trainer.training.worker import new_loop
 
     stage = replace(
         STAGES["demo"], optimizer=OptimizerConfig(), samples=32, checkpoint_every=1, keep_last=1, keep_every=0

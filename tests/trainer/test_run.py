@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.run_folder import only_job
+from trainer.runs.run_folder import only_job
 
 RunJob = Callable[..., CompletedProcess[str]]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.jobs import UsageError
-from trainer.pictures import read_origin
-from trainer.prompts import Wish, parse_axis, read_prompts, swept
+from pipeline.core.errors import UsageError
+from trainer.drawing.pictures import read_origin
+from trainer.drawing.prompt_files import Wish, parse_axis, read_prompts, swept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

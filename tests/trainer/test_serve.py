@@ -23,15 +23,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.jobs import UsageError
-from trainer.form import FORM, Limits, example_rows, form_of, read_form, size_presets
-from trainer.live import Drawn, ModelFacts, Step, follow
-from trainer.outline import view
-from trainer.page_figures import PageFigures
-from trainer.passwords import Attempts, login_check, read_logins
-from trainer.pictures import PictureModel, read_origin
-from trainer.positions import camera, full_position_map
-from trainer.turns import QueueFull, Ticket, Turns
+from pipeline.core.errors import UsageError
+from trainer.diffusion.positions import camera, full_position_map
+from trainer.drawing.pictures import PictureModel, read_origin
+from trainer.web.camera_outline import view
+from trainer.web.form import FORM, Limits, example_rows, form_of, read_form, size_presets
+from trainer.web.live import Drawn, ModelFacts, Step, follow
+from trainer.web.page_metrics import PageFigures
+from trainer.web.passwords import Attempts, login_check, read_logins
+from trainer.web.turns import QueueFull, Ticket, Turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,7 +261,7 @@ def test_a_picture_waits_for_the_last_step_of_one_that_was_left(monkeypatch: pyt
             assert await second == Step(1, 2)
             assert told[:3] == ["first begins", "first ends", "second begins"]
 
-    monkeypatch.setattr("trainer.live.draw_one", draw_one)
+    monkeypatch.setattr("trainer.web.live.draw_one", draw_one)
     asyncio.run(leave_and_draw())
 
 
@@ -487,7 +487,7 @@ def test_only_names_with_their_own_password_are_let_in() -> None:
 
 
 def test_a_page_with_a_password_shows_nothing_before_it_is_given(model: PictureModel, tmp_path: Path) -> None:
-    from trainer.page import Studio, page_app
+    from trainer.web.page import Studio, page_app
 
     turns = Turns(1, 1)
     figures = PageFigures(lambda: turns.waiting)
@@ -527,7 +527,7 @@ def test_no_more_pictures_are_stored_than_a_disk_is_known_to_have_room_for(
     model: PictureModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all sessions together: not each is ended."""
-    from trainer import page
+    from trainer.web import page
 
     monkeypatch.setattr(page, "_MOST_STORED", 2)
     turns = Turns(1, 0)
@@ -545,7 +545,7 @@ def test_no_more_pictures_are_stored_than_a_disk_is_known_to_have_room_for(
 def test_a_drawing_that_fails_is_told_and_counted_and_the_next_one_is_drawn(
     model: PictureModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainer.page import Studio, drawing
+    from trainer.web.page import Studio, drawing
 
     async def fails_once(request: Any) -> AsyncIterator[Step | Drawn]:
         failing.append(request)

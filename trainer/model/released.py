@@ -79,7 +79,7 @@ NOT_ARCHITECTURE = {"ctx_size", "grad_ckpt"}
 def load(weights_path: str | Path, config_path: str | Path | None = None) -> XUT:
     """The released model, float32, ready to sample; without a config that of the public 340M weights.
 
-    Give it position maps at latent resolution (`trainer.positions`, convention released), the aspect as W / H, captions
+    Give it position maps at latent resolution (`trainer.diffusion.positions`, convention released), the aspect as W / H, captions
     padded to 256 tokens and no text_mask: so it was trained.
     Raises ValueError for a config or a file that is not the release's.
     """

@@ -180,7 +180,7 @@ class TimeEmbedding(nn.Module):
 class XUT(nn.Module):
     """The model. checkpointing: recompute in the backward pass the activations of no block, of every second, of all."""
 
-    # The layers whose fan-in, or fan-out, does not grow with the width (trainer.optim).
+    # The layers whose fan-in, or fan-out, does not grow with the width (trainer.optimization.optimizers).
     INPUT_LAYERS = ("patch_in", "position_in", "text_in", "aspect_in")
     OUTPUT_LAYERS = ("patch_out",)
     # Modules whose layers see one vector a sample instead of one a token.
@@ -265,7 +265,7 @@ class XUT(nn.Module):
         """Velocity (B, C, H, W), noise minus data, at time t (B,) in [0, 1], 1 being pure noise.
 
         text: (B, T, text_dim) hidden states. text_mask: (B, T), True for a real token; None means that all are, and is
-        faster. position_map: (B, tokens, 2), the (y, x) of every token (`trainer.positions`); (B, H * W, 2), of every
+        faster. position_map: (B, tokens, 2), the (y, x) of every token (`trainer.diffusion.positions`); (B, H * W, 2), of every
         latent pixel, where the config says position_grid="latent". aspect: (B,) log(W / H) of the whole picture (W / H
         for the released weights); None adds nothing to the condition.
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from trainer.diffusion.positions import full_position_map
 from trainer.model.blocks import Branch
 from trainer.model.xut import XUT, TimeEmbedding, XUTConfig, compiled
-from trainer.positions import full_position_map
 
 TEXT_DIM = 16
 

@@ -1,0 +1,88 @@
+"""Reading shards for counting: a few columns in batches, by a few threads, with results in a fixed order."""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import JobFailed
+from pipeline.storage.shards import Store
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Arrow and numpy let go of the interpreter lock; on S3 most of the time is waiting.
+_THREADS = 4
+_BATCH_ROWS = 16_384
+# Rows that are read at once from a row group, whose pictures may be large.
+_PICTURES_AT_ONCE = 8
+_READ_AHEAD = 4_000_000  # bytes
+
+
+def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Small columns of a parquet file, a bounded number of rows at a time. JobFailed where the file cannot be read."""
+    # Pre-buffering joins the requests for neighbouring columns, and keeps what it read: hence some groups at a time.
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+        groups: list[int] = []
+        rows = 0
+        for group in range(file.metadata.num_row_groups):
+            groups.append(group)
+            rows += file.metadata.row_group(group).num_rows
+            if rows >= _BATCH_ROWS or group == file.metadata.num_row_groups - 1:
+                yield from file.iter_batches(_BATCH_ROWS, groups, list(columns))
+                groups, rows = [], 0
+
+
+def read_pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The bytes of some rows, whose numbers are sorted, a page of the column at a time: row groups without them are
+    not read. JobFailed where the file cannot be read."""
+    streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
+    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
+        end = 0
+        for group in range(file.metadata.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            rows = wanted[bisect_left(wanted, row) : bisect_left(wanted, end)]
+            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
+                after = row + batch.num_rows
+                for number in rows[bisect_left(rows, row) : bisect_left(rows, after)]:
+                    yield number, batch["image"][number - row].as_py()
+                row = after
+                if row > rows[-1]:
+                    break
+
+
+def row_count(store: Store, name: str) -> int:
+    """The number of rows of a parquet file. JobFailed where the file cannot be read."""
+    with readable(store, name):
+        return store.rows(name)
+
+
+@contextmanager
+def readable(store: Store, name: str) -> Iterator[None]:
+    """JobFailed, in one line, where reading this file fails."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobFailed(f"cannot read {store.path(name)}: {why}; remove it and run the job that wrote it") from None
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int = _THREADS) -> Iterator[Result]:
+    """`map` by a few threads: results in the order of the items, of which only a few are ahead of the reader."""
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

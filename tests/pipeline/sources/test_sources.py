@@ -1,0 +1,152 @@
+"""Every spelling of a raw field that the sites and the public dumps use comes out as the same row."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from pipeline.core.records import Post, Rating, Rejected
+from pipeline.sources import danbooru, pixiv, recognise
+
+DANBOORU = {"id": 7, "image": b"bytes", "rating": "g", "tag_string_general": "long_hair ^_^", "fav_count": 5}
+PIXIV = {"id": 9_000_000_007, "image": {"bytes": b"bytes", "path": "9_p1.png"}, "tags": [], "x_restrict": 0, "page": 1}
+
+
+def _post(outcome: Post | Rejected) -> Post:
+    assert isinstance(outcome, Post), outcome
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("spelling", "rating"),
+    [
+        ("g", Rating.GENERAL),
+        (1, Rating.SENSITIVE),
+        ("questionable", Rating.QUESTIONABLE),
+        ("E", Rating.EXPLICIT),
+        (" q ", Rating.QUESTIONABLE),
+        (3.0, Rating.EXPLICIT),
+        ("3.0", Rating.EXPLICIT),
+        (float("nan"), None),
+        (None, None),
+    ],
+)
+def test_danbooru_ratings(spelling: object, rating: Rating | None) -> None:
+    assert _post(danbooru.read_row(DANBOORU | {"rating": spelling})).rating is rating
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"image": b"x"}, {"image": {"bytes": b"x", "path": "1.jpg"}}, {"image": None, "jpg": b"x"}, {"webp": b"x"}],
+)
+def test_the_picture_is_found_in_flat_columns_and_in_the_hugging_face_struct(image: dict[str, object]) -> None:
+    row = {key: value for key, value in DANBOORU.items() if key != "image"} | image
+    assert _post(danbooru.read_row(row)).image == b"x"
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"tag_string_general": "a b"}, {"tags_general": ["a", "b"]}, {"tag_string": "a b"}, {"tags": ["a", "b"]}],
+)
+def test_danbooru_tags_as_text_as_list_and_without_categories(tags: dict[str, object]) -> None:
+    assert _post(danbooru.read_row({"id": "7", "image": b"x"} | tags)).tags["general"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "moment"),
+    [
+        ("2008-08-12T00:46:05.385-04:00", datetime(2008, 8, 12, 4, 46, 5, tzinfo=UTC)),
+        (1218516365, datetime(2008, 8, 12, 4, 46, 5, tzinfo=UTC)),
+        (datetime(2008, 8, 12), datetime(2008, 8, 12, tzinfo=UTC)),
+        ("yesterday", None),
+    ],
+)
+def test_dates(spelling: object, moment: datetime | None) -> None:
+    assert _post(danbooru.read_row(DANBOORU | {"created_at": spelling})).created_at == moment
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"is_deleted": True}, "deleted"),
+        ({"is_banned": True}, "banned"),
+        ({"file_ext": "MP4"}, "not a still picture"),
+        ({"rating": "R-18"}, "unknown rating"),
+    ],
+)
+def test_unusable_danbooru_posts_say_why(field: dict[str, object], reason: str) -> None:
+    outcome = danbooru.read_row(DANBOORU | field)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.key, outcome.reason) == ("danbooru:7", reason)
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"type": "ugoira"}, "not a still picture"),
+        ({"illust_ai_type": 2}, "made by AI"),
+        ({"aiType": 2}, "made by AI"),
+        ({"x_restrict": 7}, "unknown rating"),
+        ({"image": {"bytes": b"x", "path": "img/limit_unknown_360.png"}}, "placeholder picture"),
+    ],
+)
+def test_unusable_pixiv_pages_say_why(field: dict[str, object], reason: str) -> None:
+    outcome = pixiv.read_row(PIXIV | field)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.key, outcome.reason) == ("pixiv:9000000007_p1", reason)
+
+
+def test_pixiv_tags_are_english_where_there_is_english_and_tell_no_popularity() -> None:
+    tags = [
+        {"name": "赤い星", "translated_name": "red star"},
+        {"name": "星", "translated_name": None},
+        {"name": "オリジナル1000users入り", "translated_name": "1000+ bookmarks"},
+        {"tag": "空", "translation": {"en": "sky"}},
+        "plain",
+    ]
+    expected = ["red_star", "星", "sky", "plain"]
+    assert _post(pixiv.read_row(PIXIV | {"tags": tags})).tags["general"] == expected
+    assert _post(pixiv.read_row(PIXIV | {"tags": {"tags": tags}})).tags["general"] == expected, "the web API nests it"
+
+
+@pytest.mark.parametrize(
+    ("fields", "rating"),
+    [
+        ({"x_restrict": 0, "sanity_level": 2}, Rating.GENERAL),
+        ({"x_restrict": 0, "sanity_level": 4}, Rating.SENSITIVE),
+        ({"x_restrict": 2}, Rating.EXPLICIT),
+        ({"x_restrict": None, "xRestrict": 1}, Rating.EXPLICIT),
+    ],
+)
+def test_pixiv_ratings_of_both_apis(fields: dict[str, object], rating: Rating) -> None:
+    assert _post(pixiv.read_row(PIXIV | fields)).rating is rating
+
+
+def test_a_layout_is_recognised_by_its_columns() -> None:
+    assert recognise(DANBOORU) == "danbooru"
+    assert recognise(PIXIV) == "pixiv"
+    with pytest.raises(ValueError, match=r"found the columns \['colour', 'id'\].*missing for danbooru"):
+        recognise(["id", "colour"])
+    with pytest.raises(ValueError, match=r"missing .*image"):
+        recognise(["id", "tag_string"], "danbooru")
+    with pytest.raises(ValueError, match="pixiv's layout, not danbooru's"):
+        recognise(PIXIV, "danbooru")
+
+
+def test_a_row_without_an_id_is_an_error() -> None:
+    with pytest.raises(ValueError, match="id is None"):
+        danbooru.read_row({"id": None})
+
+
+@pytest.mark.parametrize("flag", ["false", "f", "0", 0, False, None])
+def test_a_flag_that_is_not_set_refuses_nothing_however_it_is_spelt(flag: object) -> None:
+    assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": flag}), Post)
+    assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": "true"}), Rejected)
+
+
+def test_pixiv_tags_as_one_text_and_with_holes() -> None:
+    assert _post(pixiv.read_row(PIXIV | {"tags": "空 original"})).tags["general"] == ["空", "original"]
+    assert _post(pixiv.read_row(PIXIV | {"tags": [None, 7, "空"]})).tags["general"] == ["空"]
+
+
+def test_a_number_beyond_64_bits_is_no_pixiv_id() -> None:
+    assert _post(danbooru.read_row(DANBOORU | {"pixiv_id": 2**70})).pixiv_id is None

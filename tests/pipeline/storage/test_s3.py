@@ -1,0 +1,311 @@
+"""S3 on bad days: what is retried and what is not, what a commit leaves, and how many requests a read costs."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.errors import S3Refused, S3Unavailable
+from pipeline.storage import s3
+from pipeline.storage.shards import Store, find_parquet
+
+RunJob = Callable[..., CompletedProcess[str]]
+
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("image", pa.binary()), ("width", pa.int32()), ("tags", pa.list_(pa.string()))]
+)
+ROWS = pa.Table.from_pylist(
+    [{"id": f"danbooru:{n}", "image": bytes([n]) * 20_000, "width": n, "tags": [f"tag {n}"]} for n in range(50)], SCHEMA
+)
+LARGE = os.urandom(2 * s3._PART_BYTES + 1)  # is uploaded in parts
+
+
+@pytest.fixture(autouse=True)
+def fresh_connection() -> Iterator[None]:
+    """Each test has a connection made with its own environment."""
+    s3._connect.cache_clear()
+    yield
+    s3._connect.cache_clear()
+
+
+@pytest.fixture
+def store(bucket: str, request: pytest.FixtureRequest) -> Store:
+    return Store(f"{bucket}/{request.node.name}".replace("[", "-").replace("]", ""))
+
+
+@pytest.fixture
+def two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+
+
+def write_groups(store: Store, name: str, groups: int) -> None:
+    with store.writing_table(name, SCHEMA) as write:
+        for _ in range(groups):
+            write(ROWS)
+
+
+def methods(requests: list[Any]) -> list[str]:
+    return [request.method for request in requests]
+
+
+# --- Retries ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_and_read_through_faults_equals_what_is_written_directly(
+    store: Store, s3_server: Any, transient_faults: tuple[str, ...], tmp_path: Path
+) -> None:
+    direct = Store(str(tmp_path))
+    write_groups(direct, "images/one.parquet", 3)
+    with s3_server.failing(*transient_faults, every=3) as failed:
+        write_groups(store, "images/one.parquet", 3)
+        store.write("large", LARGE)
+        store.write("gone.json", b"{}")
+        store.remove("gone.json")
+        assert store.shards("images") == ["one"]
+        assert find_parquet(store.root) == [store.path("images/one.parquet")]
+        assert store.read("images/one.parquet") == direct.read("images/one.parquet")
+        assert store.read_table("images/one.parquet").equals(direct.read_table("images/one.parquet"))
+        assert store.read("large") == LARGE
+        assert not store.exists("gone.json")
+    assert len(failed) > len(transient_faults)
+
+
+def test_silence_is_given_up_and_asked_again(
+    store: Store, s3_server: Any, monkeypatch: pytest.MonkeyPatch, two_attempts: None
+) -> None:
+    store.write("spoken.json", b"after all")
+    s3._connect.cache_clear()
+    monkeypatch.setattr(s3, "_SILENT_SECONDS", 0.3)
+    with s3_server.failing("silence", "silent answer", every=2) as failed:
+        for _ in range(2):
+            assert store.read("spoken.json") == b"after all"
+    assert len(failed) > 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "work", "method", "most"),
+    [
+        ("500 InternalError", lambda store: store.exists("a"), "HEAD", 2),
+        ("503 SlowDown", lambda store: store.shards(), "GET", 2),
+        # A broken connection is tried anew by aiohttp, once and at once, before that counts as an attempt.
+        ("refuse", lambda store: store.read("a"), "HEAD", 4),
+        ("cut request", lambda store: store.write("b", b"new"), "PUT", 4),
+        ("lose answer", lambda store: store.remove("a"), "DELETE", 4),
+    ],
+    ids=["HEAD", "LIST", "GET", "PUT", "DELETE"],
+)
+def test_what_fails_for_good_is_asked_as_often_as_was_set_and_no_more(
+    store: Store,
+    s3_server: Any,
+    two_attempts: None,
+    fault: str,
+    work: Callable[[Store], object],
+    method: str,
+    most: int,
+) -> None:
+    with s3_server.counting() as requests, s3_server.failing(fault), pytest.raises(S3Unavailable) as error:
+        work(store)
+    assert set(methods(requests)) == {method}
+    assert 2 <= len(requests) <= most
+    assert store.root in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_body_that_always_breaks_off_is_asked_for_as_often_as_was_set(
+    store: Store, s3_server: Any, two_attempts: None
+) -> None:
+    store.write("a", b"some bytes")
+    broken = s3_server.failing("cut answer", when=lambda request: request.method == "GET")
+    with s3_server.counting() as requests, broken, pytest.raises(S3Unavailable):
+        store.read("a")
+    assert methods(requests) == ["HEAD", "GET", "GET"]
+
+
+def test_without_faults_nothing_waits(store: Store) -> None:
+    store.write("first", b"")  # connects
+    started = time.monotonic()
+    for _ in range(20):
+        store.write("one.json", b"{}")
+        store.read("one.json")
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("fault", ["403 AccessDenied", "403 SignatureDoesNotMatch", "400 InvalidRequest"])
+def test_a_refusal_is_not_asked_again_and_names_the_mend(store: Store, s3_server: Any, fault: str) -> None:
+    with s3_server.counting() as requests, s3_server.failing(fault), pytest.raises(S3Refused, match="AWS_PROFILE"):
+        store.shards()
+    assert methods(requests) == ["GET"]
+
+
+# --- Commits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"small", LARGE], ids=["one PUT", "parts"])
+def test_an_upload_that_dies_half_way_leaves_nothing(
+    store: Store, s3_server: Any, two_attempts: None, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with s3_server.failing("cut request", when=lambda request: request.method == "PUT"), pytest.raises(S3Unavailable):
+        store.write("half", data)
+    assert not store.exists("half")
+    assert s3.connect(store.root).list_multipart_uploads("datasets") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_completed_upload_whose_answer_is_lost_is_whole(store: Store, s3_server: Any) -> None:
+    completion = iter([True])
+    with s3_server.failing(
+        "lose answer",
+        when=lambda request: "uploadId" in request.target and request.method == "POST" and next(completion, False),
+    ) as failed:
+        store.write("large", LARGE)
+    assert len(failed) == 1
+    assert store.read("large") == LARGE
+    assert s3.connect(store.root).list_multipart_uploads("datasets") == []
+
+
+def test_what_another_process_wrote_is_seen_at_once(store: Store) -> None:
+    import s3fs
+
+    write_groups(store, "images/one.parquet", 1)
+    assert store.shards("images") == ["one"]
+    assert not store.exists("images/two.parquet")
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    other.copy(store.path("images/one.parquet"), store.path("images/two.parquet"))
+    assert store.exists("images/two.parquet")
+    assert store.shards("images") == ["one", "two"]
+    other.rm(store.path("images/one.parquet"))
+    assert find_parquet(store.root) == [store.path("images/two.parquet")]
+
+
+def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_use_are_not(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, then: str) -> int:
+        script = f"import os, sys\nfrom pipeline.storage.shards import Store\nwith Store(sys.argv[1]).committed({name!r}): {then}"
+        return subprocess.run([sys.executable, "-c", script, store.root], env=here, check=False, timeout=60).returncode
+
+    here = os.environ | {"TMPDIR": str(tmp_path)}
+    assert write("killed", "os.kill(os.getpid(), 9)") == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with store.committed("in-use") as in_use:
+        assert [str(path) for path in tmp_path.iterdir()] == [in_use]
+        assert write("another", "pass") == 0
+        assert [str(path) for path in tmp_path.iterdir()] == [in_use]
+    assert list(tmp_path.iterdir()) == []
+    assert [store.exists(name) for name in ("killed", "in-use", "another")] == [False, True, True]
+
+
+# --- Requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_footer_is_one_request_and_a_row_groups_pictures_another(store: Store, s3_server: Any) -> None:
+    write_groups(store, "one.parquet", 4)
+    with s3_server.counting() as requests:
+        store.rows("one.parquet")
+    assert methods(requests) == ["HEAD", "GET"]
+    with s3_server.counting() as requests, store.open("one.parquet") as file:
+        pq.ParquetFile(file).read_row_group(2, columns=["image"])
+    assert methods(requests) == ["HEAD", "GET", "GET"]
+
+
+def test_the_columns_beside_the_pictures_are_one_request_for_each_row_group_and_no_picture(
+    store: Store, s3_server: Any
+) -> None:
+    large = ROWS.set_column(1, "image", pa.array([os.urandom(40_000) for _ in range(50)], pa.binary()))
+    with store.writing_table("one.parquet", SCHEMA) as write:
+        for _ in range(4):
+            write(large)
+    with s3_server.counting() as requests:
+        assert store.read_table("one.parquet", ["id", "width", "tags"]).num_rows == 200
+    gets = [request.headers["Range"].removeprefix("bytes=").split("-") for request in requests[1:]]
+    assert len(gets) <= 1 + 4 + 1  # the footer; before, between and after the four columns of pictures
+    assert sum(int(end) - int(start) for start, end in gets) < large.nbytes
+
+
+# --- Access -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("anonymous", "signed"), [("", True), ("1", False), ("other,datasets", False), ("other", True)]
+)
+def test_public_buckets_are_read_without_keys(
+    store: Store, s3_server: Any, monkeypatch: pytest.MonkeyPatch, anonymous: str, signed: bool
+) -> None:
+    monkeypatch.setenv("HDM_S3_ANONYMOUS", anonymous)
+    with s3_server.counting() as requests:
+        store.shards()
+    assert all(("Authorization" in request.headers) == signed for request in requests)
+
+
+def test_a_profile_gives_keys_and_endpoint(
+    store: Store, s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, keys = tmp_path / "config", tmp_path / "credentials"
+    config.write_text(f"[profile lab]\nendpoint_url = {s3_server.url}\nregion = us-east-1\n")
+    keys.write_text("[lab]\naws_access_key_id = KEYOFTHELAB\naws_secret_access_key = secret\n")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    with s3_server.counting() as requests:
+        store.shards()
+    assert all("Credential=KEYOFTHELAB/" in request.headers["Authorization"] for request in requests)
+    s3._connect.cache_clear()
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(S3Refused, match="nobody"):
+        store.shards()
+
+
+def test_threads_and_forked_children_read_as_their_process_does(store: Store) -> None:
+    store.write("shared", b"same for all")
+    script = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from pipeline.storage.shards import Store
+store = Store(sys.argv[1])
+with ThreadPoolExecutor(8) as pool:
+    assert set(pool.map(store.read, ["shared"] * 32)) == {b"same for all"}
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0 if store.read("shared") == b"same for all" else 1)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, store.root], check=True, timeout=60)
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "environment", "code", "named"),
+    [
+        ("datasets/a", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "3"}, 1, "127.0.0.1:1"),
+        ("datasets/a", {"AWS_ENDPOINT_URL": "nonsense"}, 2, "nonsense"),
+        ("datasets/a", {"AWS_MAX_ATTEMPTS": "many"}, 2, "AWS_MAX_ATTEMPTS is many"),
+        ("no-such-bucket/a", {}, 2, "create it"),
+        ("", {}, 2, "names no bucket"),
+    ],
+    ids=["dead endpoint", "no endpoint", "no number", "no bucket", "no name"],
+)
+def test_a_job_leaves_with_one_line(
+    run_job: RunJob, bucket: str, where: str, environment: dict[str, str], code: int, named: str
+) -> None:
+    started = time.monotonic()
+    job = run_job("pipeline/caption.py", "--dataset", f"s3://{where}", environment=environment)
+    assert time.monotonic() - started < 20
+    assert job.returncode == code, job.stderr
+    [line] = job.stderr.splitlines()
+    assert line.startswith({1: "failed: ", 2: "error: "}[code])
+    assert named in line

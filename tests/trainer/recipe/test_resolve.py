@@ -1,0 +1,347 @@
+"""A command line against a run folder: where training begins, what it may change, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.core.errors import UsageError
+from pipeline.core.records import SELECTION, TEXT_CATEGORIES
+from trainer.recipe.resolve import Command, Training, check_device, resolve
+from trainer.recipe.settings import micro_batch, stage_config
+from trainer.recipe.stages import STAGES
+from trainer.runs.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[3]
+ROWS = 40
+TINY = ("model=tiny", "batch_size=8")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's, the 256 and the 512 selection of the same rows."""
+    folder = tmp_path_factory.mktemp("dataset")
+    colours = ("red", "blue", "green", "pink")
+    rows = [
+        {name: [] for name in TEXT_CATEGORIES}
+        | {"id": f"test:{i}", "row": i, "general": [f"{colours[i % 4]} ball", f"thing {i}"], "caption": None}
+        | {"quality": "masterpiece", "era": "newest", "rating": "general"}
+        for i in range(ROWS)
+    ]
+    (folder / "images").mkdir()
+    pictures = pa.table({"id": [row["id"] for row in rows], "image": [b"none"] * ROWS})
+    pq.write_table(pictures, folder / "images/one.parquet", row_group_size=10)
+    for name in ("demo", "256", "512"):
+        (folder / "selections" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows, SELECTION), folder / "selections" / name / "one.parquet")
+    curated_as(folder, "first")
+    return folder
+
+
+def curated_as(dataset: Path, digest: str) -> None:
+    for folder in (dataset / "selections").iterdir():
+        (folder / "selection.json").write_text(json.dumps({"shards": {"one": ROWS}, "hash": digest}))
+
+
+@pytest.fixture
+def ask(dataset: Path, tmp_path: Path) -> Any:
+    """ask("demo", "samples=80", steps=3) -> the resolved training of tmp_path/run."""
+
+    def resolved(stage: str, *settings: str, run: str = "run", **flags: Any) -> Training:
+        command = Command(stage=stage, dataset=str(dataset), run=str(tmp_path / run), settings=settings, **flags)
+        return resolve(command)
+
+    return resolved
+
+
+def save(training: Training, step: int) -> Path:
+    """A checkpoint after `step` steps, as the training job leaves it where nothing is held out."""
+    tensors = {name: {"weight": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
+    epoch = training.first_epoch + training.position(step) // ROWS
+    return Path(Checkpoints(training.checkpoints).save(step, tensors, training.state(step, epoch)).folder)
+
+
+def refused(ask: Any, *settings: str, **flags: Any) -> str:
+    with pytest.raises(UsageError) as error:
+        ask(*settings, **flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- Where things are -----------------------------------------------------------------------------------------------
+
+
+def test_a_first_start_begins_with_new_weights_and_leaves_its_config(ask: Any, tmp_path: Path) -> None:
+    training = ask("demo")
+    assert (training.start_step, training.start_position, training.first_epoch) == (0, 0, 0)
+    assert training.stop_step == 36_000 // 32
+    assert "new weights" in training.notes[-1]
+    config = json.loads((tmp_path / "run/demo/config.json").read_text())
+    assert config == json.loads(json.dumps(training.record()))
+    assert config["stage"] == json.loads(json.dumps(asdict(STAGES["demo"])))
+    assert training.text_encoder == str(tmp_path / "run/text_encoder"), "shared by the stages"
+    assert training.checkpoints == str(tmp_path / "run/demo/checkpoints")
+
+
+def test_checkpoints_have_a_home_of_their_own_that_the_run_remembers(ask: Any, tmp_path: Path) -> None:
+    home = str(tmp_path / "elsewhere")
+    first = ask("256", *TINY, checkpoints=home)
+    assert first.checkpoints == f"{home}/256/checkpoints"
+    save(first, 5)
+    assert ask("256", *TINY).start_step == 5
+    assert ask("512", *TINY).weights.step == 5, "also found by the stage after it"
+    assert ask("512", *TINY, checkpoints=str(tmp_path / "third")).weights.step == 5
+
+
+# --- Going on -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
+    first = ask("demo")
+    save(first, 7)
+    further = ask("demo", "samples=72_000", "optimizer.learning_rate=1e-3", workers=2)
+    assert (further.start_step, further.start_position, further.first_epoch) == (7, 7 * 32, 0)
+    assert further.position(9) == 9 * 32
+    notes = "\n".join(further.notes)
+    for line in (
+        "going on from step 7",
+        "samples: 36000 -> 72000",
+        "steps: 1125 -> 2250",
+        "optimizer.learning_rate: 0.003 -> 0.001",
+        "workers: 1 -> 2",
+    ):
+        assert line in notes
+
+
+def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
+    training = ask("demo")
+    state = training.state(3, epoch=3)
+    assert (state["position"], state["epoch"], state["first_epoch"]) == (96, 3, 0)
+    again = training.going_on_from(state | {"step": 3})
+    assert (again.start_step, again.position(3), again.position(4)) == (3, 96, 128)
+    assert again.state(5, 5) == training.state(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ("model.heads=4", "model.heads: 2 -> 4"),
+        ("model.text_layers=average", "model.text_layers: last -> average"),
+        ("codec=pixel", "codec: dct -> pixel"),
+        ("patch_size=2", "model.patch_size: 1 -> 2"),
+        ("optimizer.kind=adamw", "optimizer.kind: muon -> adamw"),
+    ],
+)
+def test_what_the_weights_mean_cannot_change(ask: Any, setting: str, field: str) -> None:
+    save(ask("demo"), 7)
+    message = refused(ask, "demo", setting, new_order=True)
+    assert field in message
+    assert "another --run" in message
+
+
+@pytest.mark.parametrize(
+    "setting", ["batch_size=16", "seed=1", "streams=8", "window=2", "hold_out=0.1", "resolution=128"]
+)
+def test_what_decides_the_order_of_the_data_changes_only_with_a_new_order(ask: Any, setting: str) -> None:
+    save(ask("demo"), 7)
+    message = refused(ask, "demo", setting)
+    assert setting.partition("=")[0] in message
+    assert "--new-order" in message
+    assert ask("demo", setting, new_order=True).start_position == 0
+
+
+def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset: Path) -> None:
+    first = ask("demo")
+    save(first, 3)
+    epoch = 3 * 32 // ROWS
+    curated_as(dataset, "second")
+    try:
+        assert "selection.hash: first -> second" in refused(ask, "demo")
+        new = ask("demo", new_order=True)
+        assert (new.start_step, new.start_position, new.first_epoch) == (3, 0, epoch + 1)
+        assert f"epoch {epoch + 1} begins" in new.notes[-1]
+        save(new, 4)
+        again = ask("demo", new_order=True)
+        assert (again.start_step, again.start_position, again.first_epoch) == (4, 32, epoch + 1)
+        assert "the order of the data is the same" in again.notes[-1]
+    finally:
+        curated_as(dataset, "first")
+
+
+@pytest.mark.parametrize("record", ['{"shards"', "[]", '{"shards": {"one": 40}}', '{"shards": ["one"], "hash": "x"}'])
+def test_a_damaged_record_of_the_selection_is_refused(ask: Any, dataset: Path, record: str) -> None:
+    (dataset / "selections/demo/selection.json").write_text(record)
+    try:
+        assert "selection.json is damaged; run pipeline/curate.py" in refused(ask, "demo")
+    finally:
+        curated_as(dataset, "first")
+
+
+def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp_path: Path) -> None:
+    save(ask("demo"), 7)
+    path = tmp_path / "run/demo/config.json"
+    config = json.loads(path.read_text())
+    config["model"]["dim"] = 256
+    path.write_text(json.dumps(config))
+    assert "model.dim: 128 -> 256" in refused(ask, "demo")
+    path.write_text("{")
+    assert "damaged" in refused(ask, "demo")
+    path.unlink()
+    assert ask("demo").start_step == 7
+
+
+# --- Another stage's weights ----------------------------------------------------------------------------------------
+
+
+def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"weights of stage 256, of which .* has no checkpoint; .*--from nothing"):
+        ask("512", *TINY)
+    assert ask("512", *TINY, run="new", start_from="nothing").weights is None
+    before = ask("256", *TINY)
+    save(before, 5)
+    folder = save(before, 9)
+    encoder = (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns
+    training = ask("512", *TINY)
+    assert training.weights.folder == str(folder)
+    assert (training.start_step, training.start_position) == (0, 0), "a schedule and an order of its own"
+    assert str(folder) in training.notes[-1]
+    assert (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns == encoder, "the weights know this one"
+    save(training, 2)
+    going_on = ask("512", *TINY, start_from=str(tmp_path / "run"))
+    assert (going_on.start_step, going_on.weights) == (2, None), "its own checkpoint counts more"
+    assert going_on.began_from == str(folder)
+    assert ask("256", *TINY).start_step == 9
+
+
+def test_from_takes_another_run_or_checkpoint_with_its_text_encoder_or_nothing(ask: Any, tmp_path: Path) -> None:
+    other = ask("256", *TINY, run="other")
+    older, newer = save(other, 5), save(other, 9)
+    for place, found in ((tmp_path / "other", newer), (tmp_path / "other/256", newer), (older, older)):
+        training = ask("512", *TINY, start_from=str(place))
+        assert training.weights.folder == str(found)
+    tokenizers = [(tmp_path / run / "text_encoder/tokenizer.json").read_bytes() for run in ("run", "other")]
+    assert tokenizers[0] == tokenizers[1]
+    assert ask("512", *TINY, start_from="nothing").weights is None
+    assert "no checkpoint" in refused(ask, "512", *TINY, start_from=str(tmp_path))
+
+
+def test_weights_of_another_model_or_other_encoders_are_refused_by_field(ask: Any) -> None:
+    save(ask("256", *TINY), 5)
+    assert "model.mlp_dim: 256 -> 512" in refused(ask, "512", *TINY, "model.mlp_dim=512")
+    assert "codec: dct -> pixel" in refused(ask, "512", *TINY, "codec=pixel")
+    assert "--from nothing" in refused(ask, "512", *TINY, "model.dim=256")
+    assert ask("512", *TINY, "model.dim=256", start_from="nothing").model.dim == 256
+
+
+# --- The settings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tiny_model_comes_with_the_embedded_encoders_unless_others_are_named() -> None:
+    stage, model, notes = stage_config("256", {"model": "tiny", "model.qk_norm": "true"})
+    assert (stage.model, stage.codec, stage.text_encoder) == ("tiny", "dct", "local")
+    assert model == {"qk_norm": True}
+    assert "codec=dct and text_encoder=local" in notes[0]
+    stage, _, notes = stage_config("256", {"model": "tiny", "codec": "/vae", "text_encoder": "/qwen"})
+    assert (stage.codec, stage.text_encoder, notes) == ("/vae", "/qwen", [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": "1"}, ["optimizer.learning_rate"]),
+        ({"model.text_layer": "average"}, ["model.text_layers"]),
+        ({"model.in_channels": "8"}, ["follows from codec"]),
+        ({"model": "huge"}, ["tiny, small, base, large"]),
+        ({"batch_size": "0"}, ["--set batch_size=0", "at least 1"]),
+        ({"captions.tag_dropout": "2"}, ["--set captions.tag_dropout=2", "probability"]),
+        ({"optimizer.learning_rate": "-1"}, ["learning_rate", "above 0"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(settings: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        stage_config("256", settings)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_workers_and_micro_batches_always_make_the_whole_batch(ask: Any) -> None:
+    for name, stage in STAGES.items():
+        for workers in (1, 2, 4, 8, 16):
+            micro = micro_batch(stage, workers)
+            assert micro <= stage.micro_batch
+            assert stage.batch_size % (micro * workers) == 0, name
+    papers = [4, 2, 2, 4]  # accumulation on four GPUs
+    assert [STAGES[n].batch_size // (4 * micro_batch(STAGES[n], 4)) for n in ("256", "512", "768", "1024")] == papers
+    assert micro_batch(replace(STAGES["demo"], batch_size=48, micro_batch=10), 2) == 8
+    training = ask("demo", "micro_batch=5", workers=2)
+    assert (training.micro_batch, training.accumulation) == (4, 4)
+
+
+@pytest.mark.parametrize(("workers", "nearest"), [(3, "[2, 4]"), (0, "[1, 2]"), (100, "[8, 16]")])
+def test_workers_that_share_the_streams_unevenly_are_refused_with_the_nearest(workers: int, nearest: str) -> None:
+    with pytest.raises(UsageError, match="does not divide") as error:
+        micro_batch(STAGES["256"], workers)
+    assert nearest in str(error.value)
+
+
+def test_what_cannot_be_is_refused_with_the_mend(ask: Any, tmp_path: Path) -> None:
+    assert "resolution=64 or 80" in refused(ask, "256", *TINY, "resolution=70")
+    assert "less than one batch" in refused(ask, "demo", "samples=5")
+    assert refused(ask, "768", *TINY).endswith("--stage 768")
+    assert refused(ask, "256", *TINY, "selection=mine").endswith("--stage 256 --name mine")
+    assert "--prompts" in refused(ask, "demo", prompts=str(tmp_path / "none.txt"))
+    assert "--tagger" in refused(ask, "demo", tagger=str(tmp_path / "none"))
+    assert "--price-per-hour" in refused(ask, "demo", price_per_hour=-1.0)
+    assert "--max-failures" in refused(ask, "demo", max_failures=-1)
+    assert "--audit" in refused(ask, "demo", audit=str(tmp_path))
+    assert "gone" in _without_text_encoder(ask, tmp_path)
+
+
+def _without_text_encoder(ask: Any, tmp_path: Path) -> str:
+    save(ask("demo"), 3)
+    (tmp_path / "run/text_encoder").rename(tmp_path / "moved")
+    return refused(ask, "demo")
+
+
+def test_the_folder_of_an_audit_is_made(ask: Any, tmp_path: Path) -> None:
+    audit = ask("demo", audit=str(tmp_path / "new/folder/audit")).audit
+    assert Path(audit).read_bytes() == b""
+
+
+def test_prompts_come_from_a_file_or_the_selection(ask: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red ball\n\n  a blue one \n")
+    assert ask("demo", prompts=str(file)).prompts == ["a red ball", "a blue one"]
+    assert ask("demo").prompts == ask("demo").example_prompts
+
+
+def test_a_large_model_without_a_gpu_is_refused_with_what_it_needs_and_what_does_without(ask: Any) -> None:
+    tiny = ask("256", *TINY)
+    check_device(tiny, gpus=0)
+    base = replace(tiny, stage=STAGES["256"], model=replace(tiny.model, dim=1024, heads=8, mlp_dim=3072, depth=4))
+    check_device(base, gpus=1)
+    with pytest.raises(UsageError) as error:
+        check_device(base, gpus=0)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in ("parameters", "GB", "20 bytes", "--set model=tiny", "--set codec=dct"))
+
+
+def test_help_is_there_at_once_and_names_every_stage() -> None:
+    """torch takes seconds to import."""
+    code = (
+        "import runpy, sys; sys.argv = ['run.py', '--help']\n"
+        "try: runpy.run_path(sys.path.pop(), run_name='__main__')\n"
+        "except SystemExit: assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    )
+    script = f"import sys; sys.path.append({str(ROOT / 'trainer/run.py')!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in STAGES)

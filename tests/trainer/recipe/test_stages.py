@@ -1,0 +1,117 @@
+"""The recipe's numbers against the HDM report's table, and what a stage refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.curation.stage_rules import RULES
+from trainer.model.xut import XUTConfig
+from trainer.recipe import memory
+from trainer.recipe.settings import PRESETS
+from trainer.recipe.stages import STAGES
+
+# HDM report, section 4.2: samples, rate at base width 1, batch per GPU, global batch, TREAD, text tokens, hours, and
+# the images/s of the four cards.
+PAPER = {
+    "256": (152.5e6, 0.5, 128, 2048, 0.5, 256, 174, 243),
+    "512": (42.34e6, 0.1, 64, 512, 0.5, 256, 120, 98),
+    "768": (8.469e6, 0.05, 64, 512, 0.5, 256, 42, 56),
+    "1024": (3.649e6, 0.02, 16, 256, 0.0, 512, 49, 20.7),
+}
+GPUS = 4
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_stage_has_the_numbers_of_the_papers(name: str) -> None:
+    stage = STAGES[name]
+    samples, rate, micro_batch, batch_size, selection_rate, text_tokens, hours, images_per_s = PAPER[name]
+    assert (stage.samples, stage.micro_batch, stage.batch_size) == (samples, micro_batch, batch_size)
+    assert (stage.selection_rate, stage.text_tokens, stage.resolution) == (selection_rate, text_tokens, int(name))
+    assert (stage.model, stage.patch_size, stage.optimizer.kind) == ("base", 2, "adamw")
+    assert stage.samples / images_per_s / 3600 == pytest.approx(hours, abs=0.5)
+    assert stage.optimizer.learning_rate * stage.optimizer.base_width == pytest.approx(rate), "rate / fan_in is theirs"
+    assert stage.batch_size % (GPUS * stage.micro_batch) == 0
+    first = name == "256"
+    assert stage.optimizer.betas == ((0.9, 0.98) if first else (0.9, 0.995))
+    assert stage.clip_norm == (3.0 if first else 1.0)
+    assert (stage.optimizer.warmup_steps, stage.optimizer.final_ratio) == (1000, 0.01)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_checkpoint_is_written_every_half_hour_to_hour_on_the_cards_of_the_papers(name: str) -> None:
+    stage, images_per_s = STAGES[name], PAPER[name][-1]
+    minutes = stage.checkpoint_every * stage.batch_size / images_per_s / 60
+    assert 30 <= minutes <= 60
+    assert stage.keep_every % stage.checkpoint_every == 0, "there is one to keep"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_average_of_the_weights_forgets_half_within_a_tenth_of_the_stage(name: str) -> None:
+    stage = STAGES[name]
+    steps = stage.samples // stage.batch_size
+    assert stage.ema_decay ** (steps / 10) <= 0.5
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_curated_under_its_own_name_and_comes_after_a_smaller_one(name: str) -> None:
+    stage = STAGES[name]
+    assert stage.selection == name
+    assert name in RULES
+    assert stage.model in PRESETS
+    if stage.after is not None:
+        assert STAGES[stage.after].resolution < stage.resolution
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("batch_size", 0, "at least 1"),
+        ("samples", -5, "at least 1"),
+        ("checkpoint_every", 0, "at least 1"),
+        ("hold_out", 1.0, "below 1"),
+        ("selection_rate", 1.0, "below 1"),
+        ("selection_rate", float("nan"), "below 1"),
+        ("ema_decay", -0.1, "at least 0"),
+        ("flip", 1.5, "from 0 to 1"),
+        ("clip_norm", 0.0, "above 0"),
+        ("timestep_shift", -1.0, "above 0"),
+        ("seed", -1, "at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(field: str, value: float, wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be .*{wanted}.*{value}"):
+        replace(STAGES["256"], **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", 0.0), ("weight_decay", -1.0), ("betas", (0.9, 1.0)), ("warmup_steps", -1), ("final_ratio", 2.0)],
+)
+def test_so_is_one_of_the_optimizer(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(STAGES["256"].optimizer, **{field: value})
+
+
+def test_the_memory_estimate_follows_its_formula() -> None:
+    """20 bytes a parameter, the activations of a micro batch, 3 GB; and recomputing keeps less and less."""
+    base, stage = XUTConfig.base(), STAGES["512"]
+    assert memory.parameters(base) == pytest.approx(343e6, rel=0.01)
+    one, two = (memory.training_bytes(base, stage, micro, 8) for micro in (1, 2))
+    sample = memory.activation_bytes(base, stage, 8)
+    assert two - one == sample
+    assert one - sample == 20 * memory.parameters(base) + 3_000_000_000
+    kept = [
+        memory.activation_bytes(base, replace(stage, checkpointing=which), 8) for which in ("none", "blocks", "all")
+    ]
+    assert kept[0] > 1.5 * kept[1] > 1.5 * 1.5 * kept[2]
+    routed = memory.activation_bytes(base, replace(stage, checkpointing="none"), 8)
+    assert routed < memory.activation_bytes(base, replace(stage, checkpointing="none", selection_rate=0.0), 8)
+
+
+def test_the_memory_estimate_is_near_what_one_step_was_measured_to_take() -> None:
+    """tests/bench/RESULTS.md: a dense fp32 step of base at 512 pixels, one sample, 96 text tokens: 8.3 GiB."""
+    stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96,
+                    checkpointing="none")  # fmt: skip
+    base = XUTConfig.base()
+    without_average = 16 * memory.parameters(base) + memory.activation_bytes(base, stage, 8)
+    assert without_average / 2**30 == pytest.approx(8.3, rel=0.15)

@@ -1,0 +1,478 @@
+"""Batches of a small drawn dataset: what is read, what is held out, what is replaced, from which tier, and mirrored.
+
+The pictures are drawn, ingested, captioned and curated by the pipeline's own functions, in this process.
+"""
+
+import io
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import curate
+from pipeline.captions.tag_captions import ImageShard, caption_shard
+from pipeline.core.errors import JobFailed, UsageError
+from pipeline.core.records import IMAGES
+from pipeline.curation.plan import quality_table, read_inputs
+from pipeline.curation.selection import Curation
+from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
+from pipeline.drawings.sample_posts import plan, shards
+from pipeline.ingestion import validation
+from pipeline.ingestion.preflight import plan_shards
+from pipeline.ingestion.validation import IngestRules, downsize_shard, validate_shard
+from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.sample_data import draw_shard
+from pipeline.storage.fingerprints import image_footers
+from pipeline.storage.shards import Store
+from trainer.diffusion.keyed_random import Stream, keyed_uniform
+from trainer.samples import row_groups
+from trainer.samples.data import _ROW_GROUPS as ROW_GROUPS
+from trainer.samples.data import (
+    Batch,
+    CropConfig,
+    TrainingData,
+    held_out_batch,
+    join,
+    load_batch,
+    may_be_mirrored,
+    mirrored,
+    text_parts,
+)
+from trainer.samples.layout import _ARRAYS, KEPT, Layout, Selection, held_out, id_hash
+from trainer.samples.order import micro_batches
+from trainer.samples.training_text import CaptionConfig, TextParts, full_text
+
+CROP = CropConfig(resolution=48, captions=CaptionConfig(), seed=5)
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two shards in row groups of about three pictures, a tier of 96 and one of 512 pixels, two selections."""
+    folder = tmp_path_factory.mktemp("data")
+    raw, store, rules = Store(str(folder / "raw")), Store(str(folder / "dataset")), IngestRules(downsize=96)
+    for name, posts in shards(plan(0, 240)):
+        draw_shard(raw, name, 0, posts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "_GROUP_BYTES", 24_000)
+        made = plan_shards(
+            [raw.path(f"{site}/0000.parquet") for site in ("danbooru", "pixiv")], "auto", None, store, rules
+        )
+        for shard in made.shards.values():
+            validate_shard(shard, store.root, rules)
+            downsize_shard(shard, store.root, replace(rules, downsize=512))
+        for name, footer in image_footers(store).items():
+            caption_shard(ImageShard(name, footer.rows, footer.digest), store.root, "captions")
+    _curate(store, "all", Rules(min_side=64))
+    _curate(store, "danbooru", Rules(min_side=64, sources=("danbooru",)))
+    return store
+
+
+def _curate(store: Store, name: str, rules: Rules) -> None:
+    def one_by_one(work: Callable[[Any], None], parts: dict[str, Any], description: str) -> dict[str, str]:
+        for part in parts.values():
+            work(part)
+        return {}
+
+    rules = with_artists(rules)
+    inputs = read_inputs(store, rules)
+    quality, _ = quality_table(store, f"selections/{name}", inputs, rules.preset, renew=False)
+    curation = Curation(store.root, name, rules, tag_rules(rules), quality)
+    curate.curate(curation, inputs, one_by_one, {})
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    ROW_GROUPS.forget()
+
+
+def load(store: Store, crop: CropConfig = CROP, name: str = "all", **more: Any) -> TrainingData:
+    selection = Selection.load(store.root, name, more.pop("resolution", None))
+    return TrainingData.load(selection, crop, batch_size=BATCH, **{"streams": 4, "window": 2} | more)
+
+
+def selected_ids(store: Store, name: str = "all") -> list[str]:
+    folder = f"selections/{name}"
+    tables = [store.read_table(f"{folder}/{shard}.parquet", ["id"]) for shard in store.shards(folder)]
+    return [row for table in tables for row in table["id"].to_pylist()]
+
+
+def epoch_of(data: TrainingData, number: int = 0) -> Batch:
+    return load_batch(data, range(number * data.order.count, (number + 1) * data.order.count))
+
+
+def same(one: Batch, two: Batch) -> bool:
+    """Bit for bit."""
+    return all(np.array_equal(getattr(one, field.name), getattr(two, field.name)) for field in fields(Batch))
+
+
+# --- Order and reads --------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_each_selected_id_once(dataset: Store) -> None:
+    data = load(dataset)
+    for number in range(2):
+        assert sorted(epoch_of(data, number).ids) == sorted(selected_ids(dataset))
+    assert epoch_of(data).ids != epoch_of(data, 1).ids
+
+
+def test_a_batch_is_the_same_in_parts_in_another_process_and_with_nothing_in_memory(dataset: Store) -> None:
+    data = load(dataset, replace(CROP, flip=0.5))
+    whole = load_batch(data, range(200, 240))
+    ROW_GROUPS.forget()
+    sent = pickle.loads(pickle.dumps(data))
+    parts = [load_batch(sent, range(start, start + 10)) for start in (230, 200, 220, 210)]
+    assert same(whole, join([parts[1], parts[3], parts[2], parts[0]]))
+    assert whole.pixels_BHW3.shape == (40, 48, 48, 3)
+    assert len(set(whole.keys_B.tolist())) == 40
+
+
+def test_the_words_of_a_picture_come_with_it(dataset: Store) -> None:
+    """Whichever rows of whichever row groups were selected."""
+    whole = CaptionConfig(tag_dropout=0, group_dropout=0, caption_dropout=0, caption_only=0, tags_only=0)
+    data = load(dataset, replace(CROP, captions=whole, resolution=64), name="danbooru")
+    rows = {row["id"]: row for row in dataset.read_table("selections/danbooru/danbooru-0000.parquet").to_pylist()}
+    images = {row["id"]: row["image"] for row in dataset.read_table("images/danbooru-0000.parquet").to_pylist()}
+    assert len(rows) < len(images), "some are not selected"
+    batch = load_batch(data, range(30))
+    for at, name in enumerate(batch.ids):
+        assert sorted(batch.texts[at].split(", ")) == sorted(full_text(text_parts(rows[name])).split(", "))
+        across, down, _ = keyed_uniform(batch.keys_B[at : at + 1], 3, Stream.CROP)[0].tolist()
+        cut = square_crop(images[name], 64, across, down)
+        assert isinstance(cut, Crop)
+        np.testing.assert_array_equal(batch.pixels_BHW3[at], cut.pixels_HWC)
+        assert batch.frame_B4[at].tolist() == [cut.x0, cut.y0, cut.width, cut.height]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every row group of pictures that is read from now on: its shard and number there."""
+    found: list[tuple[str, int]] = []
+    read = row_groups._pictures
+
+    def counted(selection: Selection, shard: str, group: int) -> pa.Table:
+        found.append((shard, group))
+        return read(selection, shard, group)
+
+    monkeypatch.setattr(row_groups, "_pictures", counted)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_bytes_read_in_an_epoch_are_those_of_its_row_groups(
+    dataset: Store, reads: list[tuple[str, int]], workers: int
+) -> None:
+    data, ids = load(dataset, workers=workers), list[str]()
+    steps = -(-2 * data.order.count // BATCH)
+    for rank in range(workers):
+        ROW_GROUPS.forget()  # each worker is a process of its own
+        for step in range(steps):
+            [positions] = micro_batches(step, BATCH, rank, workers, BATCH // workers)
+            ids += load_batch(data, positions).ids
+    footers = {
+        shard: pq.read_metadata(dataset.path(f"images/{shard}.parquet")) for shard in data.layout.selection.shards
+    }
+
+    def pictures(shard: str, group: int) -> int:
+        column = footers[shard].row_group(group).column(IMAGES.get_field_index("image"))
+        assert column.path_in_schema == "image"
+        return int(column.total_compressed_size)
+
+    layout = data.layout
+    shard_names = np.array(layout.selection.shards)[layout.shard_G]
+    selected = sum(pictures(*place) for place in zip(shard_names.tolist(), layout.group_G.tolist(), strict=True))
+    assert len(layout.group_G) > 60, "enough row groups for a share"
+    assert Counter(ids).most_common(1)[0][1] <= 3, "two epochs, and the first part of a third to fill the last batch"
+    read = sum(pictures(*place) for place in reads)
+    assert selected <= read <= 2 * 1.1 * selected
+
+
+# --- Held out ---------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_pictures_are_never_trained_on_and_all_others_are(dataset: Store) -> None:
+    data = load(dataset, hold_out=0.2)
+    held = held_out_batch(data, range(data.layout.held_out_count))
+    trained = epoch_of(data)
+    assert not set(held.ids) & set(trained.ids)
+    assert sorted(held.ids + trained.ids) == sorted(selected_ids(dataset))
+    assert 0.1 < len(held.ids) / len(trained.ids) < 0.4
+
+
+def test_the_same_pictures_are_held_out_of_every_selection_by_every_share(dataset: Store) -> None:
+    data, part = load(dataset, hold_out=0.2), load(dataset, hold_out=0.2, name="danbooru")
+    held = held_out_batch(data, range(data.layout.held_out_count)).ids
+    held_of_part = held_out_batch(part, range(part.layout.held_out_count)).ids
+    assert held_of_part == [name for name in held if name in set(selected_ids(dataset, "danbooru"))]
+    assert 0 < len(held_of_part) < len(held)
+    fewer = load(dataset, hold_out=0.05)
+    assert 0 < fewer.layout.held_out_count < len(held)
+    assert held_out_batch(fewer, range(fewer.layout.held_out_count)).ids == held[: fewer.layout.held_out_count]
+
+
+def test_a_held_out_sample_is_the_middle_of_the_picture_with_its_whole_text_and_keys_of_its_own(dataset: Store) -> None:
+    data = load(dataset, hold_out=0.2)
+    batch = held_out_batch(data, [3, 0])
+    stage = load(dataset, replace(CROP, seed=6, flip=1.0), hold_out=0.1, window=1)
+    assert same(batch, held_out_batch(stage, [3, 0]))
+    assert same(batch, join([held_out_batch(data, [3]), held_out_batch(data, [0])]))
+    x0, y0, width, height = batch.frame_B4.T
+    assert np.abs(2 * x0 + 48 - width).max() <= 1
+    assert np.abs(2 * y0 + 48 - height).max() <= 1
+    assert not set(batch.keys_B.tolist()) & set(epoch_of(data).keys_B.tolist())
+    rows = [row for shard in dataset.shards("selections/all") for row in _selected(dataset, shard)]
+    texts = {row["id"]: full_text(text_parts(row)) for row in rows}
+    assert batch.texts == [texts[name] for name in batch.ids]
+
+
+def _selected(dataset: Store, shard: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = dataset.read_table(f"selections/all/{shard}.parquet").to_pylist()
+    return rows
+
+
+def test_the_share_held_out_is_the_one_asked_for() -> None:
+    names = pa.array([f"danbooru:{number}" for number in range(10_000)] + [f"pixiv:{n}_p0" for n in range(10_000)])
+    for share in (0.01, 0.5):
+        held = held_out(id_hash(names), share)
+        for part in (held[:10_000], held[10_000:]):
+            assert abs(part.mean() - share) < 4 * (share * (1 - share) / 10_000) ** 0.5
+    assert not held_out(id_hash(names), 0.0).any()
+
+
+def test_the_hash_of_an_id_does_not_depend_on_its_neighbours() -> None:
+    names = ["pixiv:12", "", "danbooru:1234567", "pixiv:12345678_p10", "é", "danbooru:1234568"]
+    together = id_hash(pa.array(names))
+    assert len(set(together.tolist())) == len(names)
+    alone = [id_hash(pa.array([name]))[0] for name in names]
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(together[2:5], id_hash(pa.array(names)[2:5]))
+    np.testing.assert_array_equal(together, id_hash(pa.chunked_array([names[:2], names[2:]])))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 0.99999])
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(dataset: Store, share: float) -> None:
+    with pytest.raises(UsageError, match="hold_out"):
+        load(dataset, hold_out=share)
+
+
+# --- Broken files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(dataset: Store, tmp_path: Path) -> Store:
+    """A copy that may be spoilt."""
+    shutil.copytree(dataset.root, tmp_path / "dataset")
+    return Store(str(tmp_path / "dataset"))
+
+
+def rewrite(store: Store, shard: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write a shard of pictures anew in the same row groups, each row changed."""
+    name = f"images/{shard}.parquet"
+    with store.open(name) as file:
+        parquet = pq.ParquetFile(file)
+        groups = [parquet.read_row_group(group).to_pylist() for group in range(parquet.metadata.num_row_groups)]
+    with store.writing_table(name, IMAGES) as write:
+        for rows in groups:
+            write(pa.Table.from_pylist([change(row) for row in rows], IMAGES))
+
+
+def test_a_picture_that_cannot_be_read_is_replaced_by_the_next_of_its_row_group_and_named(broken: Store) -> None:
+    data = load(broken)
+    sound = epoch_of(data)
+    layout = data.layout
+    group = int(np.flatnonzero((layout.counts_G > 2) & (layout.shard_G == 0))[3])
+    ids = selected_ids(broken)[layout.counts_G[:group].sum() :][: layout.counts_G[group]]
+    ROW_GROUPS.forget()
+    last, first = ids[-1], ids[0]
+    rewrite(broken, layout.selection.shards[0], lambda row: row | ({"image": b"x"} if row["id"] == last else {}))
+    found = epoch_of(data)
+    [(name, why)] = found.replaced
+    assert name == last
+    assert "not an image" in why
+    place = sound.ids.index(last)
+    assert found.ids == [*sound.ids[:place], first, *sound.ids[place + 1 :]]
+    np.testing.assert_array_equal(found.keys_B, sound.keys_B)
+    others = np.arange(len(sound.ids)) != place
+    np.testing.assert_array_equal(found.pixels_BHW3[others], sound.pixels_BHW3[others])
+    assert same(load_batch(data, [place]), load_batch(load(broken, workers=4), [place]))
+    assert load_batch(data, [place]).ids == [first]
+
+
+def test_a_lost_row_group_is_replaced_by_all_of_the_next(broken: Store) -> None:
+    data = load(broken)
+    sound, layout = epoch_of(data), data.layout
+    ROW_GROUPS.forget()
+    path = Path(broken.path(f"images/{layout.selection.shards[0]}.parquet"))
+    lost, place = 4, int(layout.group_G[4])
+    column = pq.read_metadata(path).row_group(place).column(IMAGES.get_field_index("image"))
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + 64] = bytes([255]) * 64
+    path.write_bytes(content)
+    found = epoch_of(data)
+    of_group = [selected_ids(broken)[layout.counts_G[:g].sum() :][: layout.counts_G[g]] for g in (lost, lost + 1)]
+    assert sorted(name for name, _ in found.replaced) == sorted(of_group[0])
+    changed = [(a, b) for a, b in zip(sound.ids, found.ids, strict=True) if a != b]
+    assert sorted(a for a, _ in changed) == sorted(of_group[0])
+    assert {b for _, b in changed} <= set(of_group[1])
+    assert len({b for _, b in changed}) == min(map(len, of_group))
+
+
+def test_a_lost_shard_costs_its_own_samples_and_a_lost_dataset_the_job(broken: Store) -> None:
+    data = load(broken)
+    danbooru, pixiv = data.layout.selection.shards
+    Path(broken.path(f"images/{pixiv}.parquet")).unlink()
+    found = epoch_of(data)
+    assert sorted(name for name, _ in found.replaced) == sorted(row["id"] for row in _selected(broken, pixiv))
+    assert "FileNotFoundError" in found.replaced[0][1]
+    ROW_GROUPS.forget()
+    Path(broken.path(f"images/{danbooru}.parquet")).unlink()
+    with pytest.raises(JobFailed, match=r"cannot be read: FileNotFoundError.*mend"):
+        load_batch(data, range(8))
+
+
+def test_a_held_out_picture_that_cannot_be_read_is_replaced_too(broken: Store) -> None:
+    data = load(broken, hold_out=0.2)
+    [name, following] = held_out_batch(data, [4, 5]).ids
+    shard = next(shard for shard in data.layout.selection.shards if shard.startswith(name.partition(":")[0]))
+    rewrite(broken, shard, lambda row: row | ({"image": b"x"} if row["id"] == name else {}))
+    found = held_out_batch(data, [4, 5])
+    assert found.ids == [following, following]
+    assert [pair[0] for pair in found.replaced] == [name]
+
+
+def test_pictures_that_were_ingested_again_are_not_taken_for_the_selected_ones(broken: Store) -> None:
+    data = load(broken)
+    rewrite(broken, data.layout.selection.shards[0], lambda row: row | {"id": row["id"] + "0"})
+    with pytest.raises(ValueError, match=r"other rows than the selection 'all'.*curate"):
+        epoch_of(data)
+
+
+def same_layout(one: Layout, two: Layout) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(two, name)) for name in _ARRAYS)
+
+
+def test_a_kept_layout_is_the_computed_one_and_needs_no_shard_opened(broken: Store, tmp_path: Path) -> None:
+    selection = Selection.load(broken.root, "all")
+    first = Layout.kept_in(str(tmp_path), selection, 0.2)
+    assert same_layout(first, Layout.of(selection, 0.2))
+    for shard in selection.shards:  # the pictures' listing stays
+        broken.remove(f"selections/all/{shard}.parquet")
+    assert same_layout(Layout.kept_in(str(tmp_path), selection, 0.2), first)
+
+
+def test_a_layout_is_computed_anew_where_anything_that_it_was_made_from_changed(broken: Store, tmp_path: Path) -> None:
+    selection, kept = Selection.load(broken.root, "all"), str(tmp_path)
+    with_held_out = Layout.kept_in(kept, selection, 0.2)
+    assert Layout.kept_in(kept, selection, 0.0).held_out_count == 0 < with_held_out.held_out_count
+    assert Layout.kept_in(kept, Selection.load(broken.root, "danbooru")).count < selection.count
+    (tmp_path / KEPT).write_bytes(b"half")
+    assert Layout.kept_in(kept, selection).count == selection.count
+    shard = selection.shards[0]
+    pictures = broken.read_table(f"images/{shard}.parquet")
+    broken.write_table(f"images/{shard}.parquet", pictures.slice(0, 1), IMAGES)
+    with pytest.raises(ValueError, match="other rows than the selection"):
+        Layout.kept_in(kept, selection)
+
+
+# --- Tiers and mirroring ----------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_tier_that_is_large_enough_and_whole_is_read(broken: Store) -> None:
+    def folder(resolution: int | None) -> str:
+        return Selection.load(broken.root, "all", resolution).images
+
+    assert {side: folder(side) for side in (64, 96, 97, 512, 513, 1024)} == {
+        64: "images-96", 96: "images-96", 97: "images-512", 512: "images-512", 513: "images", 1024: "images",
+    }  # fmt: skip
+    assert folder(None) == "images"
+    broken.remove("images-512/pixiv-0000.parquet")
+    assert folder(512) == "images"
+    assert Selection.load(broken.root, "danbooru", 512).images == "images-512", "it has all shards of this selection"
+
+
+def test_a_tier_gives_the_same_pictures(dataset: Store) -> None:
+    large, small = epoch_of(load(dataset)), load(dataset, resolution=48)
+    assert small.layout.selection.images == "images-96"
+    positions = np.argsort(small.order.samples(range(small.order.count)))
+    by_id = dict(zip(large.ids, large.pixels_BHW3, strict=True))
+    batch = load_batch(small, positions)
+    assert batch.ids == selected_ids(dataset), "in the order of their numbers"
+    centred = (
+        held_out_batch(load(dataset, hold_out=0.1), range(8)),
+        held_out_batch(load(dataset, hold_out=0.1, resolution=48), range(8)),
+    )
+    assert set(batch.ids) == set(by_id)
+    assert centred[0].ids == centred[1].ids
+    differences = np.abs(centred[0].pixels_BHW3.astype(int) - centred[1].pixels_BHW3)
+    assert differences.mean() < 4, "of 255"
+
+
+def test_mirroring_changes_sides_alone_and_spares_what_has_writing(dataset: Store) -> None:
+    plain, turned, half = (epoch_of(load(dataset, replace(CROP, flip=flip))) for flip in (0.0, 1.0, 0.5))
+    assert plain.ids == turned.ids == half.ids
+    assert plain.texts == turned.texts == half.texts
+    rows = {row["id"]: row for shard in dataset.shards("selections/all") for row in _selected(dataset, shard)}
+    may = np.array([may_be_mirrored(text_parts(rows[name])) for name in plain.ids])
+    assert 0.5 < may.mean() < 1, "some are signed"
+    x0, y0, width, height = plain.frame_B4.T
+    frame_B4 = np.stack([width - x0 - 48, y0, width, height], axis=1)
+    np.testing.assert_array_equal(turned.frame_B4, np.where(may[:, None], frame_B4, plain.frame_B4))
+    np.testing.assert_array_equal(
+        turned.pixels_BHW3, np.where(may[:, None, None, None], plain.pixels_BHW3[:, :, ::-1], plain.pixels_BHW3)
+    )
+    as_turned = (half.pixels_BHW3 == turned.pixels_BHW3).all(axis=(1, 2, 3))
+    as_plain = (half.pixels_BHW3 == plain.pixels_BHW3).all(axis=(1, 2, 3))
+    assert (as_plain | as_turned).all()
+    assert 0.35 < as_turned[may].mean() < 0.65
+
+
+def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture() -> None:
+    """Its frame says where it lies in that one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+
+    def png(pixels_HWC: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels_HWC).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    cut = square_crop(png(pixels), 40, 0.3, 0.0)
+    assert isinstance(cut, Crop)
+    turned = mirrored(cut)
+    across = (turned.x0 + 0.5) / (turned.width - 40 + 1)
+    expected = square_crop(png(pixels[:, ::-1]), 40, across, 0.0)
+    assert isinstance(expected, Crop)
+    assert (expected.x0, expected.y0, expected.width) == (turned.x0, turned.y0, turned.width)
+    assert np.abs(expected.pixels_HWC.astype(int) - turned.pixels_HWC).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "may"),
+    [
+        (TextParts(general=("long hair", "looking at viewer")), True),
+        (TextParts(general=("bright sky", "context", "leftover")), True),
+        (TextParts(general=("looking left",)), False),
+        (TextParts(caption="A girl on the Right of a tree."), False),
+        (TextParts(general=("english text",)), False),
+        (TextParts(meta=("4koma",)), False),
+        (TextParts(general=("speech bubble",)), False),
+        (TextParts(general=("文字入り",)), False),
+    ],
+)
+def test_what_speaks_of_sides_or_writing_is_never_mirrored(parts: TextParts, may: bool) -> None:
+    assert may_be_mirrored(parts) == may
+
+
+@pytest.mark.parametrize("flip", [-0.1, 1.5])
+def test_a_flip_that_is_no_probability_is_refused(flip: float) -> None:
+    with pytest.raises(ValueError, match="flip"):
+        replace(CROP, flip=flip)

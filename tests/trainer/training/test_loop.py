@@ -1,0 +1,426 @@
+"""The training step: the same mathematics however a batch is split, sound after bad numbers, exact when resumed.
+
+Run as a script this file is one of several workers that train together: test_loop.py RANK WORKERS FOLDER.
+"""
+
+import functools
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trainer.training.loop
+from trainer.diffusion.keyed_random import sample_key
+from trainer.model.xut import XUT, XUTConfig, compiled
+from trainer.optimization.optimizers import OptimizerConfig
+from trainer.training.loop import Inputs, Loop, LoopConfig, StepResult
+
+BATCH = 12
+TEXT_TOKENS = 6
+KINDS = ["adamw", "muon"]
+# Rates at which a step moves weights by far more than the tolerance.
+RATES: dict[str, Any] = {"learning_rate": 1e-3, "muon_learning_rate": 1e-3, "warmup_steps": 0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def new_loop(kind: str = "adamw", device: str = "cpu", **changes: Any) -> Loop:
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {"depth": 1, "dec_blocks": 1, "prev_blocks": 0, "post_blocks": 0}
+    model = XUT(XUTConfig(dim=32, heads=2, mlp_dim=48, text_dim=16, patch_size=1, **blocks)).to(device)
+    config = LoopConfig(
+        resolution=32,
+        batch_size=BATCH,
+        selection_rate=0.5,
+        total_steps=20,
+        ema_decay=0.9,
+        clip_norm=1.0,
+        timestep_shift=2.0,
+        optimizer=OptimizerConfig(kind=kind, **RATES),  # type: ignore[arg-type]
+    )
+    return Loop(model, replace(config, **changes), torch.tensor([1.5, 0.5, 1.0, 1.0], device=device))
+
+
+def batch_of(step: int) -> Inputs:
+    """A global batch; no text is longer than its place in the batch allows."""
+    generator = torch.Generator().manual_seed(step)
+    lengths_B = torch.arange(BATCH) % TEXT_TOKENS + 1
+    mask_BT = torch.arange(TEXT_TOKENS) < lengths_B[:, None]
+    text_BTD = torch.randn(BATCH, TEXT_TOKENS, 16, generator=generator) * mask_BT[:, :, None]
+    return Inputs(
+        latents_BCHW=torch.randn(BATCH, 4, 4, 4, generator=generator),
+        text_BTD=text_BTD,
+        text_mask_BT=mask_BT,
+        frame_B4=torch.tensor([3.0, 5.0, 48.0, 40.0]).expand(BATCH, 4),
+        keys_B=torch.tensor([sample_key(0, 0, step * BATCH + slot) for slot in range(BATCH)]),
+    )
+
+
+def split(batch: Inputs, sizes: Sequence[int], first: int = 0) -> Iterator[Inputs]:
+    """Micro batches from slot `first` on, each padded no further than to its own longest text."""
+    for size in sizes:
+        rows = slice(first, first := first + size)
+        longest = int(batch.text_mask_BT[rows].sum(1).max())
+        yield Inputs(
+            batch.latents_BCHW[rows],
+            batch.text_BTD[rows, :longest],
+            batch.text_mask_BT[rows, :longest],
+            batch.frame_B4[rows],
+            batch.keys_B[rows],
+        )
+
+
+def broken(batch: Inputs, value: float = float("nan"), slot: int = 0) -> Inputs:
+    latents_BCHW = batch.latents_BCHW.clone()
+    latents_BCHW[slot, 0, 0, 0] = value
+    return replace(batch, latents_BCHW=latents_BCHW)
+
+
+def train(loop: Loop, steps: range, sizes: Sequence[int] = (BATCH,)) -> list[StepResult]:
+    return [loop.step(split(batch_of(step), sizes)) for step in steps]
+
+
+def copy_of(loop: Loop) -> dict[str, Tensor]:
+    """All tensors of a loop but the count of skipped steps."""
+    named = {f"{part}/{name}": t.clone() for part, ts in loop.tensors().items() for name, t in ts.items()}
+    del named["optimizer/skipped_steps"]
+    return named
+
+
+def assert_bit_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+# However a batch is split
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_of_any_size_and_text_length_take_the_same_steps_as_one_batch(kind: str) -> None:
+    whole, start = new_loop(kind), new_loop(kind)
+    wanted = train(whole, range(3))
+    for sizes in [(3, 3, 3, 3), (1, 6, 2, 3)]:
+        split_up = new_loop(kind)
+        found = train(split_up, range(3), sizes)
+        torch.testing.assert_close([r.loss for r in found], [r.loss for r in wanted], rtol=1e-5, atol=0)
+        torch.testing.assert_close([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-5, atol=0)
+        for name, parameter in whole.model.named_parameters():
+            torch.testing.assert_close(split_up.model.get_parameter(name), parameter, rtol=1e-5, atol=1e-5)
+    moved = whole.model.patch_in.weight - start.model.patch_in.weight
+    assert moved.abs().max() > 1e-4, "far more than the tolerance"
+
+
+@pytest.fixture(scope="module")
+def three_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """What each of three processes has after the steps of `_work_together`. Of two, a sum has no order."""
+    folder = tmp_path_factory.mktemp("three workers")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}  # loopback
+    command = [sys.executable, __file__]
+    workers = [subprocess.Popen([*command, str(rank), "3", str(folder)], env=environment) for rank in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(3)]
+
+
+def _work_together(rank: int, workers: int, folder: Path) -> None:
+    """Three steps with each kind of optimizer, a bad one of the last worker's, then two, and these again resumed."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    saved: dict[str, Tensor] = {}
+
+    def share(batch: Inputs) -> Iterator[Inputs]:
+        return split(batch, (4,) if rank == 0 else (1, 2, 1), first=4 * rank)
+
+    def keep(moment: str, loop: Loop) -> None:
+        saved.update({f"{moment}/{name}": tensor for name, tensor in copy_of(loop).items()})
+
+    for kind in KINDS:
+        loop = new_loop(kind)
+        for step in range(3):
+            result = loop.step(share(batch_of(step)))
+            saved |= {f"{kind}/loss/{step}": result.loss, f"{kind}/norm/{step}": result.grad_norm}
+        keep(f"{kind}/good", loop)
+        saved[f"{kind}/skipped"] = loop.step(share(broken(batch_of(3), slot=BATCH - 1))).skipped
+        keep(f"{kind}/bad", loop)
+        resumed = new_loop(kind)
+        resumed.load(loop.tensors(), loop.steps_taken)
+        for moment, each in (("whole", loop), ("resumed", resumed)):
+            for step in range(4, 6):
+                each.step(share(batch_of(step)))
+            keep(f"{kind}/{moment}", each)
+    with pytest.raises(ValueError, match="13 does not divide into the shares of 3 workers"):
+        new_loop(batch_size=13)
+    save_file(saved, folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def kept(worker: dict[str, Tensor], moment: str) -> dict[str, Tensor]:
+    return {name.removeprefix(moment): t for name, t in worker.items() if name.startswith(f"{moment}/")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_workers_take_the_same_steps_as_one(kind: str, three_workers: list[dict[str, Tensor]]) -> None:
+    loop = new_loop(kind)
+    wanted = train(loop, range(3))
+    for worker in three_workers:
+        for step, result in enumerate(wanted):
+            torch.testing.assert_close(worker[f"{kind}/loss/{step}"], result.loss, rtol=1e-5, atol=0)
+            torch.testing.assert_close(worker[f"{kind}/norm/{step}"], result.grad_norm, rtol=1e-5, atol=0)
+        for name, tensor in copy_of(loop).items():
+            torch.testing.assert_close(worker[f"{kind}/good/{name}"], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_all_workers_have_the_same_bits(three_workers: list[dict[str, Tensor]]) -> None:
+    assert_bit_equal(three_workers[0], three_workers[1])
+    assert_bit_equal(three_workers[0], three_workers[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_number_of_one_worker_skips_the_step_of_all(kind: str, three_workers: list[dict[str, Tensor]]) -> None:
+    for worker in three_workers:
+        assert worker[f"{kind}/skipped"] == 1
+        assert_bit_equal(kept(worker, f"{kind}/bad"), kept(worker, f"{kind}/good"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_resumed_workers_are_bit_equal_to_ones_that_went_on(
+    kind: str, three_workers: list[dict[str, Tensor]]
+) -> None:
+    """Sums over three round by their order, which must not depend on how long the processes have run."""
+    for worker in three_workers:
+        assert kept(worker, f"{kind}/whole").keys() == kept(worker, f"{kind}/good").keys()
+        assert_bit_equal(kept(worker, f"{kind}/resumed"), kept(worker, f"{kind}/whole"))
+
+
+def test_parts_that_do_not_make_up_the_share_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"have 11 samples: its share of a batch of 12 on 1 workers is 12"):
+        new_loop().step(split(batch_of(0), (5, 6)))
+
+
+# After bad numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(kind: str, value: float, good_steps: int) -> None:
+    loop = new_loop(kind)
+    train(loop, range(good_steps))
+    before = copy_of(loop)
+    result = loop.step(split(broken(batch_of(2), value, slot=7), (4, 4, 4)))
+    after = copy_of(loop)
+    if good_steps == 0:
+        # Before the first good step there are no moments: those that appear are those of no step.
+        assert not any(tensor.any() for name, tensor in after.items() if name not in before)
+        after = {name: tensor for name, tensor in after.items() if name in before}
+    assert_bit_equal(after, before)
+    assert result.skipped == 1
+    assert loop.steps_taken == good_steps + 1, "the order of the data and the schedule go on"
+    (good,) = train(loop, range(3, 4))
+    assert torch.isfinite(good.loss)
+    weight = "model/patch_out.weight"
+    assert not torch.equal(copy_of(loop)[weight], before[weight])
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row_since_the_last_reading() -> None:
+    loop = new_loop()
+
+    def steps(pattern: str) -> StepResult:
+        results = [loop.step([broken(batch_of(0)) if mark == "x" else batch_of(0)]) for mark in pattern]
+        return results[-1]
+
+    result = steps("..x.xx.")
+    assert (result.skipped, result.worst_run) == (3, 2)
+    reading = loop.read()
+    assert (reading.skipped, reading.worst_run) == (3, 2)
+    steps(".x")
+    assert loop.read().worst_run == 1
+    assert steps("xx.").worst_run == 3, "a run goes on over a reading"
+    assert (result.skipped, result.worst_run) == (3, 2), "a result stays what it was"
+    reading = loop.read()
+    assert (reading.skipped, reading.worst_run) == (6, 3)
+    steps(".")
+    assert loop.read().worst_run == 0
+
+
+def test_a_reading_is_the_mean_over_the_steps_that_were_taken() -> None:
+    loop = new_loop()
+    results = train(loop, range(2))
+    loop.step([broken(batch_of(2))])
+    reading = loop.read()
+    assert reading.loss == pytest.approx(sum(float(r.loss) for r in results) / 2, rel=1e-6)
+    assert reading.grad_norm == pytest.approx(sum(float(r.grad_norm) for r in results) / 2, rel=1e-6)
+    rates = {group["role"]: group["lr"] for group in loop.optimizer.param_groups}
+    assert reading.learning_rate == pytest.approx(rates["input"]), "fan-in does not scale it"
+    (last,) = train(loop, range(3, 4))
+    assert loop.read().loss == pytest.approx(float(last.loss), rel=1e-6)
+    loop.step([broken(batch_of(4))])
+    assert torch.isnan(torch.tensor(loop.read().loss))
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operators by which a host waits for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_never_waits_for_a_step(kind: str) -> None:
+    loop = new_loop(kind)
+    batches = [list(split(batch_of(step), (6, 6))) for step in range(2)] + [[broken(batch_of(2))]]
+    with _Waits() as waits:
+        for micro_batches in batches:
+            loop.step(micro_batches)
+    assert waits.seen == []
+    with _Waits() as waits:
+        float(loop.ema.updates)
+    assert len(waits.seen) == 1, "what this test looks for is seen"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_on_a_gpu_is_queued_without_waiting(kind: str, precision: str) -> None:
+    """torch raises at whatever would wait, copies from and to the host included."""
+    loop = new_loop(kind, "cuda", precision=precision)
+    batches = [
+        Inputs(**{name: tensor.cuda() for name, tensor in vars(batch).items()})
+        for batch in (batch_of(0), broken(batch_of(1)), batch_of(2))
+    ]
+    loop.step([batches[0]])
+    before = copy_of(loop)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step([batches[1]])
+        after = copy_of(loop)
+        loop.step([batches[2]])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_bit_equal(after, before)
+    assert loop.read().skipped == 1
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(kind: str, tmp_path: Path) -> None:
+    whole = new_loop(kind)
+    wanted = train(whole, range(6))
+    first = new_loop(kind)
+    train(first, range(3))
+    for name, tensors in first.tensors().items():
+        save_file(tensors, tmp_path / name)
+
+    second = new_loop(kind)
+    second.load({name: load_file(tmp_path / name) for name in second.tensors()}, first.steps_taken)
+    found = train(second, range(3, 6))
+    assert [float(r.loss) for r in found] == [float(r.loss) for r in wanted[3:]]
+    assert_bit_equal(copy_of(second), copy_of(whole))
+
+
+def test_the_count_of_skipped_steps_is_kept_and_a_run_of_them_forgotten() -> None:
+    first, second = new_loop(), new_loop()
+    first.step([broken(batch_of(0))])
+    train(first, range(1, 2))
+    second.step([broken(batch_of(0))])
+    second.load(first.tensors(), first.steps_taken)
+    assert second.steps_taken == 2
+    result = second.step([broken(batch_of(2))])
+    assert (result.skipped, result.worst_run) == (2, 1)
+    train(first, range(2, 3))
+    assert second.ema.updates == 1, "what was loaded is a copy"
+
+
+def test_a_stage_can_start_from_the_weights_of_another() -> None:
+    first, second = new_loop("adamw"), new_loop("muon")
+    train(first, range(2))
+    second.load({"model": first.tensors()["model"]}, 0)
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(second.ema.weights[name], parameter)
+    assert second.ema.updates == 0
+    assert list(second.tensors()["optimizer"]) == ["skipped_steps"]
+    train(second, range(1))
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    first, second = new_loop("adamw"), new_loop("muon")
+    train(first, range(1))
+    with pytest.raises(ValueError, match=r"another model or kind of optimizer: \d+ of its tensors"):
+        second.load(first.tensors(), 1)
+
+
+# Precision, compiling, evaluation
+
+
+def test_bf16_multiplies_in_bfloat16_and_keeps_the_rest_in_float32() -> None:
+    exact, rounded = new_loop(), new_loop(precision="bf16")
+    of_layer: list[torch.dtype] = []
+    rounded.model.patch_in.register_forward_hook(lambda module, args, out: of_layer.append(out.dtype))
+    for a, b in itertools.zip_longest(train(exact, range(3)), train(rounded, range(3))):
+        assert b.loss.dtype == torch.float32
+        torch.testing.assert_close(b.loss, a.loss, rtol=0.02, atol=0)
+    assert a.loss != b.loss
+    assert set(of_layer) == {torch.bfloat16}
+    assert {t.dtype for t in copy_of(rounded).values()} == {torch.float32, torch.int64}
+    with pytest.raises(ValueError, match="fp32, bf16: got 'fp16'"):
+        new_loop(precision="fp16")
+
+
+def test_encoders_that_answer_in_bfloat16_suit_both_precisions() -> None:
+    batch = batch_of(0)
+    narrow = replace(batch, latents_BCHW=batch.latents_BCHW.bfloat16(), text_BTD=batch.text_BTD.bfloat16())
+    for precision in ("fp32", "bf16"):
+        assert torch.isfinite(new_loop(precision=precision).step([narrow]).loss)
+
+
+def test_the_compiled_loop_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the traced graph, run without making kernels: those take a minute (tests/trainer/model has them)."""
+    monkeypatch.setattr(trainer.training.loop, "compiled", functools.partial(compiled, backend="aot_eager"))
+    torch._dynamo.reset()
+    eager, traced = new_loop(), new_loop(compile=True)
+    for a, b in itertools.zip_longest(train(eager, range(2)), train(traced, range(2))):
+        torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(copy_of(traced), copy_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_the_evaluation_model_has_the_averaged_weights_and_no_gradients() -> None:
+    loop = new_loop()
+    train(loop, range(3))
+    batch = batch_of(9)
+    inputs: dict[str, Any] = {"text": batch.text_BTD, "position_map": torch.zeros(BATCH, 16, 2)}
+    averaged = XUT(loop.model.config)
+    averaged.load_state_dict(loop.model.state_dict() | loop.ema.weights)
+    before = copy_of(loop)
+    with loop.evaluation_model() as velocity:
+        found = velocity(batch.latents_BCHW, torch.full((BATCH,), 0.5), **inputs)
+    assert not found.requires_grad
+    assert torch.equal(found, averaged(batch.latents_BCHW, torch.full((BATCH,), 0.5), **inputs))
+    assert_bit_equal(copy_of(loop), before)
+    train(loop, range(3, 4))
+
+
+if __name__ == "__main__":
+    _work_together(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,250 @@
+"""What a run leaves of its figures: read back with the readers of those who wrote the formats, through disks that are
+full and runs that are stopped."""
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.core.errors import UsageError
+from trainer.training.metrics import Spent
+from trainer.training.run_log import (
+    Log,
+    LogConfig,
+    append_line,
+    check_writers,
+    forget_steps_after,
+    skipped_steps,
+    spent,
+)
+
+QUIET = LogConfig(tensorboard=False)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
+
+
+def noise_png(side: int, seed: int = 0) -> bytes:
+    """About 3 bytes a pixel."""
+    buffer = BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: a write that would is cut there, the next one fails."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# --- Lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_json_at_once_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = Log(tmp_path / "run", 0, QUIET, {})
+    log.metrics({"step": 1, "loss": 0.5, "dollars": None})
+    log.metrics({"step": 2, "loss": float("nan"), "grad_norm": float("inf")})
+    log.evaluation({"step": 2, "loss": 0.25})
+    assert lines(tmp_path / "run" / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.5, "dollars": None},
+        {"step": 2, "loss": None, "grad_norm": None},
+    ]
+    assert lines(tmp_path / "run" / "evaluation.jsonl") == [{"step": 2, "loss": 0.25}]
+    assert log.failures == 0
+
+
+def test_a_run_that_goes_on_forgets_what_comes_again_but_not_what_it_cost(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": 2.0 * step, "dollars": step / 10})
+        append_line(tmp_path / "evaluation.jsonl", {"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    log = Log(tmp_path, 20, QUIET, {})
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20]
+    assert [line["step"] for line in lines(tmp_path / "evaluation.jsonl")] == [10, 20]
+    assert log.before == Spent(seconds=60.0, dollars=3.0)
+
+
+def test_starts_that_end_before_their_first_line_forget_no_cost(tmp_path: Path) -> None:
+    append_line(tmp_path / "metrics.jsonl", {"step": 30, "seconds": 60.0, "dollars": 3.0})
+    for _ in range(3):
+        assert Log(tmp_path, 20, QUIET, {}).before == Spent(seconds=60.0, dollars=3.0)
+    assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_steps_that_earlier_starts_skipped_are_those_of_the_newest_line(tmp_path: Path) -> None:
+    assert skipped_steps(tmp_path) == 0
+    for step, skipped in ((10, 0), (20, 3), (30, None)):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "skipped_steps": skipped})
+        assert skipped_steps(tmp_path) == (skipped or 0)
+
+
+def test_a_new_run_has_spent_nothing(tmp_path: Path) -> None:
+    forget_steps_after(0, tmp_path / "metrics.jsonl")
+    assert spent(tmp_path / "metrics.jsonl") == Spent()
+    assert not list(tmp_path.iterdir())
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_reads_the_figures_and_the_grid(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, LogConfig(), {})
+    log.metrics({"step": 1, "loss": 0.5, "dollars": None})
+    log.metrics({"step": 2, "loss": 0.25, "dollars": 1.5})
+    grid = noise_png(20)
+    log.evaluation({"step": 2, "loss": 0.125, "loss_at_0.0625": 1.0}, grid)
+    found = events(tmp_path / "tensorboard")
+    assert sorted(found.Tags()["scalars"]) == [
+        "train/dollars", "train/loss", "validation/loss", "validation/loss_at_0.0625",
+    ]  # fmt: skip
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 0.5), (2, 0.25)]
+    assert scalars(tmp_path / "tensorboard", "train/dollars") == [(2, 1.5)]
+    [image] = found.Images("validation/grid")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (2, 20, 20, grid)
+    assert (tmp_path / "grids" / "step-00000002.png").read_bytes() == grid
+
+
+def test_in_tensorboard_too_a_run_that_goes_on_takes_the_place_of_what_it_repeats(tmp_path: Path) -> None:
+    first = Log(tmp_path, 0, LogConfig(), {})
+    for step in (1, 2, 3):
+        first.metrics({"step": step, "loss": float(step)})
+    Log(tmp_path, 1, LogConfig(), {}).metrics({"step": 2, "loss": 20.0})
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 20.0)]
+
+
+def test_without_tensorboard_there_is_no_folder_of_it(tmp_path: Path) -> None:
+    Log(tmp_path, 0, QUIET, {}).metrics({"step": 1, "loss": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# --- What fails -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_counted_said_once_and_leaves_no_half_of_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(tmp_path, 0, LogConfig(), {})
+    log.metrics({"step": 1, "loss": 1.0})
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        append_line(tmp_path / name, {"step": 1, "why": "x" * 200_000})
+    grid = noise_png(300)
+    with full_beyond(200_020):
+        log.metrics({"step": 2, "loss": 2.0})  # only TensorBoard has room
+        log.evaluation({"step": 2, "loss": 2.0}, grid)
+        assert log.failures == 4  # two lines, the file of the grid and its event
+    log.metrics({"step": 3, "loss": 3.0})
+    log.evaluation({"step": 3, "loss": 3.0}, grid)
+    assert log.failures == 4
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{tmp_path} could not be written" in said
+    assert "training goes on" in said
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 1, 3]
+    assert [line["step"] for line in lines(tmp_path / "evaluation.jsonl")] == [1, 3]
+    assert [path.name for path in (tmp_path / "grids").iterdir()] == ["step-00000003.png"]
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [image.step for image in events(tmp_path / "tensorboard").Images("validation/grid")] == [3]
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_files_that_can_still_be_begun(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, LogConfig(), {})
+    with full_beyond(10):
+        log.metrics({"step": 1, "loss": 1.0})
+    assert log.failures == 2
+    log.metrics({"step": 2, "loss": 2.0})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 2, "loss": 2.0}]
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(2, 2.0)]
+
+
+def test_a_folder_that_cannot_be_made_costs_only_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("a file")
+    log = Log(tmp_path / "run", 0, LogConfig(), {})
+    log.metrics({"step": 1, "loss": 1.0})
+    assert log.failures > 0
+    (tmp_path / "run").unlink()
+    log = Log(tmp_path / "run", 0, LogConfig(), {})
+    log.metrics({"step": 2, "loss": 2.0})
+    assert log.failures == 0
+    assert scalars(tmp_path / "run" / "tensorboard", "train/loss") == [(2, 2.0)]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- What must be there before training -------------------------------------------------------------------------------
+
+
+def test_a_writer_that_is_not_installed_is_refused_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_writers(LogConfig())
+    with pytest.raises(UsageError, match=r'wandb.*pip install .* -e "\.\[wandb\]"'):
+        check_writers(LogConfig(wandb="hdm"))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UsageError, match=r'TensorBoard.*pip install .* -e "\.\[trainer\]"'):
+        check_writers(LogConfig())
+    check_writers(QUIET)
+
+
+@pytest.fixture
+def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A wandb, where it is installed, that finds no key, and settings of nobody."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_login")
+def test_wandb_without_a_login_is_refused_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()
+    with pytest.raises(UsageError, match="wandb login"):
+        check_writers(LogConfig(wandb="hdm"))
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_writers(LogConfig(wandb="hdm"))
+
+
+@pytest.mark.usefixtures("no_login")
+def test_wandb_offline_keeps_the_run_in_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start in (0, 1):
+        log = Log(tmp_path / "run", start, LogConfig(tensorboard=False, wandb="hdm"), {"stage": {"resolution": 64}})
+        log.metrics({"step": start + 1, "loss": 0.5})
+        log.evaluation({"step": start + 1, "loss": 0.5}, noise_png(20))
+        log.close()
+        assert log.failures == 0
+    kept = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.name for path in kept} == {f"run-{(tmp_path / 'run' / 'wandb-run').read_text()}.wandb"}

@@ -1,0 +1,205 @@
+"""Which parameter learns how fast: muP by role, a handful of fused groups, a cosine schedule.
+
+Under muP (arXiv 2203.03466, table 3, Adam) the best rate does not move with the width if hidden and output matrices
+learn at rate / fan_in, everything else at the plain rate. So a rate found on a narrow model serves a wide one. The
+papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of XUT-base.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from trainer.optimization.muon import Muon
+
+Role = Literal["input", "hidden", "condition", "output", "vector", "frozen"]
+
+# Of an adapter (trainer.runs.lora), whose rank does not grow with the width: A has a fan-out that stays, B a fan-in. So muP
+# gives A the rate / fan_in and B the plain one, as LoRA+ (arXiv 2402.12354) finds best. Never Muon: it makes an update
+# of one spectral norm in A and in B, and what changes the model is their product, in which each scales the other.
+_ADAPTER_ROLES: dict[str, Role] = {"lora_A": "output", "lora_B": "input"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Defaults: the papers' first stage, with the rate that is best for the demo's width."""
+
+    # muon: for hidden matrices; the rest stay with AdamW, the condition's too: a batch gives their gradient no more
+    # directions than it has samples, and Muon would raise the noise in all others.
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 2e-3  # peak, of AdamW, at the base width
+    base_width: int = 128  # fan-in at which hidden matrices learn at the plain rate: the demo's width
+    betas: tuple[float, float] = (0.9, 0.98)  # the papers: 0.995 from the 512 stage on
+    eps: float = 1e-8
+    weight_decay: float = 0.02  # of matrices only; the papers: 0.005, then 0.002 later
+    warmup_steps: int = 1000
+    final_ratio: float = 0.01  # of the peak, where the cosine ends
+    # Muon's steps have the same spectral norm at every width: its rate needs no scaling. 0.02 is its authors' choice.
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"optimizer kind must be adamw or muon: got {self.kind!r}")
+        for name in ("learning_rate", "muon_learning_rate", "eps", "base_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer {name} must be above 0: got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer {name} must be at least 0: got {getattr(self, name)}")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("muon_momentum", self.muon_momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer {name} must be at least 0 and below 1: got {value}")
+        if not 0 <= self.final_ratio <= 1:
+            raise ValueError(f"optimizer final_ratio must be from 0 to 1: got {self.final_ratio}")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter, by name.
+
+    frozen: does not learn. vector: biases, norms, rotary frequencies. input: matrices whose fan-in stays when the model
+    gets wider (the model names these layers in INPUT_LAYERS). output: those whose fan-out stays (OUTPUT_LAYERS).
+    condition: matrices that grow both ways and see one vector a sample (CONDITION_LAYERS). hidden: those that see
+    tokens. The two matrices of an adapter are output and input.
+    """
+    inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
+    outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
+    conditions = set(cast(tuple[str, ...], model.CONDITION_LAYERS))
+
+    def role(name: str, parameter: nn.Parameter) -> Role:
+        layer = name.rpartition(".")[0]
+        if not parameter.requires_grad:
+            return "frozen"
+        if parameter.dim() != 2:
+            return "vector"
+        if adapter := _ADAPTER_ROLES.keys() & set(layer.split(".")):
+            return _ADAPTER_ROLES[adapter.pop()]
+        if layer in inputs:
+            return "input"
+        if layer in outputs:
+            return "output"
+        return "condition" if conditions & set(layer.split(".")) else "hidden"
+
+    return {name: role(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """One optimizer over all that learns. Each group carries its peak rate as `initial_lr` and its `role`.
+
+    Give it the model itself, not a compiled or distributed wrapper, whose names differ.
+    """
+    roles = parameter_roles(model)
+    members: dict[tuple[Role, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        if role == "condition" and config.kind == "adamw":
+            role = "hidden"  # one group: only Muon tells them apart
+        if role != "frozen":
+            scaled = role in ("output", "condition") or (role == "hidden" and config.kind == "adamw")
+            members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)
+
+    def groups(with_muon: bool) -> list[dict[str, Any]]:
+        peak = config.muon_learning_rate if with_muon else config.learning_rate
+        return [
+            {
+                "params": parameters,
+                "lr": peak * scale,
+                "initial_lr": peak * scale,
+                "weight_decay": 0.0 if role == "vector" else config.weight_decay,
+                "role": role,
+            }
+            for (role, scale), parameters in members.items()
+            if (config.kind == "muon" and role == "hidden") == with_muon
+        ]
+
+    adamw = AdamW(groups(with_muon=False), betas=config.betas, eps=config.eps, fused=True)
+    for_muon = groups(with_muon=True)
+    return MuonAndAdamW(Muon(for_muon, momentum=config.muon_momentum), adamw) if for_muon else adamw
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for its groups, AdamW for the others, behind one list of groups, one state dict and one `found_inf`."""
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self.parts: tuple[tuple[Optimizer, int, int], ...] = ()
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        split = len(muon.param_groups)
+        self.parts = ((muon, 0, split), (adamw, split, len(self.param_groups)))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "neither part evaluates the loss again"
+        for part, first, last in self.parts:
+            # Handed over at every step: load_state_dict replaces both.
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            part.found_inf = self.found_inf  # type: ignore[attr-defined]
+            part.step()
+
+
+def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """One step; where `skip`, a 0-dim bool on the device of the parameters, is true, nothing of it is left.
+
+    Weights, moments and counts are then bit-equal to those before, whatever the gradients, and the host does not wait
+    to know. `found_inf` is how torch.amp tells fused optimizers, whose kernels return at once; Muon here knows it too.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state of `build_optimizer(model, ...)` by parameter's name, dot, state's name. Not copies."""
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, with copies; rates and groups stay this optimizer's own.
+
+    ValueError for tensors of another model or another kind of optimizer.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    loaded: dict[Tensor, dict[str, Tensor]] = {}
+    for group in optimizer.param_groups:
+        keys = ("momentum",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            # A parameter that never had a gradient has no state; one that has some of it has all.
+            found = {key: tensors[name] for key in keys if (name := f"{names[parameter]}.{key}") in tensors}
+            fits = all(t.shape == (() if key == "step" else parameter.shape) for key, t in found.items())
+            if found and len(found) == len(keys) and fits:
+                loaded[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
+    strange = tensors.keys() - {f"{names[p]}.{key}" for p, state in loaded.items() for key in state}
+    if strange:
+        raise ValueError(
+            f"this optimizer state is of another model or kind of optimizer: {len(strange)} of its tensors do not fit, "
+            f"{min(strange)} among them; go on with the settings that it was saved with"
+        )
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak rate at update number `step` (from 0): linear warm-up, then a cosine to `final_ratio`.
+
+    A pure function: a resumed run needs nothing but its step. Warm-up takes at most a tenth of a short run.
+    """
+    warmup = min(config.warmup_steps, total_steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Every group at `factor` of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

@@ -1,0 +1,126 @@
+"""--set field=value: a command line's text -> typed fields of a frozen dataclass. Knows no recipe and no model."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pipeline.core.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def parse(settings: Sequence[str]) -> dict[str, str]:
+    """["optimizer.kind=muon", ...] -> names and texts; of two for one field the last counts. UsageError without "="."""
+    for setting in settings:
+        name, equals, _ = setting.partition("=")
+        if not (equals and name.strip()):
+            raise UsageError(f"--set {setting}: give a field and its value, as in --set samples=1000")
+    pairs = (setting.partition("=") for setting in settings)
+    return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+def field_types(config: type[Any]) -> dict[str, Any]:
+    """The annotation of every field, by name; the fields of a nested dataclass as outer.inner."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(config).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{name}.{inner}": kind for inner, kind in field_types(hint).items()}  # type: ignore[arg-type]
+        else:
+            found[name] = hint
+    return found
+
+
+def typed(settings: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Each text as a value of its field's annotation. UsageError for an unknown field, which names the nearest ones, or
+    a value of another type."""
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"--set {name}={settings[name]}: {_unknown(name, known)}")
+    values = {}
+    for name, text in settings.items():
+        try:
+            values[name] = _value(text, known[name])
+        except ValueError as error:
+            raise UsageError(f"--set {name}={text}: {error}") from error
+    return values
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with these fields, all at once: some are only right together. ValueError where the config refuses."""
+    nested: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            own[outer] = value
+    for outer, inner_values in nested.items():
+        own[outer] = replaced(getattr(config, outer), inner_values)
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    group = [field for field in known if field.startswith(f"{name}.")]
+    if group:
+        return f"{name} is a group of fields: set one of {', '.join(group)}"
+    # learning_rate is as near to optimizer.learning_rate as the whole name would be.
+    last = name.rpartition(".")[2]
+    near = [field for field in known if field.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    by_last = {field.rpartition(".")[2]: field for field in known}
+    near += [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.8)]
+    nearest = list(dict.fromkeys(near))[:3]
+    if nearest:
+        return f"there is no field {name}; nearest: {', '.join(nearest)}"
+    return f"there is no field {name}; fields: {', '.join(known)}"
+
+
+def _value(text: str, hint: Any) -> Any:
+    """ValueError, which says what the field takes, for anything else."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+    if origin in (Union, types.UnionType):
+        if type(None) in choices and text == "none":
+            return None
+        (inner,) = [choice for choice in choices if choice is not type(None)]
+        try:
+            return _value(text, inner)
+        except ValueError as error:
+            raise ValueError(f"{error}, or none") from error
+    if origin is tuple:
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) != len(choices):
+            raise ValueError(f"must be {len(choices)} values with commas between them")
+        return tuple(_value(part, choice) for part, choice in zip(parts, choices, strict=True))
+    return _plain(text, hint)
+
+
+def _plain(text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError("must be true or false")
+        return text == "true"
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError("must be a number") from None
+        if not math.isfinite(number):
+            raise ValueError("must be a finite number")
+        return number
+    assert kind is str, f"--set does not know how to read a field of type {kind}"
+    if not text:
+        raise ValueError("must not be empty")
+    return text
