@@ -1,4 +1,4 @@
-"""Danbooru posts, as its API and the public dumps spell them."""
+"""Danbooru posts, with the field names of its API and of the public dumps."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,26 +9,20 @@ from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.fields import (
     IMAGE_COLUMNS,
     first,
-    identity,
     image_bytes,
-    is_set,
-    moment,
-    number,
-    spelling,
-    tally,
-    value_layout,
-    words,
+    parse_code,
+    parse_count,
+    parse_flag,
+    parse_id,
+    parse_int,
+    parse_tags,
+    parse_time,
 )
 
+# Columns that tell this layout from Pixiv's.
 TELLTALE_COLUMNS = {
-    "tag_string",
-    "tag_string_general",
-    "tags_general",
-    "fav_count",
-    "up_score",
-    "file_ext",
-    "is_deleted",
-}
+    "tag_string", "tag_string_general", "tags_general", "fav_count", "up_score", "file_ext", "is_deleted",
+}  # fmt: skip
 _CATEGORISED = tuple((f"tag_string_{category}", f"tags_{category}") for category in TAG_CATEGORIES)
 _UNCATEGORISED = ("tag_string", "tags")
 _TAG_COLUMNS = ("tag_string_general", "tags_general", *_UNCATEGORISED)
@@ -40,7 +34,7 @@ FIELDS = frozenset(
     | {name for names in _CATEGORISED for name in names}
 )
 
-# Letter, number and word spellings; "safe" is the letter s of dumps from before Danbooru had four ratings.
+# Letters, numbers and words. "safe" occurs in dumps from before Danbooru had four ratings.
 _RATINGS = {
     "g": Rating.GENERAL, "0": Rating.GENERAL, "general": Rating.GENERAL, "safe": Rating.GENERAL,
     "s": Rating.SENSITIVE, "1": Rating.SENSITIVE, "sensitive": Rating.SENSITIVE,
@@ -48,12 +42,12 @@ _RATINGS = {
     "e": Rating.EXPLICIT, "3": Rating.EXPLICIT, "explicit": Rating.EXPLICIT,
 }  # fmt: skip
 
-# Videos, Flash and ugoira archives hold no still picture.
+# Videos, Flash and ugoira archives are not still images.
 _UNUSABLE_FILES = {"mp4", "webm", "swf", "zip"}
 
 
 def missing_columns(found: set[str]) -> list[str]:
-    """What a Danbooru shard lacks, each with the names that would do."""
+    """Required columns that are absent, each with its alternatives."""
     missing = [] if "id" in found else ["id"]
     if not found & set(IMAGE_COLUMNS):
         missing.append(" or ".join(IMAGE_COLUMNS))
@@ -63,51 +57,53 @@ def missing_columns(found: set[str]) -> list[str]:
 
 
 def variant(schema: pa.Schema) -> list[str]:
-    """How this shard spells what dumps spell differently, in words."""
+    """Describes how this file stores tags and ratings, for the printed plan."""
     columns = set(schema.names)
     categories = sum(bool(columns & set(names)) for names in _CATEGORISED)
     tags = f"{categories} tag categories" if categories else "uncategorised tags"
-    return [tags, f"{value_layout(schema, 'rating')} ratings"] if "rating" in columns else [tags, "no ratings"]
+    if "rating" not in columns:
+        return [tags, "no ratings"]
+    return [tags, "number ratings" if pa.types.is_integer(schema.field("rating").type) else "text ratings"]
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    post = number(row.get("id"))
+    post = parse_int(row.get("id"))
     if post is None:
         raise ValueError(f"id is {row.get('id')!r}")
     return f"danbooru:{post}"
 
 
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
-    """One post, or the reason why it has no usable picture. ValueError where the row has no id."""
+    """See `pipeline.sources.read_row`."""
     key = row_id(row)
     for flag in ("is_deleted", "is_banned"):
         reason = flag.removeprefix("is_")
-        if is_set(row.get(flag)) and reason not in admit:
+        if parse_flag(row.get(flag)) and reason not in admit:
             return Rejected(key, reason, f"{flag} is set")
-    rating = spelling(row.get("rating"))
+    rating = parse_code(row.get("rating"))
     if rating and rating not in _RATINGS and "unknown rating" not in admit:
         return Rejected(key, "unknown rating", f"rating {row['rating']!r}")
     extension = str(row.get("file_ext") or "").lower()
     if extension in _UNUSABLE_FILES:
         return Rejected(key, "not a still picture", f"file_ext {extension}")
-    parent = number(row.get("parent_id"))
+    parent = parse_int(row.get("parent_id"))
     return Post(
         id=key,
         source="danbooru",
         image=image_bytes(row),
         rating=_RATINGS.get(rating),
-        score=tally(row.get("score")),
-        favourites=tally(row.get("fav_count")),
-        created_at=moment(first(row, "created_at", "timestamp")),
+        score=parse_count(row.get("score")),
+        favourites=parse_count(row.get("fav_count")),
+        created_at=parse_time(first(row, "created_at", "timestamp")),
         tags=_tags(row),
         parent=None if parent is None else f"danbooru:{parent}",
-        pixiv_id=identity(row.get("pixiv_id")),
+        pixiv_id=parse_id(row.get("pixiv_id")),
     )
 
 
 def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Tags by category; a dump with one uncategorised list has all of them under "general"."""
-    tags = {category: words(first(row, *names)) for category, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
+    """Tags by category. A dump with a single uncategorised list has all of them under "general"."""
+    tags = {c: parse_tags(first(row, *names)) for c, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
     if not any(tags.values()):
-        tags["general"] = words(first(row, *_UNCATEGORISED))
+        tags["general"] = parse_tags(first(row, *_UNCATEGORISED))
     return tags

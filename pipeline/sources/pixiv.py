@@ -1,4 +1,4 @@
-"""Pixiv illustrations: one row is one page of a work. The app API's names first, the web API's after them."""
+"""Pixiv illustrations: one row is one page of a work, with the field names of the app API or of the web API."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,9 +7,19 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import IMAGE_COLUMNS, first, image_bytes, image_path, moment, number, spelling, tally
+from pipeline.sources.fields import (
+    IMAGE_COLUMNS,
+    first,
+    image_bytes,
+    image_path,
+    parse_code,
+    parse_count,
+    parse_int,
+    parse_time,
+)
 from pipeline.tagging.tags import is_popularity
 
+# Columns that tell this layout from Danbooru's.
 TELLTALE_COLUMNS = {
     "x_restrict", "xRestrict", "illust_ai_type", "aiType", "total_bookmarks", "bookmarkCount",
     "create_date", "createDate",
@@ -21,16 +31,16 @@ ID_COLUMNS = ("id", "page", "image.path")
 ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")
 FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", *_APP_API, *_WEB_API})
 
-# x_restrict: 0 all ages, 1 R-18, 2 R-18G. sanity_level above 2 marks all-ages works that are suggestive.
+# x_restrict: 0 all ages, 1 R-18, 2 R-18G. A sanity_level above 2 marks all-ages works that are suggestive.
 _RATINGS = {"0": Rating.GENERAL, "1": Rating.EXPLICIT, "2": Rating.EXPLICIT}
 _MADE_BY_AI = 2
 
-# 12345678_p3.png, 12345678_p3_master1200.jpg: the page, where no column has it.
+# Page number in names such as 12345678_p3.png and 12345678_p3_master1200.jpg.
 _PAGE_IN_NAME = re.compile(r"_p(\d+)(?!\d)")
 
 
 def missing_columns(found: set[str]) -> list[str]:
-    """What a Pixiv shard lacks, each with the names that would do."""
+    """Required columns that are absent, each with its alternatives."""
     missing = [name for name in ("id", "tags") if name not in found]
     if not found & set(IMAGE_COLUMNS):
         missing.append(" or ".join(IMAGE_COLUMNS))
@@ -38,7 +48,7 @@ def missing_columns(found: set[str]) -> list[str]:
 
 
 def variant(schema: pa.Schema) -> list[str]:
-    """How this shard spells what dumps spell differently, in words."""
+    """Describes the API and the type of the tags column, for the printed plan."""
     columns = set(schema.names)
     api = "web" if len(columns & _WEB_API) > len(columns & _APP_API) else "app"
     kind = schema.field("tags").type
@@ -48,14 +58,15 @@ def variant(schema: pa.Schema) -> list[str]:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    work = number(row.get("id"))
+    work = parse_int(row.get("id"))
     if work is None:
         raise ValueError(f"id is {row.get('id')!r}")
     return f"pixiv:{work}_p{_page(row)}"
 
 
 def _page(row: Mapping[str, Any]) -> int:
-    page = number(row.get("page"))
+    """Page of the work from its column, else from the file name, else 0."""
+    page = parse_int(row.get("page"))
     if page is None:
         named = _PAGE_IN_NAME.search(image_path(row))
         page = int(named[1]) if named else 0
@@ -65,14 +76,13 @@ def _page(row: Mapping[str, Any]) -> int:
 
 
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
-    """One page of a work, or the reason why it has no usable picture. ValueError where the row has no id."""
+    """See `pipeline.sources.read_row`."""
     key, page = row_id(row), _page(row)
-    kind = first(row, "type", "illustType")
-    if kind in ("ugoira", 2):
+    if first(row, "type", "illustType") in ("ugoira", 2):
         return Rejected(key, "not a still picture", "type ugoira")
-    if number(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI and "made by AI" not in admit:
+    if parse_int(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI and "made by AI" not in admit:
         return Rejected(key, "made by AI", "illust_ai_type 2")
-    restriction = spelling(first(row, "x_restrict", "xRestrict"))
+    restriction = parse_code(first(row, "x_restrict", "xRestrict"))
     if restriction and restriction not in _RATINGS and "unknown rating" not in admit:
         return Rejected(key, "unknown rating", f"x_restrict {restriction}")
     path = image_path(row)
@@ -83,9 +93,9 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         source="pixiv",
         image=image_bytes(row),
         rating=_rating(row, restriction),
-        score=tally(first(row, "total_view", "viewCount")),
-        favourites=tally(first(row, "total_bookmarks", "bookmarkCount")),
-        created_at=moment(first(row, "create_date", "createDate")),
+        score=parse_count(first(row, "total_view", "viewCount")),
+        favourites=parse_count(first(row, "total_bookmarks", "bookmarkCount")),
+        created_at=parse_time(first(row, "create_date", "createDate")),
         tags=_tags(row),
         page=page,
         parent=f"{key.rpartition('_p')[0]}_p0" if page else None,
@@ -94,12 +104,12 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
 
 def _rating(row: Mapping[str, Any], restriction: str) -> Rating | None:
     rating = _RATINGS.get(restriction)
-    suggestive = (number(first(row, "sanity_level", "sl")) or 0) > 2
+    suggestive = (parse_int(first(row, "sanity_level", "sl")) or 0) > 2
     return Rating.SENSITIVE if rating is Rating.GENERAL and suggestive else rating
 
 
 def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Pixiv has one category; the work's author is its artist. Spaces become underscores, as in all our tags."""
+    """Pixiv's tags under "general" and the work's author under "artist", with underscores for spaces."""
     tags: dict[str, list[str]] = {category: [] for category in TAG_CATEGORIES}
     tags["general"] = [name.replace(" ", "_") for name in map(_tag_name, _tag_list(row.get("tags"))) if name]
     user = row.get("user")
@@ -110,7 +120,7 @@ def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _tag_list(tags: Any) -> list[Any]:
-    """The app API has a list; the web API nests it as tags.tags; some dumps have one text. No Pixiv tag has a space."""
+    """Tags from a list (app API), from `tags.tags` (web API) or from space-separated text (some dumps)."""
     if isinstance(tags, Mapping):
         tags = tags.get("tags")
     listed = tags.split() if isinstance(tags, str) else list(tags or [])
@@ -118,7 +128,7 @@ def _tag_list(tags: Any) -> list[Any]:
 
 
 def _tag_name(tag: Any) -> str:
-    """The English name where the site has one, else the name as given; "" for a tag that is no description."""
+    """English name if the site has one, else the original name; "" for popularity tags such as "1000users入り"."""
     name = tag if isinstance(tag, str) else str(first(tag, "name", "tag") or "")
     if is_popularity(name):
         return ""

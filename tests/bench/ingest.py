@@ -24,7 +24,8 @@ from memory import watching
 from PIL import Image
 
 from pipeline.ingestion.preflight import plan_shards
-from pipeline.ingestion.validation import IngestRules, validate_shard
+from pipeline.ingestion.rules import IngestRules
+from pipeline.ingestion.validation import validate_shard
 from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,10 @@ from PIL import Image
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, TIER
 from pipeline.ingestion import validation
-from pipeline.ingestion.preflight import Plan, plan_shards
-from pipeline.ingestion.validation import IngestRules, downsize_shard, validate_shard
-from pipeline.pictures.decoder import Limits, Picture, decode
+from pipeline.ingestion.preflight import IngestPlan, plan_shards
+from pipeline.ingestion.rules import IngestRules
+from pipeline.ingestion.validation import downsize_shard, validate_shard
+from pipeline.pictures.decoder import DecodeLimits, Picture, decode
 from pipeline.storage.shards import Store
 
 RULES = IngestRules()
@@ -46,7 +47,9 @@ def dataset(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "dataset"))
 
 
-def ingest(paths: list[str], dataset: Store, rules: IngestRules = RULES, rows_per_shard: int | None = None) -> Plan:
+def ingest(
+    paths: list[str], dataset: Store, rules: IngestRules = RULES, rows_per_shard: int | None = None
+) -> IngestPlan:
     """The job without Ray: plan, then do what the plan says."""
     plan = plan_shards(paths, "auto", rows_per_shard, dataset, rules)
     for name in plan.todo:
@@ -115,7 +118,7 @@ def test_a_pixiv_page_without_a_column_of_its_own_is_read_from_the_file_name(tmp
 
 def test_pictures_that_are_only_paths_are_a_layout_without_pictures(tmp_path: Path, dataset: Store) -> None:
     file = write_raw(tmp_path / "r" / "one.parquet", [{"id": 1, "image": "1.png", "tag_string": "a"}])
-    with pytest.raises(UsageError, match="without pictures: image holds string"):
+    with pytest.raises(UsageError, match="without images: image holds string"):
         plan_shards([file], "auto", None, dataset, RULES)
 
 
@@ -139,14 +142,14 @@ def test_what_is_finished_is_not_done_again_and_what_changed_is(tmp_path: Path, 
     assert ingest([file, other], dataset).todo == {"danbooru-r-one": "new", "danbooru-r-two": "new"}
     assert ingest([file, other], dataset).todo == {}
     write_raw(path, posts(range(5)))
-    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed since"}
+    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed"}
     assert len(ids(dataset)) == 9
     write_raw(path, [row | {"rating": "q"} for row in posts(range(5))])
-    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed since"}
+    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed"}
     assert dataset.tally("images/danbooru-r-one.parquet", "rating") == {"questionable": 5}
     untouched = replace(RULES, admit=("made by AI",))
     assert ingest([file, other], dataset, untouched).todo == {}, "Pixiv's reason changes nothing of Danbooru's"
-    strict = replace(RULES, limits=Limits(min_side=41))
+    strict = replace(RULES, limits=DecodeLimits(min_side=41))
     [why] = set(ingest([file, other], dataset, strict).todo.values())
     assert "other settings: limits was {" in why
     assert ids(dataset) == []
@@ -157,7 +160,7 @@ def test_another_file_never_takes_a_shards_place(tmp_path: Path, dataset: Store)
     moved = write_raw(tmp_path / "b" / "r" / "one.parquet", posts(range(2)))
     assert ingest([moved], dataset).todo == {}, "the same file from another folder"
     other = write_raw(tmp_path / "c" / "r" / "one.parquet", posts(range(3)))
-    with pytest.raises(UsageError, match="danbooru-r-one, which is there already, made from"):
+    with pytest.raises(UsageError, match="danbooru-r-one, which already exists, made from"):
         ingest([other], dataset)
 
 
@@ -176,7 +179,7 @@ def test_a_file_cut_into_shards_gives_the_same_rows_and_is_never_there_twice(tmp
     ]
     assert refused == whole.read_table("rejected/danbooru-r-one.parquet").to_pylist()
     for other, cut in ((dataset, None), (dataset, 10), (whole, 5)):
-        with pytest.raises(UsageError, match="cut another way"):
+        with pytest.raises(UsageError, match="split differently"):
             plan_shards([file], "auto", cut, other, RULES)
 
 
@@ -221,7 +224,7 @@ def test_the_smaller_tier_has_the_rows_of_the_images_in_one_pass_or_afterwards(t
     assert later.read("images-48/danbooru-r-one.parquet") == dataset.read("images-48/danbooru-r-one.parquet")
     assert ingest([file], later, rules).tiers == {}
     assert ingest([file], later, replace(rules, downsize_format="WEBP")).tiers != {}
-    ingest([file], later, replace(RULES, limits=Limits(min_side=50)))
+    ingest([file], later, replace(RULES, limits=DecodeLimits(min_side=50)))
     assert later.shards("images-48") == [], "a tier of other rows does not stay"
 
 

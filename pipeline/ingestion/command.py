@@ -1,0 +1,83 @@
+"""The command line of pipeline/ingest.py."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.core.errors import UsageError
+from pipeline.core.jobs import Parser, default_dataset
+from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
+
+if TYPE_CHECKING:
+    from pipeline.ingestion.rules import IngestRules
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestJob:
+    raw: tuple[str, ...]  # files, folders or s3:// prefixes
+    source: str  # danbooru | pixiv | auto
+    dataset: str
+    renamed: tuple[tuple[str, str], ...]  # raw column, field
+    admit: tuple[str, ...]
+    max_megapixels: float
+    rows_per_shard: int | None
+    downsize: int | None
+    downsize_format: Literal["JPEG", "WEBP"]
+    plan: bool
+
+    def rules(self) -> "IngestRules":
+        from pipeline.ingestion.rules import IngestRules  # the decoder takes a second to import
+        from pipeline.pictures.decoder import DecodeLimits
+
+        return IngestRules(
+            admit=self.admit,
+            renamed=self.renamed,
+            limits=DecodeLimits(max_pixels=int(self.max_megapixels * 1e6)),
+            downsize=self.downsize,
+            downsize_format=self.downsize_format,
+        )
+
+
+def parse_args(description: str | None) -> IngestJob:
+    parser = Parser(prog="ingest.py", description=description)
+    parser.add_argument("--raw", nargs="+", required=True, metavar="PATH", help="raw parquet files or folders of them")
+    parser.add_argument(
+        "--source", choices=(*SOURCES, "auto"), default="auto", help="layout of the files. Default: detected per file"
+    )
+    parser.add_argument(
+        "--dataset", default=default_dataset(), metavar="ROOT",
+        help="folder or s3:// prefix of the dataset. Default: $HDM_DATASET, then ./dataset",
+    )  # fmt: skip
+    parser.add_argument(
+        "--map", nargs="+", default=[], metavar="COLUMN=FIELD",
+        help="read a raw column as this field of Danbooru's or Pixiv's API",
+    )  # fmt: skip
+    reasons = sorted({reason for reasons in ADMISSIBLE.values() for reason in reasons})
+    parser.add_argument(
+        "--admit", nargs="+", default=[], choices=reasons, metavar="REASON",
+        help=f"keep rows that are rejected by default: {', '.join(map(repr, reasons))}",
+    )  # fmt: skip
+    parser.add_argument("--max-megapixels", type=float, default=100, help="reject larger images. Default and most: 100")
+    parser.add_argument("--rows-per-shard", type=int, metavar="N", help="split raw files into shards of at most N rows")
+    parser.add_argument(
+        "--downsize", type=int, metavar="SIDE", help="also write images-SIDE/, with a short side of at most SIDE pixels"
+    )
+    parser.add_argument(
+        "--downsize-format", choices=("JPEG", "WEBP"), default="JPEG", help="of that tier, at quality 92. Default: JPEG"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and write nothing")
+    args = parser.parse_args()
+    for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1: got {value}")
+    if not 0 < args.max_megapixels <= 100:  # the trainer has the same limit
+        raise UsageError(f"--max-megapixels must be above 0 and at most 100: got {args.max_megapixels:g}")
+    given = vars(args)
+    renamed = tuple(sorted(map(_renamed, given.pop("map"))))
+    return IngestJob(**given | {"raw": tuple(args.raw), "admit": tuple(sorted(set(args.admit))), "renamed": renamed})
+
+
+def _renamed(pair: str) -> tuple[str, str]:
+    column, equals, name = pair.partition("=")
+    if not (column and equals) or name not in FIELDS:
+        raise UsageError(f"--map {pair} must be COLUMN=FIELD, where FIELD is one of {', '.join(sorted(FIELDS))}")
+    return column, name
