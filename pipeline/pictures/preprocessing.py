@@ -1,15 +1,14 @@
-"""Picture -> a classifier's input, as its preprocessor_config.json says (transformers' layout).
+"""Picture -> input of a classifier, as its preprocessor_config.json (transformers' layout) specifies.
 
-Done here and not by transformers' AutoImageProcessor, which in 5.14 needs torchvision, and so that a score does not
-depend on which of transformers' two backends is installed: these are the steps of its Pillow backend, and ONNX folders,
-which come with the same file, take the same path.
+Reimplements the steps of transformers' Pillow backend. AutoImageProcessor needs torchvision (transformers 5.14) and
+picks one of two backends that differ in the last digits; ONNX folders come with the same file and need no transformers.
 
-Legend: N pictures, H rows, W columns, C the three channels.
+Axes: N pictures, H rows, W columns, C the three channels.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +17,16 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize, crop the centre, scale, normalise: (value * scale - mean) / std, in this order."""
+    """Resize, centre crop, then (value * scale - mean) / std."""
 
-    resize: tuple[int, int] | int  # height and width, whatever the aspect; or the short side, keeping the aspect
+    resize: tuple[int, int] | int  # height and width, ignoring the aspect; or the short side, keeping the aspect
     crop: tuple[int, int] | None  # height and width
     resample: int  # Pillow's number
     scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    square: bool = False  # first padded with white to a square, the picture in its middle
-    bgr: bool = False  # blue first
+    square: bool = False  # first pad with white to a square, with the picture in the centre
+    bgr: bool = False  # channel order of the result
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,53 +52,38 @@ class Preprocessing:
 
 
 def wd_tagger(height: int, width: int) -> Preprocessing:
-    """What the WD taggers take (SmilingWolf's, folders with selected_tags.csv): the whole picture on a white square,
-    BGR, 0 to 255."""
-    bicubic, zeros, ones = int(Image.Resampling.BICUBIC), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    size = height, width
+    """SmilingWolf's WD taggers (folders with selected_tags.csv): the whole picture on a white square, BGR, 0 to 255."""
     return Preprocessing(
-        resize=size, crop=None, resample=bicubic, scale=1.0, mean=zeros, std=ones, square=True, bgr=True
+        resize=(height, width),
+        crop=None,
+        resample=int(Image.Resampling.BICUBIC),
+        scale=1.0,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        square=True,
+        bgr=True,
     )
 
 
-class _Family(NamedTuple):
-    int_is_square: bool  # what `size: 224` means in older files: 224x224, or the short side
-    crops: bool  # whether it crops where the file does not say
-
-
-# The processors that do nothing but the steps above. Others (tiles, pooling sizes, offsets) are refused.
-_FAMILIES = {
-    "Beit": _Family(int_is_square=True, crops=False),
-    "Bit": _Family(int_is_square=False, crops=True),
-    "CLIP": _Family(int_is_square=False, crops=True),
-    "ConvNext": _Family(int_is_square=False, crops=False),
-    "DeiT": _Family(int_is_square=True, crops=True),
-    "MobileNetV2": _Family(int_is_square=False, crops=True),
-    "Siglip": _Family(int_is_square=True, crops=False),
-    "ViT": _Family(int_is_square=True, crops=False),
-}
-_WARPED_FROM = 384  # pixels: from this size on ConvNext's pictures are not cropped, whatever their aspect
+# Processors that do nothing but the steps above. All others (tiles, pooling sizes, offsets) are refused. CLIP resizes
+# the short side and crops; the others resize to a fixed height and width, also if `size` is a single number.
+_PROCESSORS = ("Beit", "CLIP", "Siglip", "ViT")
 
 
 def read_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """ValueError, naming the key, for what is not one of these steps or is not said."""
+    """Raises ValueError, naming the key, if a value is missing or is not one of the supported steps."""
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "missing")
     name = kind.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if name not in _FAMILIES:
-        raise ValueError(f"image_processor_type {kind} is none of {', '.join(sorted(_FAMILIES))} (+ ImageProcessor)")
-    family = _FAMILIES[name]
+    if name not in _PROCESSORS:
+        raise ValueError(f"image_processor_type {kind} is none of {', '.join(_PROCESSORS)} (+ ImageProcessor)")
     if not config.get("do_resize", True) or config.get("do_pad"):
         raise ValueError("do_resize must be true and do_pad false: pictures of a dataset differ in size")
-    resize = _resize(config.get("size"), family)
-    crop = _height_width("crop_size", config.get("crop_size")) if config.get("do_center_crop", family.crops) else None
-    if name == "ConvNext" and isinstance(resize, int):
-        side = resize
-        fraction = float(config.get("crop_pct") or 224 / 256)
-        resize, crop = (int(side / fraction), (side, side)) if side < _WARPED_FROM else ((side, side), None)
+    crops = config.get("do_center_crop", name == "CLIP")
+    resize = _resize(config.get("size"), int_is_short_side=name == "CLIP")
+    crop = _height_width("crop_size", config.get("crop_size")) if crops else None
     if crop is None and isinstance(resize, int):
         raise ValueError("size gives the short side and nothing is cropped: pictures would differ in size")
-    least = min(resize) if isinstance(resize, tuple) else resize
-    if crop and max(crop) > least:
+    if crop and max(crop) > (min(resize) if isinstance(resize, tuple) else resize):
         raise ValueError(f"crop_size {crop} is larger than size {resize}")
     resample = config.get("resample")
     if resample not in [int(filter) for filter in Image.Resampling]:
@@ -115,9 +99,9 @@ def read_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def _resize(size: Any, family: _Family) -> tuple[int, int] | int:
-    if isinstance(size, int):
-        return (size, size) if family.int_is_square else size
+def _resize(size: Any, int_is_short_side: bool) -> tuple[int, int] | int:
+    if isinstance(size, int) and int_is_short_side:
+        return size
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return int(size["shortest_edge"])
     return _height_width("size", size)
@@ -139,7 +123,7 @@ def _three(key: str, values: Any) -> tuple[float, float, float]:
 
 
 def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
-    """Height and width with this short side; the long one is cut to whole pixels, as transformers does."""
+    """Height and width with this short side; the long side is truncated to whole pixels, as transformers does."""
     width, height = image.size
     return (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
 

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import PIL
 import torch
-
-from pipeline.pictures.decoder import pillow_build
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- all.py writes below -->", "<!-- all.py writes above -->"
@@ -115,9 +114,10 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "pyarrow", "numpy"))
+    pillow = f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"
     return (
         f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} logical CPUs, {memory:.0f} GiB, {gpu}; "
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {packages}, {pillow_build()}; "
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {packages}, {pillow}; "
         f"load average before: {os.getloadavg()[1]:.1f}."
     )
 

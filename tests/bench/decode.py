@@ -33,8 +33,9 @@ import PIL
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.pictures import decoder as images
-from pipeline.pictures.decoder import Picture, Refused, decode, downsize, inspect, pillow_build, square_crop
+from pipeline.pictures import crops
+from pipeline.pictures.crops import downsize, square_crop
+from pipeline.pictures.decoder import Picture, Refused, decode, inspect
 
 ROOT = Path(__file__).parents[2]
 # Width and height in pixels, portrait and landscape: 1.5 to 4 megapixels.
@@ -167,7 +168,10 @@ def whole(data: bytes, side: int, across: float, down: float, filter: int = Imag
 
 BILINEAR = partial(whole, filter=Image.Resampling.BILINEAR)
 WAYS: dict[str, Callable[..., None]] = {"ours": ours, "whole": whole, "bilinear": BILINEAR}
-PARTS = {"checks": "_open", "decoding": "_flatten"}  # of pipeline.pictures.decoder; what remains of `ours` is resizing
+PARTS = {
+    "checks": "open_image",
+    "decoding": "flatten",
+}  # of pipeline.pictures.crops; the rest is resizing
 
 
 # --- Turns ------------------------------------------------------------------------------------------------------------
@@ -176,10 +180,10 @@ PARTS = {"checks": "_open", "decoding": "_flatten"}  # of pipeline.pictures.deco
 def answer(folder: Path) -> None:
     """The worker: for each line that asks for kind, side and way, seconds of processor time for a picture; the whole
     and, of ours, the parts."""
-    print(json.dumps(pillow_build()), flush=True)
+    print(json.dumps(f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"), flush=True)
     spent = dict.fromkeys(PARTS, 0.0)
     for part, function in PARTS.items():
-        setattr(images, function, timed(getattr(images, function), part, spent))
+        setattr(crops, function, timed(getattr(crops, function), part, spent))
     for line in sys.stdin:
         kind, side, way = json.loads(line)
         files = [path.read_bytes() for path in sorted((folder / kind).iterdir())]

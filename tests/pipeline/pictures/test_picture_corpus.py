@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from pipeline.pictures.decoder import Crop, Header, Limits, Picture, Reason, Refused, decode, inspect, square_crop
+from pipeline.pictures.containers import RejectReason as Reason
+from pipeline.pictures.crops import Crop, square_crop
+from pipeline.pictures.decoder import DecodeLimits, Header, Picture, Refused, decode, inspect
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
 needs_littlecms = pytest.mark.skipif(
     not features.check("littlecms2"), reason="this Pillow was built without littlecms2"
 )
 
-SMALL = Limits(min_side=1)
-TIGHT = Limits(max_bytes=12_500, max_pixels=15_000, max_aspect=10, min_side=10)
+SMALL = DecodeLimits(min_side=1)
+TIGHT = DecodeLimits(max_bytes=12_500, max_pixels=15_000, max_aspect=10, min_side=10)
 
 Rgb = tuple[int, int, int]
 RED, LIME, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -57,7 +59,7 @@ class Case:
     name: str
     make: Callable[[], bytes]
     expected: Shown | Reason | InPixels
-    limits: Limits = SMALL
+    limits: DecodeLimits = SMALL
     marks: tuple[pytest.MarkDecorator, ...] = field(default=())
 
 
@@ -401,7 +403,7 @@ TURNS = [
         "png, turned by EXIF behind the pixels",
         lambda: png(2, 1, 8, 2, b"\0" + bytes(chain(RED, BLUE)), after=chunk(b"eXIf", tiff(6, ">"))),
         Shown("PNG", (1, 2), {(0, 0): RED, (0, 1): BLUE}),
-        Limits(min_side=1),
+        DecodeLimits(min_side=1),
     ),
     Case("EXIF with an orientation of 9", lambda: jpeg(exif=exif(9)), JPEG_HALVES),
     Case(
@@ -696,7 +698,11 @@ ODD = [
         lambda: wrong_checksum(plain_png(chunk(b"tEXt", b"a\0b")), b"tEXt"),
         PLAIN,
     ),
-    Case("png with a wrong checksum of the header", lambda: wrong_checksum(plain_png(), b"IHDR"), Reason.DECODE_FAILED),
+    Case(
+        "png with a wrong checksum of the header",
+        lambda: wrong_checksum(plain_png(), b"IHDR"),
+        Reason.DECODE_FAILED,
+    ),
     Case(
         "png with a wrong checksum of the palette",
         lambda: wrong_checksum(palette_png(8), b"PLTE"),
@@ -793,7 +799,11 @@ REFUSED = [
     Case("png cut in its pixels", lambda: cut(encoded(noisy(64, 64), "PNG"), 0.6), InPixels(Reason.TRUNCATED)),
     Case("gif cut in its screen", lambda: gif(8, 8)[:12], Reason.TRUNCATED),
     Case("gif cut in its palette", lambda: gif(8, 8)[:20], Reason.TRUNCATED),
-    Case("gif cut in its first frame", lambda: cut(gif(32, 32, gif_image(32, 32, 1)), 0.6), InPixels(Reason.TRUNCATED)),
+    Case(
+        "gif cut in its first frame",
+        lambda: cut(gif(32, 32, gif_image(32, 32, 1)), 0.6),
+        InPixels(Reason.TRUNCATED),
+    ),
     Case("webp cut in its header", lambda: encoded(halves(), "WEBP")[:20], Reason.TRUNCATED),
     Case("webp cut at its end", lambda: encoded(halves(), "WEBP")[:-2], Reason.TRUNCATED),
     Case("avif cut in its header", lambda: encoded(halves(), "AVIF")[:60], Reason.TRUNCATED, marks=(needs_avif,)),
@@ -803,26 +813,28 @@ REFUSED = [
         Reason.TOO_ELONGATED,
     ),
     Case(
-        "gif called jpeg by its first bytes", lambda: b"\xff\xd8\xff" + gif(8, 8, gif_image(8, 8, 1)), Reason.TRUNCATED
+        "gif called jpeg by its first bytes",
+        lambda: b"\xff\xd8\xff" + gif(8, 8, gif_image(8, 8, 1)),
+        Reason.TRUNCATED,
     ),
 ]
 
 LIMITS = [
-    Case("the last allowed byte", lambda: plain_png(), PLAIN, Limits(min_side=8, max_bytes=len(plain_png()))),
+    Case("the last allowed byte", lambda: plain_png(), PLAIN, DecodeLimits(min_side=8, max_bytes=len(plain_png()))),
     Case(
         "one byte too many",
         lambda: plain_png(),
         Reason.TOO_MANY_BYTES,
-        Limits(min_side=8, max_bytes=len(plain_png()) - 1),
+        DecodeLimits(min_side=8, max_bytes=len(plain_png()) - 1),
     ),
-    Case("the last allowed pixel", lambda: plain_png(), PLAIN, Limits(min_side=8, max_pixels=64)),
-    Case("one pixel too many", lambda: plain_png(), Reason.TOO_MANY_PIXELS, Limits(min_side=8, max_pixels=63)),
+    Case("the last allowed pixel", lambda: plain_png(), PLAIN, DecodeLimits(min_side=8, max_pixels=64)),
+    Case("one pixel too many", lambda: plain_png(), Reason.TOO_MANY_PIXELS, DecodeLimits(min_side=8, max_pixels=63)),
     Case("ten to one", lambda: png(10, 1, 8, 0, bytes(11)), Shown("PNG", (10, 1), {(0, 0): BLACK})),
     Case("eleven to one", lambda: png(11, 1, 8, 0, bytes(12)), Reason.TOO_ELONGATED),
     Case("one to eleven", lambda: png(1, 11, 8, 0, bytes(22)), Reason.TOO_ELONGATED),
     Case("a line of 50,000 pixels", lambda: png(50_000, 1, 8, 0, bytes(50_001)), Reason.TOO_ELONGATED),
-    Case("the shortest allowed side", lambda: plain_png(), PLAIN, Limits(min_side=8)),
-    Case("one pixel too short", lambda: plain_png(), Reason.TOO_SMALL, Limits(min_side=9)),
+    Case("the shortest allowed side", lambda: plain_png(), PLAIN, DecodeLimits(min_side=8)),
+    Case("one pixel too short", lambda: plain_png(), Reason.TOO_SMALL, DecodeLimits(min_side=9)),
     Case("too many bytes of noise", lambda: encoded(noisy(70, 70), "PNG"), Reason.TOO_MANY_BYTES, TIGHT),
     Case("png bomb", lambda: claiming("PNG", 60_000, 60_000), Reason.TOO_MANY_PIXELS),
     Case("largest png bomb", lambda: claiming("PNG", 2**32 - 1, 2**32 - 1), Reason.TOO_MANY_PIXELS),
@@ -880,7 +892,11 @@ BOMBS = [
     Case("jpeg of fill bytes", lambda: jpeg(b"\xff" * 8_000_000 + b"\0"), JPEG_HALVES),
     Case("jpeg of junk", lambda: jpeg(b"\xff" + b"\0" * 8_000_000), JPEG_HALVES),
     Case("png of chunks", lambda: plain_png(chunk(b"teST") * 500_000), Reason.TOO_FRAGMENTED),
-    Case("png of chunks behind the pixels", lambda: plain_png(after=chunk(b"teST") * 500_000), Reason.TOO_FRAGMENTED),
+    Case(
+        "png of chunks behind the pixels",
+        lambda: plain_png(after=chunk(b"teST") * 500_000),
+        Reason.TOO_FRAGMENTED,
+    ),
     Case("png of empty pixels", lambda: plain_png(chunk(b"IDAT") * 500_000), Reason.TOO_FRAGMENTED),
     Case("png of texts", lambda: plain_png(compressed_text(b"zTXt", 1_000_000) * 200), PLAIN),
     Case(
@@ -1024,13 +1040,13 @@ def test_ninety_five_megapixels_are_within_the_limit_and_warn_of_nothing() -> No
 
 MEASURE = """
 import json, os, pickle, resource, sys, time
-from pipeline.pictures.decoder import Limits, Refused, decode, inspect
+from pipeline.pictures.decoder import DecodeLimits, Refused, decode, inspect
 
 def use():
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_maxrss >> 10, usage.ru_utime + usage.ru_stime
 
-limits = Limits(min_side=1)
+limits = DecodeLimits(min_side=1)
 for name, data in pickle.load(sys.stdin.buffer):
     for look in (inspect, decode):
         child = os.fork()
@@ -1069,7 +1085,7 @@ def test_bombs_cost_a_second_and_a_hundred_megabytes_at_most() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count the memory of a process otherwise")
 def test_decoding_takes_at_most_eighteen_bytes_for_each_pixel() -> None:
-    """What Limits says of the largest allowed pictures, at 4 megapixels; 8 MB are allowed for the code of the codec."""
+    """The memory stated in DecodeLimits, measured at 4 megapixels; 8 MB are allowed for the code of the codec."""
     size = (2000, 2000)
     waves = Image.linear_gradient("L").resize(size).convert("RGB")
     files = {
