@@ -1,7 +1,7 @@
-"""JOB: draws the embedded sample dataset: labelled illustrations in the raw layouts of Danbooru and of Pixiv.
+"""Draw the sample dataset: labelled illustrations in the raw layouts of Danbooru and Pixiv.
 
-A few percent of the rows are broken, unusable or double on purpose, as in real dumps: `planted` in run.json counts them
-by site and kind, so that what the later jobs refuse can be checked against it.
+A few percent of the rows are broken, unusable or duplicated on purpose, as in real dumps. `planted` in run.json counts
+them by site and kind, to check what the later jobs reject.
 """
 
 import json
@@ -16,28 +16,28 @@ import pyarrow as pa
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, run
 from pipeline.core.progress import progress
-from pipeline.drawings.sample_posts import Post, count_planted, plan, shards
+from pipeline.drawings.sample_posts import DrawnPost, count_planted, plan, shards
 from pipeline.drawings.sample_rows import SITES
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
 
-VERSION = 2  # raised whenever the same seed no longer gives the same rows
-_GROUP_ROWS = 256  # a row group: about 2 MB
+VERSION = 2  # raise it whenever the same seed gives other rows
+_GROUP_ROWS = 256  # per row group: about 2 MB
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleJob:
+class SampleDataJob:
     out: str  # folder that gets danbooru/ and pixiv/
-    images: int  # rows over both sites
+    images: int  # rows of both sites together
     seed: int
 
 
-def parse_args(argv: list[str] | None) -> SampleJob:
+def parse_args(argv: list[str] | None) -> SampleDataJob:
     parser = Parser(prog="sample_data.py", description=__doc__)
     parser.add_argument("--out", default="sample-data/raw", metavar="FOLDER", help="default: sample-data/raw")
-    parser.add_argument("--images", type=int, default=4400, metavar="N", help="rows over both sites")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    job = SampleJob(**vars(parser.parse_args(argv)))
+    parser.add_argument("--images", type=int, default=4400, metavar="N", help="rows of both sites. Default: 4400")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    job = SampleDataJob(**vars(parser.parse_args(argv)))
     if job.seed < 0:
         raise UsageError(f"--seed is {job.seed}; give 0 or more")
     return job
@@ -52,17 +52,17 @@ def main(argv: list[str] | None = None) -> None:
     write_samples(job, rows, workers=os.cpu_count() or 1)
 
 
-def write_samples(job: SampleJob, rows: dict[str, list[Post]], workers: int) -> None:
-    """Draw the shards that are not there yet; the files do not depend on `workers`, the number of processes."""
+def write_samples(job: SampleDataJob, rows: dict[str, list[DrawnPost]], workers: int) -> None:
+    """Draw the missing shards with at most `workers` processes. The files do not depend on their number."""
     started = time.time()
     store = Store(job.out)
-    _claim(store, job)
+    _claim_folder(store, job)
     todo = [(name, posts) for name, posts in shards(rows) if not store.exists(f"{name}.parquet")]
     planted = count_planted(rows)
     if not todo and store.exists("run.json"):
-        print(f"sample_data: the {job.images} illustrations of seed {job.seed} are in {store.root} already", flush=True)
+        print(f"sample_data: {store.root} already has the {job.images} illustrations of seed {job.seed}", flush=True)
     else:
-        context = get_context("spawn")  # a fork of a process with threads can hang
+        context = get_context("spawn")  # forking a process that has threads can deadlock
         with ProcessPoolExecutor(max(1, min(workers, len(todo))), mp_context=context) as pool:
             drawing = [pool.submit(draw_shard, store, name, job.seed, posts) for name, posts in todo]
             for shard in progress(as_completed(drawing), len(drawing), "sample_data", "shard"):
@@ -73,8 +73,8 @@ def write_samples(job: SampleJob, rows: dict[str, list[Post]], workers: int) -> 
         print(f"sample_data: planted in {len(rows[site])} rows of {site}: {counts}", flush=True)
 
 
-def draw_shard(store: Store, name: str, seed: int, posts: list[Post]) -> None:
-    """Draw and write the shard <site>/<number>."""
+def draw_shard(store: Store, name: str, seed: int, posts: list[DrawnPost]) -> None:
+    """Draw and write the shard `name`, which is <site>/<number>."""
     schema, raw_row = SITES[name.split("/")[0]]
     with store.writing_table(f"{name}.parquet", schema) as write:
         for start in range(0, len(posts), _GROUP_ROWS):
@@ -82,16 +82,16 @@ def draw_shard(store: Store, name: str, seed: int, posts: list[Post]) -> None:
             write(pa.Table.from_pylist(group, schema))
 
 
-def _claim(store: Store, job: SampleJob) -> None:
-    """Record in sample.json what is drawn here; UsageError where the folder holds anything else."""
+def _claim_folder(store: Store, job: SampleDataJob) -> None:
+    """Record in sample.json what is drawn here. Raises UsageError if the folder holds anything else."""
     wanted = {"seed": job.seed, "images": job.images, "version": VERSION}
-    mend = "give another --out, or delete that folder"
+    fix = "Give another --out, or delete that folder."
     if store.exists("sample.json"):
         found = json.loads(store.read("sample.json"))
         if found != wanted:
-            raise UsageError(f"{store.root} holds the samples of {found}, not of {wanted}; {mend}")
+            raise UsageError(f"{store.root} holds the samples of {found}, not of {wanted}. {fix}")
     elif any(store.shards(site) for site in SITES):
-        raise UsageError(f"{store.root} holds shards that this job did not draw; {mend}")
+        raise UsageError(f"{store.root} holds shards that this job did not draw. {fix}")
     else:
         store.write("sample.json", json.dumps(wanted).encode())
 

@@ -1,23 +1,21 @@
-"""The embedded sample pictures: one main object in one of eight colours, drawn from (seed, index) alone.
+"""Composition of the sample pictures: one main object in one of eight colours, determined by (seed, index).
 
-`compose` decides everything about a picture, `draw` paints it, `encode` makes the file. The main colour covers more of
-a picture than any other saturated colour does - backgrounds stay muted, other objects small - so a rule that only
-counts pixels can find it again in a real or a generated picture.
+`compose` decides everything about a picture; painting.py draws it. The main colour covers more of a picture than any
+other saturated colour, because backgrounds are muted and other objects small. A rule that counts pixels can therefore
+find it again in a drawn or a generated picture.
 """
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.drawings.shapes import FIXED_TONES, PATTERNS, SHAPES, Points, Rgb, turn
+from pipeline.drawings.shapes import SHAPES, Rgb
 
 T = TypeVar("T")
 
-# Hue in degrees, saturation and value in 0..1. Neighbouring hues are at least 24 degrees apart and jitter by at most 4.
+# Hue in degrees, saturation and value in 0..1. Neighbouring hues are at least 24 degrees apart and vary by at most 4.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0, 0.85, 0.90),
     "orange": (28, 0.90, 0.97),
@@ -28,9 +26,9 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (275, 0.68, 0.80),
     "pink": (325, 0.62, 0.97),
 }
-SIZES = {"small": (0.46, 0.54), "medium": (0.60, 0.70), "large": (0.76, 0.86)}  # longer side of the object / short side
+SIZES = {"small": (0.46, 0.54), "medium": (0.60, 0.70), "large": (0.76, 0.86)}  # object / short side
 PLACES = ("centre", "on_the_left", "on_the_right", "at_the_top", "at_the_bottom")
-# Background -> its tags. Danbooru's own names, without those that would put a second colour into the text.
+# Tags of each background: Danbooru's names, except those that would put a second colour into the text.
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "white": ("white_background",),
     "grey": ("grey_background",),
@@ -42,19 +40,18 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "night": ("night", "night_sky"),
     "outdoors": ("day", "outdoors"),
 }
-FLAWS = {"": "", "blurred": "blurry", "noisy": "film_grain", "artefacts": "jpeg_artifacts"}  # flaw -> its tag
-SHAPES_OF_EXTRAS = ("ball", "star", "heart", "flower", "cat")  # still readable when small
+FLAWS = {"": "", "blurred": "blurry", "noisy": "film_grain", "artefacts": "jpeg_artifacts"}  # tag of each flaw
+SHAPES_OF_EXTRAS = ("ball", "star", "heart", "flower", "cat")  # recognisable when small
 
-# Width / height and how often. The short side is drawn between these pixels.
+# Weight of each aspect ratio (width, height), and the range of the short side in pixels.
 _ASPECTS = {(1, 2): 6, (9, 16): 9, (2, 3): 16, (3, 4): 18, (1, 1): 18, (4, 3): 13, (3, 2): 9, (16, 9): 7, (2, 1): 4}
 _SHORT_SIDE = (96, 224)
 _FILE_TYPES = {"jpg": 66, "png": 18, "webp": 16}
-_OVERSAMPLING = 2  # drawn at this many times the size, then averaged: smooth edges
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taste:
-    """What an artist likes; all artists together favour each colour three times."""
+    """Preferences of an artist. Over all artists, each colour is favoured three times."""
 
     colours: tuple[str, ...]
     backgrounds: tuple[str, ...]
@@ -75,7 +72,7 @@ ARTISTS: dict[str, Taste] = {
     "walnut_comet": Taste(colours=("aqua", "yellow"), backgrounds=("night", "striped"), stroke="white"),
     "woolly_kettle": Taste(colours=("pink", "green"), backgrounds=("polka_dot", "white"), stroke="dark"),
 }
-# (colour, kind) -> (character, copyright): always drawn as this character.
+# Character and copyright of an object with this colour and kind.
 CHARACTERS: dict[tuple[str, str], tuple[str, str]] = {
     ("red", "fish"): ("akari_(sample_tales)", "sample_tales"),
     ("yellow", "star"): ("hoshimaru_(sample_tales)", "sample_tales"),
@@ -97,7 +94,7 @@ class Thing:
     colour: str
     hsv: tuple[float, float, float]  # the colour with its jitter: degrees, 0..1, 0..1
     pattern: str
-    span: float  # pixels: longer side of the upright object's box
+    span: float  # pixels: longer side of the bounding box before tilting
     x: float  # pixels: centre
     y: float
     tilt: float  # degrees, clockwise
@@ -105,7 +102,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Illustration:
-    """All that is known about a picture before it is drawn."""
+    """Everything about a picture before it is drawn."""
 
     width: int  # pixels
     height: int
@@ -118,17 +115,14 @@ class Illustration:
     artist: str
     copyright: str
     character: str  # "" for none
-    quality: float  # 0..1, hidden: more shading above, a flaw at the very bottom
+    quality: float  # 0..1, hidden: above 0.3 objects are shaded, below 0.06 there is a flaw
     flaw: str
     file_type: str  # jpg | png | webp
-    grain: int  # seed of whatever is sprinkled: stars, noise
-
-
-# --- Composing --------------------------------------------------------------------------------------------------------
+    grain: int  # seed of random details: stars, noise
 
 
 def compose(seed: int, index: int) -> Illustration:
-    """Picture number `index` of a dataset; the same for the same two numbers, whatever else is drawn."""
+    """Picture number `index` of a dataset. Depends only on the two arguments."""
     rng = np.random.default_rng([seed, index])
     artist = _pick(rng, ARTISTS)
     taste = ARTISTS[artist]
@@ -139,7 +133,7 @@ def compose(seed: int, index: int) -> Illustration:
     flaw = _pick(rng, [name for name in FLAWS if name]) if quality < 0.06 else ""
     width, height = _frame(rng)
     size = _pick(rng, SIZES)
-    # A large object has no room to be clearly off the centre.
+    # A large object leaves no room to be clearly off-centre.
     place = _pick(rng, PLACES[1:]) if size != "large" and rng.random() < 0.3 else PLACES[0]
     main = _place_main(rng, kind, colour, size, place, width, height)
     character, owner = CHARACTERS.get((colour, kind), ("", ""))
@@ -163,10 +157,29 @@ def compose(seed: int, index: int) -> Illustration:
 
 
 def variant(of: Illustration, other: Illustration) -> Illustration:
-    """`other`, with the subject and the artist of `of`: another page of a work, or a child post."""
+    """`other` with the subject and artist of `of`, for another page of a work or a child post."""
     main = replace(other.main, kind=of.main.kind, colour=of.main.colour, hsv=of.main.hsv)
     extras = tuple(extra for extra in other.extras if extra.colour != main.colour)
     return replace(other, main=main, extras=extras, artist=of.artist, copyright=of.copyright, character=of.character)
+
+
+def subject(thing: Thing) -> str:
+    """The tag that names colour and kind, such as red_star."""
+    return f"{thing.colour}_{thing.kind}"
+
+
+def general_tags(scene: Illustration) -> list[str]:
+    """Tags of everything visible, sorted as on Danbooru."""
+    tags = {subject(scene.main), scene.size, *BACKGROUNDS[scene.background]}
+    tags |= {f"small_{subject(extra)}" for extra in scene.extras}
+    tags.add("multiple_objects" if scene.extras else "solo")
+    if scene.main.pattern != "plain":
+        tags.add(scene.main.pattern)
+    if scene.place != "centre":
+        tags.add(scene.place)
+    if scene.flaw in ("blurred", "noisy"):
+        tags.add(FLAWS[scene.flaw])
+    return sorted(tags)
 
 
 def _pick(rng: np.random.Generator, options: Iterable[T]) -> T:
@@ -194,7 +207,7 @@ def _jittered(rng: np.random.Generator, colour: str) -> tuple[float, float, floa
 def _place_main(
     rng: np.random.Generator, kind: str, colour: str, size: str, place: str, width: int, height: int
 ) -> Thing:
-    """Near the centre (Gaussian, 8% of the side), or a quarter of a side off it towards `place`; always inside."""
+    """Near the centre (Gaussian, 8% of the side) or a quarter of a side towards `place`; always fully inside."""
     span = min(width, height) * rng.uniform(*SIZES[size])
     shift = {"on_the_left": (-1, 0), "on_the_right": (1, 0), "at_the_top": (0, -1), "at_the_bottom": (0, 1)}
     off = 0.25 * np.array(shift.get(place, (0, 0))) + rng.normal(0, 0.08 if place == "centre" else 0.03, 2)
@@ -213,7 +226,7 @@ def _place_main(
 
 
 def _place_extras(rng: np.random.Generator, main: Thing, width: int, height: int) -> tuple[Thing, ...]:
-    """In about a third of the pictures one to three small objects in other colours, where there is room for them."""
+    """One to three small objects in other colours, as far as they fit, in about a third of the pictures."""
     placed: list[Thing] = []
     wanted = int(rng.integers(1, 4)) if rng.random() < 0.35 else 0
     colours = [str(colour) for colour in rng.permutation(list(COLOURS)) if colour != main.colour]
@@ -235,176 +248,27 @@ def _place_extras(rng: np.random.Generator, main: Thing, width: int, height: int
 
 
 def _tones(rng: np.random.Generator, background: str) -> tuple[Rgb, Rgb]:
-    """Two muted tones: saturation at most 0.24, or a value under 0.26."""
+    """Two muted background tones: saturation at most 0.24, or a value under 0.26."""
     hue = float(rng.uniform(0, 360))
     if background == "white":
         return (255, 255, 255), (255, 255, 255)
     if background == "grey":
         grey = float(rng.uniform(0.55, 0.8))
-        return _rgb(hue, 0.02, grey), _rgb(hue, 0.02, grey)
+        return rgb(hue, 0.02, grey), rgb(hue, 0.02, grey)
     if background == "beige":
-        beige = _rgb(rng.uniform(34, 42), 0.16, rng.uniform(0.88, 0.95))
+        beige = rgb(rng.uniform(34, 42), 0.16, rng.uniform(0.88, 0.95))
         return beige, beige
     if background == "night":
-        return _rgb(232, 0.45, rng.uniform(0.12, 0.16)), _rgb(240, 0.40, rng.uniform(0.19, 0.25))
+        return rgb(232, 0.45, rng.uniform(0.12, 0.16)), rgb(240, 0.40, rng.uniform(0.19, 0.25))
     if background == "outdoors":
-        return _rgb(205, rng.uniform(0.10, 0.20), 0.93), _rgb(rng.uniform(70, 120), 0.22, rng.uniform(0.60, 0.75))
+        return rgb(205, rng.uniform(0.10, 0.20), 0.93), rgb(rng.uniform(70, 120), 0.22, rng.uniform(0.60, 0.75))
     second = float(rng.uniform(0.82, 0.88)) if background != "gradient" else float(rng.uniform(0.60, 0.80))
-    return _rgb(hue, 0.06, 0.97), _rgb(hue, rng.uniform(0.12, 0.22), second)
+    return rgb(hue, 0.06, 0.97), rgb(hue, rng.uniform(0.12, 0.22), second)
 
 
-# --- Drawing ----------------------------------------------------------------------------------------------------------
-
-
-def draw(scene: Illustration) -> Image.Image:
-    """The picture: RGB, (width, height) pixels."""
-    canvas = Image.new("RGB", (scene.width * _OVERSAMPLING, scene.height * _OVERSAMPLING), scene.tones[0])
-    rng = np.random.default_rng(scene.grain)
-    _draw_background(canvas, scene, rng)
-    stroke = ARTISTS[scene.artist].stroke
-    for thing in (*scene.extras, scene.main):
-        _draw_thing(canvas, thing, stroke, shaded=scene.quality > 0.3)
-    picture = canvas.reduce(_OVERSAMPLING)
-    if scene.flaw == "blurred":
-        return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 64))
-    if scene.flaw == "noisy":
-        pixels = np.asarray(picture, dtype=np.float32) + rng.normal(0, 16, (*picture.size[::-1], 1))
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return picture
-
-
-def encode(picture: Image.Image, scene: Illustration) -> bytes:
-    """The file's bytes, in the scene's file type; the same for the same build of Pillow and its codecs."""
-    file = io.BytesIO()
-    if scene.file_type == "png":
-        picture.save(file, "PNG", compress_level=4)
-    elif scene.file_type == "webp":
-        picture.save(file, "WEBP", quality=90, method=2)
-    else:
-        picture.save(file, "JPEG", quality=14 if scene.flaw == "artefacts" else 92)
-    return file.getvalue()
-
-
-def _rgb(hue: float, saturation: float, value: float) -> Rgb:
-    """HSV (degrees, 0..1, 0..1) to 8-bit RGB."""
+def rgb(hue: float, saturation: float, value: float) -> Rgb:
+    """8-bit RGB from hue (degrees), saturation and value (0..1)."""
     sextant = (np.array([5, 3, 1]) + hue / 60) % 6
     channels = value - value * saturation * np.clip(np.minimum(sextant, 4 - sextant), 0, 1)
     red, green, blue = (round(255 * float(channel)) for channel in channels)
     return red, green, blue
-
-
-def _draw_background(canvas: Image.Image, scene: Illustration, rng: np.random.Generator) -> None:
-    width, height = canvas.size
-    step = min(width, height) / 7
-    pen = ImageDraw.Draw(canvas)
-    second = scene.tones[1]
-    if scene.background in ("gradient", "night"):
-        mix = np.linspace(0, 1, height)[:, None, None]
-        column = (1 - mix) * np.array(scene.tones[0]) + mix * np.array(second)
-        canvas.paste(Image.fromarray(column.round().astype(np.uint8)).resize(canvas.size, Image.Resampling.NEAREST))
-    if scene.background == "night":
-        for x, y, radius in rng.uniform((0, 0, 0.8), (width, height, 2.6), (int(width * height / 4500), 3)):
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(236, 236, 226))
-    elif scene.background == "outdoors":
-        horizon = height * float(rng.uniform(0.62, 0.74))
-        for x, y in rng.uniform((0, 0.05 * height), (width, 0.4 * height), (2, 2)):
-            for dx, radius in ((-0.6, 0.35), (0.0, 0.5), (0.6, 0.35)):
-                cx, r = x + dx * step, radius * step
-                pen.ellipse((cx - r, y - r, cx + r, y + r * 0.8), fill=(250, 251, 252))
-        hill = width * float(rng.uniform(0.2, 0.8))
-        pen.rectangle((0, horizon, width, height), fill=second)
-        pen.ellipse((hill - width * 0.5, horizon - step * 0.8, hill + width * 0.5, horizon + step * 1.6), fill=second)
-    elif scene.background == "striped":
-        for x in np.arange(-height, width, 2 * step).tolist():
-            pen.polygon([(x, height), (x + height, 0), (x + height + step, 0), (x + step, height)], fill=second)
-    elif scene.background in ("polka_dot", "checkered"):
-        for row in range(int(height / step) + 1):
-            for column_index in range(row % 2, int(width / step) + 1, 2):
-                x, y = column_index * step, row * step
-                if scene.background == "checkered":
-                    pen.rectangle((x, y, x + step, y + step), fill=second)
-                else:
-                    pen.ellipse((x + 0.2 * step, y + 0.2 * step, x + 0.8 * step, y + 0.8 * step), fill=second)
-
-
-def _draw_thing(canvas: Image.Image, thing: Thing, stroke: str, shaded: bool) -> None:
-    """Paint one object inside its own box of the canvas: shadow, outline, patterned and shaded body, details."""
-    half = thing.span / 2 * _OVERSAMPLING
-    reach = int(1.35 * half) + 4  # a tilted box's corner and the outline
-    left, top = round(thing.x * _OVERSAMPLING) - reach, round(thing.y * _OVERSAMPLING) - reach
-    box = canvas.crop((left, top, left + 2 * reach, top + 2 * reach))
-    turned = turn(thing.tilt) * half
-
-    def place(points: Points) -> list[tuple[float, float]]:
-        return [(x, y) for x, y in (points @ turned + reach).tolist()]
-
-    shape = SHAPES[thing.kind]
-    body = [place(points) for points in shape.body]
-    tones = FIXED_TONES | _body_tones(thing)
-    mask = Image.new("L", box.size)
-    mask_pen = ImageDraw.Draw(mask)
-    for polygon in body:
-        mask_pen.polygon(polygon, fill=255)
-    offset = max(2, round(0.07 * half))
-    if shaded:
-        box.paste((0, 0, 0), (offset, offset), mask.point(_LIGHTEST))
-    pen = ImageDraw.Draw(box)
-    if stroke != "none":
-        line, width = tones[stroke], max(3, round(0.11 * half))
-        for points in shape.outlined:
-            polygon = place(points)
-            pen.line([*polygon, polygon[0]], fill=line, width=width)
-        # Rounds the sharp turns only: drawing each joint round took a third of all the time.
-        for x, y in place(shape.corners):
-            pen.circle((x, y), width / 2, fill=line)
-    for tone, points in shape.behind:
-        pen.polygon(place(points), fill=tones[tone])
-
-    fill = Image.new("RGB", box.size, tones["body"])
-    fill_pen = ImageDraw.Draw(fill)
-    for points in PATTERNS[thing.pattern]:
-        fill_pen.polygon(place(points), fill=tones["pattern"])
-    if shaded:
-        shade = mask.copy()
-        shade.paste(0, (-2 * offset, -2 * offset), mask)
-        fill.paste(tones["dark"], mask=shade.point(_HALF))
-    box.paste(fill, mask=mask)
-    for tone, points in shape.front:
-        pen.polygon(place(points), fill=tones[tone])
-    canvas.paste(box, (left, top))
-
-
-def _body_tones(thing: Thing) -> dict[str, Rgb]:
-    hue, saturation, value = thing.hsv
-    # Yellow that is as dark as the others' shade looks olive.
-    shade = 0.80 if thing.colour == "yellow" else 0.66
-    light, dark = _rgb(hue, saturation * 0.35, 1.0), _rgb(hue, saturation, value * shade)
-    # On a light colour a lighter pattern would not show.
-    pattern = dark if thing.colour in ("yellow", "aqua") else light
-    return {"body": _rgb(*thing.hsv), "light": light, "dark": dark, "pattern": pattern}
-
-
-_LIGHTEST = [level // 8 for level in range(256)]  # mask -> one eighth of it: a faint shadow
-_HALF = [level // 2 for level in range(256)]
-
-
-# --- Tags -------------------------------------------------------------------------------------------------------------
-
-
-def subject(thing: Thing) -> str:
-    """The one tag that names colour and kind, e.g. red_star."""
-    return f"{thing.colour}_{thing.kind}"
-
-
-def general_tags(scene: Illustration) -> list[str]:
-    """What is to be seen, sorted as on Danbooru."""
-    tags = {subject(scene.main), scene.size, *BACKGROUNDS[scene.background]}
-    tags |= {f"small_{subject(extra)}" for extra in scene.extras}
-    tags.add("multiple_objects" if scene.extras else "solo")
-    if scene.main.pattern != "plain":
-        tags.add(scene.main.pattern)
-    if scene.place != "centre":
-        tags.add(scene.place)
-    if scene.flaw in ("blurred", "noisy"):
-        tags.add(FLAWS[scene.flaw])
-    return sorted(tags)

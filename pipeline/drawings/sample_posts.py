@@ -1,4 +1,4 @@
-"""The sample dataset before it is drawn: who posts what, and which faults are planted."""
+"""The plan of the sample dataset: which rows each site has, and which faults are planted in them."""
 
 import math
 from collections import Counter
@@ -7,17 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.drawings.illustrations import (
-    Illustration,
-    compose,
-    variant,
-)
+from pipeline.drawings.illustrations import Illustration, compose, variant
 
-FEWEST_IMAGES = 120  # below, there is no room for one row of every planted kind
+FEWEST_IMAGES = 120  # leaves room for one row of every planted kind
 SHARD_ROWS = {"danbooru": 640, "pixiv": 500}
-_PIXIV_PICTURES = 1 << 24  # the first picture that is Pixiv's
+_PIXIV_PICTURES = 1 << 24  # index of Pixiv's first picture
 
-# Share of a site's rows that is planted, by kind; at least one row of each.
+# Share of a site's rows that get each planted fault; at least one row each.
 PLANTED: dict[str, dict[str, float]] = {
     "danbooru": {
         "truncated_bytes": 0.004,
@@ -27,11 +23,11 @@ PLANTED: dict[str, dict[str, float]] = {
         "video_or_archive": 0.004,  # file_ext mp4 or zip
         "deleted": 0.005,
         "banned": 0.003,
-        "cosplay_photo": 0.003,  # this and the next two: the tag of that name
+        "cosplay_photo": 0.003,  # this kind and the next two have the tag of that name
         "third-party_edit": 0.003,
         "text-only_page": 0.003,
-        "duplicate_bytes": 0.006,  # another post's file under an id of its own
-        "duplicate_id": 0.003,  # the row before it, delivered again
+        "duplicate_bytes": 0.006,  # another post's file under a different id
+        "duplicate_id": 0.003,  # the previous row again
         "same_on_both_sites": 0.010,  # the picture of a Pixiv page, linked to it; half of them as PNG
     },
     "pixiv": {
@@ -47,47 +43,41 @@ PLANTED: dict[str, dict[str, float]] = {
     },
 }
 
-# --- The plan: which rows there are, before any is drawn --------------------------------------------------------------
-
 
 @dataclass(frozen=True, kw_only=True)
-class Post:
+class DrawnPost:
     """One raw row: a Danbooru post, or one page of a Pixiv work."""
 
-    number: int  # of the post or work on its site, from 0: ids and dates grow with it
-    when: float  # 0..1: place on the site's time line
+    number: int  # of the post or work on its site, from 0; ids and dates increase with it
+    when: float  # 0..1: position on the site's time line
     picture: int  # index for `compose`
-    like: int | None = None  # index of the picture whose subject and artist this one repeats
+    like: int | None = None  # index of the picture whose subject and artist are used
     page: int = 0
     pages: int = 1
     parent: int | None = None  # number of the parent post
     has_children: bool = False
-    link: "Post | None" = None  # the Pixiv page that this is the same picture as
-    file_type: str = ""  # "" for the one that the picture was composed with
-    planted: str = ""
+    link: "DrawnPost | None" = None  # the Pixiv page that shows the same picture
+    file_type: str = ""  # "" for that of the composed picture
+    planted: str = ""  # kind of fault
 
 
-def plan(seed: int, images: int) -> dict[str, list[Post]]:
-    """Every row of both sites in its final order; 8 of 11 are Danbooru's. ValueError below FEWEST_IMAGES."""
+def plan(seed: int, images: int) -> dict[str, list[DrawnPost]]:
+    """Every row of both sites in its final order; 8 of 11 are Danbooru's. Raises ValueError below FEWEST_IMAGES."""
     if images < FEWEST_IMAGES:
-        raise ValueError(
-            f"{images} images leave no room for one of every planted kind; ask for {FEWEST_IMAGES} or more"
-        )
+        raise ValueError(f"{images} images leave no room for one of every planted kind. Use {FEWEST_IMAGES} or more.")
     rng = np.random.default_rng([seed, 2**32])
     n_danbooru = round(images * 8 / 11)
     pixiv = _plan_pixiv(rng, images - n_danbooru)
     return {"danbooru": _plan_danbooru(rng, n_danbooru, pixiv), "pixiv": pixiv}
 
 
-def count_planted(rows: dict[str, list[Post]]) -> dict[str, dict[str, int]]:
+def count_planted(rows: dict[str, list[DrawnPost]]) -> dict[str, dict[str, int]]:
     """Number of planted rows by site and kind."""
-    return {
-        site: dict(sorted(Counter(post.planted for post in posts if post.planted).items()))
-        for site, posts in rows.items()
-    }
+    counts = {site: Counter(post.planted for post in posts if post.planted) for site, posts in rows.items()}
+    return {site: dict(sorted(kinds.items())) for site, kinds in counts.items()}
 
 
-def shards(rows: dict[str, list[Post]]) -> Iterator[tuple[str, list[Post]]]:
+def shards(rows: dict[str, list[DrawnPost]]) -> Iterator[tuple[str, list[DrawnPost]]]:
     """Name (<site>/<number>) and rows of each shard."""
     for site, posts in rows.items():
         for number, start in enumerate(range(0, len(posts), SHARD_ROWS[site])):
@@ -95,11 +85,11 @@ def shards(rows: dict[str, list[Post]]) -> Iterator[tuple[str, list[Post]]]:
 
 
 def _plant(rng: np.random.Generator, site: str, rows: int) -> dict[int, str]:
-    """Row -> planted kind. The row before a "duplicate_id" is a sound one of the same shard."""
+    """Planted kind by row. The row before a "duplicate_id" is in the same shard and has no fault."""
     taken: set[int] = set()
     planted: dict[int, str] = {}
     order = [int(row) for row in rng.permutation(rows)]
-    # The kind that needs two neighbours comes first, while there is room.
+    # The kind that needs two neighbouring rows goes first, while there is room.
     for kind in sorted(PLANTED[site], key=lambda kind: kind != "duplicate_id"):
         for _ in range(math.ceil(PLANTED[site][kind] * rows)):
             needed = {0, -1} if kind == "duplicate_id" else {0}
@@ -113,50 +103,51 @@ def _plant(rng: np.random.Generator, site: str, rows: int) -> dict[int, str]:
     return planted
 
 
-def _plant_copies(rng: np.random.Generator, posts: list[Post]) -> list[Post]:
-    """Fill in the rows that repeat another row of their site."""
-    sound = [post for post in posts if not post.planted]
-    originals = iter(rng.permutation(len(sound)))
-    result: list[Post] = []
+def _plant_copies(rng: np.random.Generator, posts: list[DrawnPost]) -> list[DrawnPost]:
+    """Replace the planted duplicates by copies of other rows of their site."""
+    intact = [post for post in posts if not post.planted]
+    originals = iter(rng.permutation(len(intact)))
+    result: list[DrawnPost] = []
     for post in posts:
         if post.planted == "duplicate_id":
             post = replace(result[-1], planted=post.planted)
         elif post.planted == "duplicate_bytes":
-            original = sound[int(next(originals))]
+            original = intact[int(next(originals))]
             post = replace(post, picture=original.picture, like=original.like)
         result.append(post)
     return result
 
 
-def _plan_pixiv(rng: np.random.Generator, rows: int) -> list[Post]:
-    """Works of one to four pages; whatever is planted is a work of one page."""
+def _plan_pixiv(rng: np.random.Generator, rows: int) -> list[DrawnPost]:
+    """Works of one to four pages. Every planted row is a work of one page."""
     planted = _plant(rng, "pixiv", rows)
-    posts: list[Post] = []
+    posts: list[DrawnPost] = []
     number = 0
     while len(posts) < rows:
         first = len(posts)
         pages = 1 if first in planted else int(rng.choice([1, 2, 3, 4], p=[0.72, 0.13, 0.09, 0.06]))
         while first + pages > rows or any(row in planted for row in range(first + 1, first + pages)):
             pages -= 1
-        for page in range(pages):
-            picture = _PIXIV_PICTURES + first + page
-            like = _PIXIV_PICTURES + first if page else None
-            kind = planted.get(first, "")
-            posts.append(
-                Post(number=number, when=first / rows, picture=picture, like=like, page=page, pages=pages, planted=kind)
-            )
+        picture, kind = _PIXIV_PICTURES + first, planted.get(first, "")
+        work = DrawnPost(number=number, when=first / rows, picture=picture, pages=pages, planted=kind)
+        posts += [_page_of(work, page) for page in range(pages)]
         number += 1
     return _plant_copies(rng, posts)
 
 
-def _plan_danbooru(rng: np.random.Generator, rows: int, pixiv: list[Post]) -> list[Post]:
+def _page_of(first: DrawnPost, page: int) -> DrawnPost:
+    """A page of the work whose first page is given."""
+    return replace(first, picture=first.picture + page, like=first.picture if page else None, page=page)
+
+
+def _plan_danbooru(rng: np.random.Generator, rows: int, pixiv: list[DrawnPost]) -> list[DrawnPost]:
     planted = _plant(rng, "danbooru", rows)
     copied = {post.picture for post in pixiv if post.planted == "duplicate_bytes"}
     linkable = [post for post in pixiv if not post.planted and post.picture not in copied]
     links = iter(rng.permutation(len(linkable)))
-    posts: list[Post] = []
+    posts: list[DrawnPost] = []
     for row in range(rows):
-        post = Post(number=row, when=row / rows, picture=row, planted=planted.get(row, ""))
+        post = DrawnPost(number=row, when=row / rows, picture=row, planted=planted.get(row, ""))
         if post.planted == "same_on_both_sites":
             link = linkable[int(next(links))]
             file_type = str(rng.choice(["", "png"]))
@@ -170,7 +161,7 @@ def _plan_danbooru(rng: np.random.Generator, rows: int, pixiv: list[Post]) -> li
     return _plant_copies(rng, posts)
 
 
-def scene_of(seed: int, post: Post) -> Illustration:
+def scene_of(seed: int, post: DrawnPost) -> Illustration:
     """The picture of a row."""
     scene = compose(seed, post.picture)
     if post.like is not None:
@@ -178,11 +169,9 @@ def scene_of(seed: int, post: Post) -> Illustration:
     return replace(scene, file_type=post.file_type) if post.file_type else scene
 
 
-def scenes_of_work(seed: int, post: Post) -> list[Illustration]:
+def scenes_of_work(seed: int, post: DrawnPost) -> list[Illustration]:
     """The pictures of all pages of a row's work."""
     if post.pages == 1:
         return [scene_of(seed, post)]
-    first = post.picture - post.page
-    return [
-        scene_of(seed, replace(post, picture=first + page, like=first if page else None)) for page in range(post.pages)
-    ]
+    first = replace(post, picture=post.picture - post.page)
+    return [scene_of(seed, _page_of(first, page)) for page in range(post.pages)]

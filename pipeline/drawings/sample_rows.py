@@ -1,4 +1,4 @@
-"""The raw rows of the sample dataset: the field names of both sites' APIs, with the picture's bytes."""
+"""Raw rows of the sample dataset, with the field names of both sites' APIs."""
 
 import hashlib
 import io
@@ -17,12 +17,11 @@ from pipeline.drawings.illustrations import (
     FLAWS,
     SHAPES_OF_EXTRAS,
     Illustration,
-    draw,
-    encode,
     general_tags,
     subject,
 )
-from pipeline.drawings.sample_posts import PLANTED, Post, scene_of, scenes_of_work
+from pipeline.drawings.painting import draw, encode
+from pipeline.drawings.sample_posts import PLANTED, DrawnPost, scene_of, scenes_of_work
 from pipeline.drawings.shapes import SHAPES
 
 _TEXT, _INT, _LONG, _FLAG, _BYTES = pa.string(), pa.int32(), pa.int64(), pa.bool_(), pa.binary()
@@ -54,7 +53,7 @@ _ZIP = b"PK\x03\x04\x14\x00\x00\x00\x00\x00" + bytes(2000)
 
 
 def _file_of(scene: Illustration, planted: str) -> bytes:
-    """The bytes that a row carries, spoilt where that is what was planted."""
+    """The image file of a row, damaged or replaced as the planted fault demands."""
     if planted == "empty_bytes":
         return b""
     if planted == "html_page":
@@ -77,24 +76,24 @@ def _placeholder() -> bytes:
     return file.getvalue()
 
 
-def _row_rng(seed: int, site: str, post: Post) -> np.random.Generator:
+def _row_rng(seed: int, site: str, post: DrawnPost) -> np.random.Generator:
     return np.random.default_rng([seed, list(PLANTED).index(site), post.number])
 
 
 def _date(when: float, rng: np.random.Generator) -> datetime:
-    """2006 to 2025, more of them in later years."""
+    """A date from 2006 to 2025, with more posts in later years."""
     start, end = datetime(2006, 1, 1, tzinfo=UTC), datetime(2025, 12, 31, tzinfo=UTC)
     return start + timedelta(seconds=float(when**0.6) * (end - start).total_seconds() + int(rng.integers(60)))
 
 
 def _favourites(scene: Illustration, rating: str, rng: np.random.Generator) -> int:
-    """Heavy-tailed around the hidden quality; medians near those of the real site (general 8, explicit 52)."""
+    """Log-normal, increasing with the hidden quality. Medians are near those of Danbooru (general 8, explicit 52)."""
     reach = {"g": 1.0, "s": 2.0, "q": 4.8, "e": 6.5}[rating]
     return int(reach * math.exp(rng.normal(0.9 + 2.4 * scene.quality, 0.7)))
 
 
-def danbooru_row(seed: int, post: Post) -> dict[str, Any]:
-    """A row of DANBOORU; numbers and tags are drawn anew from (seed, post number), whatever else is drawn."""
+def danbooru_row(seed: int, post: DrawnPost) -> dict[str, Any]:
+    """A row of DANBOORU. Depends only on the seed and the post."""
     scene = scene_of(seed, post)
     rng = _row_rng(seed, "danbooru", post)
     rating = str(rng.choice(["g", "s", "q", "e"], p=[0.74, 0.16, 0.06, 0.04]))
@@ -142,7 +141,7 @@ def _danbooru_id(number: int) -> int:
 
 
 def _pixiv_id(number: int) -> int:
-    # Far above the ids that the site has given out: the links of drawn posts lead nowhere.
+    # Far above the ids in use on the site, so that the links of drawn posts lead nowhere.
     return 9_000_000_007 + 7 * number
 
 
@@ -150,8 +149,8 @@ def _pixiv_url(work: int, page: int, created: datetime, file_type: str) -> str:
     return f"https://i.pximg.net/img-original/img/{created:%Y/%m/%d/%H/%M/%S}/{work}_p{page}.{file_type}"
 
 
-def _source(post: Post, created: datetime, rng: np.random.Generator) -> tuple[str, int | None]:
-    """Where a Danbooru post came from: one of our Pixiv pages, a Pixiv work outside the dataset, or elsewhere."""
+def _source(post: DrawnPost, created: datetime, rng: np.random.Generator) -> tuple[str, int | None]:
+    """Source URL and Pixiv id of a Danbooru post: a page of this dataset, another Pixiv work, or elsewhere."""
     if post.link is not None:
         work = _pixiv_id(post.link.number)
         return _pixiv_url(work, post.link.page, created, "jpg"), work
@@ -165,7 +164,7 @@ _META = {"commentary": 0.15, "commentary_request": 0.05, "bad_id": 0.10, "transl
 _UNWANTED = ("cosplay_photo", "third-party_edit", "text-only_page")
 
 
-def _danbooru_tags(scene: Illustration, post: Post, rng: np.random.Generator) -> dict[str, list[str]]:
+def _danbooru_tags(scene: Illustration, post: DrawnPost, rng: np.random.Generator) -> dict[str, list[str]]:
     meta = [tag for tag, share in _META.items() if rng.random() < share]
     if scene.flaw == "artefacts":
         meta.append(FLAWS[scene.flaw])
@@ -185,7 +184,7 @@ _JAPANESE_SHAPES = dict(
     zip(SHAPES, ("ボール", "星", "ハート", "魚", "家", "木", "花", "キノコ", "傘", "月", "猫", "蝶"), strict=True)
 )
 _SUBJECTS = {f"{c}_{s}": _JAPANESE_COLOURS[c] + _JAPANESE_SHAPES[s] for c in COLOURS for s in SHAPES}
-# Danbooru's tag -> what a Pixiv user would write.
+# What a Pixiv user would write for each of Danbooru's tags.
 JAPANESE = {
     "small": "小さめ", "medium": "中くらい", "large": "大きめ",
     "on_the_left": "左側", "on_the_right": "右側", "at_the_top": "上側", "at_the_bottom": "下側",
@@ -201,8 +200,8 @@ JAPANESE = {
 }  # fmt: skip
 
 
-def pixiv_row(seed: int, post: Post) -> dict[str, Any]:
-    """A row of PIXIV: all but page and image is the work's, and the same on each of its pages."""
+def pixiv_row(seed: int, post: DrawnPost) -> dict[str, Any]:
+    """A row of PIXIV. Everything but page and image is the same on all pages of a work."""
     scenes = scenes_of_work(seed, post)
     first, scene = scenes[0], scenes[post.page]
     rng = _row_rng(seed, "pixiv", post)
@@ -249,7 +248,7 @@ def pixiv_row(seed: int, post: Post) -> dict[str, Any]:
 
 
 def _pixiv_tags(scenes: list[Illustration], bookmarks: int, rng: np.random.Generator) -> list[dict[str, str | None]]:
-    """What is true of every page, mostly with the site's translation; popularity and chatter mixed in."""
+    """Tags that apply to every page, mostly translated, with popularity tags and off-topic tags mixed in."""
     main = subject(scenes[0].main)
     shared = set.intersection(*(set(general_tags(scene)) for scene in scenes)) - {main}
     described = [scenes[0].copyright, main, *(tag for tag in sorted(shared) if rng.random() < 0.8)]
@@ -268,7 +267,7 @@ def _pixiv_tags(scenes: list[Illustration], bookmarks: int, rng: np.random.Gener
     return tags
 
 
-SITES: dict[str, tuple[pa.Schema, Callable[[int, Post], dict[str, Any]]]] = {
+SITES: dict[str, tuple[pa.Schema, Callable[[int, DrawnPost], dict[str, Any]]]] = {
     "danbooru": (DANBOORU, danbooru_row),
     "pixiv": (PIXIV, pixiv_row),
 }

@@ -1,4 +1,4 @@
-"""Silhouettes and patterns: polygons in a box that reaches from -1 to 1 along its longer side."""
+"""Shapes and patterns as polygons in a box from -1 to 1 along its longer side."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Points = NDArray[np.float64]  # (n, 2): corners of a filled polygon, x to the right and y down
+Points = NDArray[np.float64]  # (n, 2): corners of a filled polygon, x right and y down
 Rgb = tuple[int, int, int]
-Part = tuple[str, Points]  # a polygon and its tone: "light" or "dark" of the object's colour, or one of FIXED_TONES
+Part = tuple[str, Points]  # tone ("light" or "dark" of the object's colour, or a key of FIXED_TONES) and polygon
 
 FIXED_TONES: dict[str, Rgb] = {
     "white": (255, 255, 255),
@@ -21,13 +21,13 @@ FIXED_TONES: dict[str, Rgb] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Polygons in the order they are painted; the body takes the object's colour, the other parts their own tone."""
+    """Polygons in the order of drawing. The body has the object's colour, the other parts their own tones."""
 
     behind: tuple[Part, ...]
     body: tuple[Points, ...]
     front: tuple[Part, ...]
-    outlined: tuple[Points, ...]  # what gets an outline: all but the front
-    corners: Points  # (n, 2): where an outline turns sharply
+    outlined: tuple[Points, ...]  # polygons with an outline: all except `front`
+    corners: Points  # (n, 2): sharp corners of the outlines
 
 
 def _polygon(*corners: tuple[float, float]) -> Points:
@@ -37,14 +37,14 @@ def _polygon(*corners: tuple[float, float]) -> Points:
 def _oval(
     x: float, y: float, rx: float, ry: float | None = None, tilt: float = 0.0, start: float = 0.0, end: float = 360.0
 ) -> Points:
-    """An ellipse, or the part of it between two angles in degrees (0 right, 90 down)."""
+    """An ellipse, or its arc between two angles in degrees (0 right, 90 down)."""
     angle = np.radians(np.linspace(start, end, 40))
     points = np.stack([rx * np.cos(angle), (rx if ry is None else ry) * np.sin(angle)], axis=1)
-    return points @ turn(tilt) + (x, y)
+    return points @ rotation(tilt) + (x, y)
 
 
-def turn(degrees: float) -> Points:
-    """Matrix that turns row vectors clockwise, y pointing down."""
+def rotation(degrees: float) -> Points:
+    """Matrix that rotates row vectors clockwise, with y pointing down."""
     a = np.radians(degrees)
     return np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
 
@@ -62,14 +62,13 @@ def _arc(x: float, y: float, radius: float, start: float, end: float, width: flo
 
 
 def _eyes(x: float, y: float, apart: float, eye: float) -> Iterator[Part]:
-    """Two eyes with a glint, each `apart` from the middle and of radius `eye`."""
+    """Two eyes with a glint, at a distance of `apart` from the middle and with radius `eye`."""
     for side in (-1, 1):
         yield "black", _oval(x + side * apart, y, eye, 1.25 * eye)
         yield "white", _oval(x + side * apart - 0.3 * eye, y - 0.3 * eye, 0.4 * eye, 0.5 * eye)
 
 
 def _face(x: float, y: float, apart: float, eye: float) -> Iterator[Part]:
-    """Eyes and a smile."""
     yield from _eyes(x, y, apart, eye)
     yield "black", _arc(x, y + 0.6 * eye, 0.55 * apart, 20, 160, 0.5 * eye)
 
@@ -89,7 +88,7 @@ def _heart() -> Points:
 
 def _crescent() -> Points:
     outer = _oval(0, 0, 1, start=-62, end=-298)
-    # The inner edge runs through the outer edge's two ends.
+    # The inner edge passes through both ends of the outer edge.
     (x, y0), (_, y1) = outer[0], outer[-1]
     reach = 0.50
     centre, radius = x + reach, float(np.hypot(reach, y0))
@@ -99,7 +98,7 @@ def _crescent() -> Points:
 
 
 def _dome(edge: float, scallops: int) -> Points:
-    """Half an ellipse on `scallops` arches of height `edge`; below 0 they bulge downwards."""
+    """Half an ellipse above `scallops` arches of height `edge`. Arches of negative height bulge downwards."""
     top = _oval(0, 0, 1, 0.95, start=180, end=360)
     width = 2 / scallops
     arches = [_oval(1 - width * (i + 0.5), 0, width / 2, -edge, start=0, end=180) for i in range(scallops)]
@@ -123,10 +122,10 @@ def _shape(body: Iterable[Points], behind: Iterable[Part] = (), front: Iterable[
 
 
 def _corners(polygon: Points) -> Points:
-    """The corners at which the edge turns by more than 20 degrees."""
+    """Corners at which the outline turns by more than 20 degrees."""
     before, after = polygon - np.roll(polygon, 1, axis=0), np.roll(polygon, -1, axis=0) - polygon
-    turn = np.angle(np.exp(1j * (np.arctan2(after[:, 1], after[:, 0]) - np.arctan2(before[:, 1], before[:, 0]))))
-    corners: Points = polygon[np.abs(turn) > np.radians(20)]
+    angle = np.angle(np.exp(1j * (np.arctan2(after[:, 1], after[:, 0]) - np.arctan2(before[:, 1], before[:, 0]))))
+    corners: Points = polygon[np.abs(angle) > np.radians(20)]
     return corners
 
 
@@ -167,7 +166,7 @@ SHAPES: dict[str, Shape] = {
         front=[("dark", _arc(-0.1, -0.45, 0.28, 100, 190, 0.06)), ("dark", _arc(0.38, -0.1, 0.26, 20, 110, 0.06))],
     ),
     "flower": _shape(
-        [_oval(0, -0.44, 0.24, 0.36) @ turn(degrees) + (0, -0.35) for degrees in range(0, 360, 60)],
+        [_oval(0, -0.44, 0.24, 0.36) @ rotation(degrees) + (0, -0.35) for degrees in range(0, 360, 60)],
         behind=[
             ("stem", _line(0, -0.2, 0, 1.1, 0.10)),
             ("stem", _oval(0.26, 0.72, 0.28, 0.11, -30)),
@@ -245,7 +244,7 @@ def _dots(radius: float, across: float, down: float) -> list[Points]:
     return [_oval(x + across / 2 * (row % 2), y, radius) for row, y in rows for x in columns]
 
 
-# Painted over a body and cut off at its edge.
+# Drawn over a body and clipped to it.
 PATTERNS: dict[str, list[Points]] = {
     "plain": [],
     "striped": _stripes(0.24, every=0.55),

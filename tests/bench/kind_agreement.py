@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.drawings.illustrations import COLOURS, compose, draw, encode
+from pipeline.drawings.illustrations import COLOURS, compose
+from pipeline.drawings.painting import draw, encode
 from pipeline.drawings.shapes import SHAPES
-from pipeline.pictures.decoder import Refused, square_crop
-from trainer.drawing.pictures import PictureModel, Settings
+from pipeline.pictures.crops import square_crop
+from pipeline.pictures.decoder import Refused
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 
 KINDS, SIDE = list(SHAPES), 64
 PICTURES, CROPS_OF_EACH, HELD_OUT = 4000, 4, 400  # the last pictures test the classifier
@@ -42,7 +45,7 @@ def main() -> None:
 
     model = PictureModel.load(args.run, torch.device("cpu"))
     asked = [(list(COLOURS)[(i * 5 + i // 12) % 8], i % 12) for i in range(args.samples)]
-    settings = Settings(width=SIDE, height=SIDE, guidance=args.guidance)
+    settings = SamplingSettings(width=SIDE, height=SIDE, guidance=args.guidance)
     prompts = [f"{colour} {KINDS[kind]}" for colour, kind in asked]
     pictures = model.draw(prompts, range(10_000, 10_000 + args.samples), settings)
     found_N = judged(judge, torch.from_numpy(np.stack(pictures)))

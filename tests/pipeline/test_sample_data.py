@@ -17,13 +17,13 @@ from pipeline.core.errors import UsageError
 from pipeline.drawings.illustrations import compose, general_tags, subject
 from pipeline.drawings.sample_posts import PLANTED, count_planted, plan, scene_of
 from pipeline.drawings.sample_rows import JAPANESE, danbooru_row
-from pipeline.sample_data import SampleJob, main, write_samples
+from pipeline.sample_data import SampleDataJob, main, write_samples
 
 FEW = 120
 
 
 def drawn(folder: Path, seed: int = 0, workers: int = 2) -> Path:
-    write_samples(SampleJob(out=str(folder), images=FEW, seed=seed), plan(seed, FEW), workers)
+    write_samples(SampleDataJob(out=str(folder), images=FEW, seed=seed), plan(seed, FEW), workers)
     return folder
 
 
@@ -201,8 +201,8 @@ def test_a_second_run_draws_nothing_and_a_lost_shard_alone_is_drawn_again(
 
 
 @pytest.mark.parametrize("other", [["--seed", "1"], ["--images", str(FEW + 1)]])
-def test_other_arguments_in_the_same_folder_are_refused_with_the_mend(samples: Path, other: list[str]) -> None:
-    with pytest.raises(UsageError, match="give another --out, or delete that folder"):
+def test_other_arguments_in_the_same_folder_are_refused_with_the_fix(samples: Path, other: list[str]) -> None:
+    with pytest.raises(UsageError, match="Give another --out, or delete that folder"):
         main(["--out", str(samples), "--images", str(FEW), *other])
 
 
@@ -214,7 +214,7 @@ def test_a_folder_of_foreign_shards_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"), [(["--images", "20"], "ask for 120 or more"), (["--seed", "-1"], "give 0 or more")]
+    ("wrong", "named"), [(["--images", "20"], "Use 120 or more"), (["--seed", "-1"], "give 0 or more")]
 )
 def test_arguments_that_cannot_be_met_are_refused(tmp_path: Path, wrong: list[str], named: str) -> None:
     with pytest.raises(UsageError, match=named):

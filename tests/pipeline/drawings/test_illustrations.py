@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.drawings.illustrations import COLOURS, Illustration, compose, draw, encode, general_tags, subject
+from pipeline.drawings.illustrations import COLOURS, Illustration, compose, general_tags, subject
+from pipeline.drawings.painting import draw, encode
 from pipeline.drawings.shapes import PATTERNS, SHAPES
 
 

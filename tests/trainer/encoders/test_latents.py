@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.drawings.illustrations import compose, draw, encode
-from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.drawings.illustrations import compose
+from pipeline.drawings.painting import draw, encode
+from pipeline.pictures.crops import Crop, square_crop
 from trainer.encoders.latents import LinearCodec, dct_basis
 from trainer.encoders.load_codec import codec_shape, load_codec
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.drawings.illustrations import compose, draw
+from pipeline.drawings.illustrations import compose
+from pipeline.drawings.painting import draw
 from trainer.evaluation.agreement import COLOUR_HUES, Agreement, colour_agreement, main_colour, prompted_colour
 
 Picture = NDArray[np.uint8]

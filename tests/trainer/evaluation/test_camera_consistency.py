@@ -7,7 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.drawings.illustrations import compose, draw
+from pipeline.drawings.illustrations import compose
+from pipeline.drawings.painting import draw
 from trainer.diffusion.positions import camera, full_position_map
 from trainer.evaluation.camera_consistency import Move, consistency, content_displacement, expected_displacement
 

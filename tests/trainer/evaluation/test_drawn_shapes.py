@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.drawings.illustrations import compose, draw, encode
-from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.drawings.illustrations import compose
+from pipeline.drawings.painting import draw, encode
+from pipeline.pictures.crops import Crop, square_crop
 from trainer.evaluation.drawn_shapes import Judge, coloured_object, outline
 
 Picture = NDArray[np.uint8]
