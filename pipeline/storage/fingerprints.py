@@ -1,45 +1,48 @@
-"""What a file of a selection was made from, so that a rerun makes again only what would come out differently."""
+"""Provenance of derived files: the inputs of each, so that a rerun makes only the files whose inputs have changed."""
 
 import hashlib
 import json
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import UsageError
 from pipeline.storage.shards import Store
 
-# Raise it when the code makes other files out of the same: all selections are then made again.
+T = TypeVar("T")
+
+# Increment when the code makes other files from the same inputs: all selections are then made again.
 CODE_VERSION: Final = "1"
 
 _NAMED_SHARDS = 3
 
-MadeFrom = dict[str, str]  # ingredient -> its digest, or what it is where that is short
+Provenance = dict[str, str]  # input -> its digest, or its value where that is short
 
 
 @dataclass(frozen=True)
-class Footer:
-    """A parquet file's identity: any rewrite with other rows, or from another raw file, has another footer."""
+class FileIdentity:
+    """Identifies the content of a parquet file: rewriting it with other rows or from another raw file changes the
+    footer."""
 
-    digest: str
+    digest: str  # of the footer
     rows: int
-    sources: frozenset[str]  # the sites whose rows it has, where it has a column of that name
+    sources: frozenset[str]  # the sites in its column `source`, if it has one
 
     @classmethod
-    def of(cls, store: Store, name: str) -> "Footer":
+    def of(cls, store: Store, name: str) -> "FileIdentity":
         with store.open(name) as file:
             footer = pq.read_metadata(file)
             return cls(footer_digest(file), footer.num_rows, frozenset(_sources(footer)))
 
 
 def footer_digest(file: BinaryIO) -> str:
-    """Of an open parquet file's footer."""
+    """Digest of an open parquet file's footer."""
     file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     file.seek(-8 - length, os.SEEK_END)
@@ -47,7 +50,7 @@ def footer_digest(file: BinaryIO) -> str:
 
 
 def _sources(footer: pq.FileMetaData) -> Iterable[str]:
-    """From the statistics: the lowest and the highest name of each row group."""
+    """The lowest and the highest source of each row group, from the column statistics."""
     names = footer.schema.to_arrow_schema().names
     if "source" in names and footer.num_row_groups:
         column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path == "source")
@@ -57,49 +60,47 @@ def _sources(footer: pq.FileMetaData) -> Iterable[str]:
                 yield from (statistics.min, statistics.max)
 
 
-def image_footers(dataset: Store) -> dict[str, Footer]:
-    """Of all image shards; UsageError where there are none."""
-    images = footers(dataset, "images", dataset.shards("images"))
+def image_identities(dataset: Store) -> dict[str, FileIdentity]:
+    """Identity of every image shard, by name. Raises UsageError if the dataset has no images."""
+    images = identities(dataset, "images", dataset.shards("images"))
     if not images:
-        mend = f"python pipeline/ingest.py --raw PATH --dataset {shlex.quote(dataset.root)}"
-        raise UsageError(f"{dataset.root} has no images; run: {mend}")
+        command = f"python pipeline/ingest.py --raw PATH --dataset {shlex.quote(dataset.root)}"
+        raise UsageError(f"{dataset.root} has no images; run: {command}")
     return images
 
 
-def footers(store: Store, folder: str, shards: Iterable[str]) -> dict[str, Footer]:
-    """Of these shards of a folder; those that are not there are left out. OSError where one cannot be read."""
-    there = sorted(set(shards) & set(store.shards(folder)))
+def identities(store: Store, folder: str, shards: Iterable[str]) -> dict[str, FileIdentity]:
+    """Identity of each of these shards that exists in the folder. Raises OSError if one cannot be read."""
+    return _read_each(store, folder, shards, lambda name: FileIdentity.of(store, name))
+
+
+def read_provenance(store: Store, folder: str, shards: Iterable[str]) -> dict[str, Provenance]:
+    """Provenance of each of these shards that exists in the folder, {} for files without one."""
+    return _read_each(store, folder, shards, lambda name: json.loads(store.metadata(name).get("made_from", "{}")))
+
+
+def _read_each(store: Store, folder: str, shards: Iterable[str], read: Callable[[str], T]) -> dict[str, T]:
+    existing = sorted(set(shards) & set(store.shards(folder)))
     with ThreadPoolExecutor(8) as readers:
-        return dict(
-            zip(there, readers.map(lambda shard: Footer.of(store, f"{folder}/{shard}.parquet"), there), strict=True)
-        )
+        found = readers.map(lambda shard: read(f"{folder}/{shard}.parquet"), existing)
+        return dict(zip(existing, found, strict=True))
 
 
-def made_from(store: Store, folder: str, shards: Iterable[str]) -> dict[str, MadeFrom]:
-    """What the finished shards of a folder were made from."""
-    there = sorted(set(shards) & set(store.shards(folder)))
-    with ThreadPoolExecutor(8) as readers:
-        found = readers.map(lambda shard: store.metadata(f"{folder}/{shard}.parquet").get("made_from", "{}"), there)
-        return dict(zip(there, map(json.loads, found), strict=True))
-
-
-def changes(before: Mapping[str, MadeFrom], now: Mapping[str, MadeFrom]) -> dict[str, str]:
-    """By shard that must be made (again): why."""
+def changes(before: Mapping[str, Provenance], now: Mapping[str, Provenance]) -> dict[str, str]:
+    """The reason, by shard, for each shard that must be made (again)."""
     why: dict[str, str] = {}
-    for shard, ingredients in now.items():
+    for shard, inputs in now.items():
         if shard not in before:
             why[shard] = "new"
-        elif other := sorted(
-            name
-            for name in ingredients.keys() | before[shard].keys()
-            if before[shard].get(name) != ingredients.get(name)
+        elif changed := sorted(
+            name for name in inputs.keys() | before[shard].keys() if before[shard].get(name) != inputs.get(name)
         ):
-            why[shard] = "changed: " + ", ".join(other)
+            why[shard] = "changed: " + ", ".join(changed)
     return why
 
 
-def described(doing: str, why: Mapping[str, str], total: int) -> str:
-    """ "judging 2 of 40 shards: 2 new (a, b)"."""
+def describe_changes(doing: str, why: Mapping[str, str], total: int) -> str:
+    """One line, for example "judging 2 of 40 shards: 2 new (a, b)"."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for shard, reason in sorted(why.items()):
         by_reason[reason].append(shard)
@@ -111,7 +112,7 @@ def described(doing: str, why: Mapping[str, str], total: int) -> str:
 
 
 def digest(content: Any) -> str:
-    """Of bytes, of text, or of anything that JSON can write."""
+    """SHA-256 of bytes, of text, or of the JSON of anything else."""
     if isinstance(content, str):
         content = content.encode()
     if not isinstance(content, bytes):

@@ -1,11 +1,11 @@
-"""S3 through one opener: settings, patience, few requests, and errors of one line. Only `Store` uses it.
+"""S3 access for `Store`: connection settings, retries, few requests, and one-line errors.
 
-Three layers can fail, and each is retried in one place, so that their attempts do not multiply:
-- a request (a 5xx answer, throttling, a refused or dropped connection, silence): by botocore, whose standard mode waits
-  random() * min(2^attempt, 20) seconds between attempts. S3 PUTs, DELETEs and parts of uploads may be sent twice.
-- the body of an answer, which breaks off after the request has succeeded: here, in `_fetch`, with the same waits.
-- an upload whose completion was done but whose answer was lost, so that it is unknown when asked again: here, in `put`.
-What S3 refuses (no access, no bucket) is not asked again.
+Each kind of failure is retried in exactly one place, so that attempts do not multiply:
+- a request (a 5xx answer, throttling, a refused or dropped connection, a timeout): by botocore, whose standard mode
+  waits random() * min(2^attempt, 20) seconds between attempts. PUT, DELETE and parts of an upload may be repeated.
+- a response body that breaks off after its request succeeded: in `_fetch`, with the same waits.
+- an upload that was completed although the answer was lost, so that a retry finds no such upload: in `put`.
+Refusals (no access, no bucket) are not retried.
 """
 
 import os
@@ -14,38 +14,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeline.core.errors import S3Refused, S3Unavailable
 
-# With the waits of botocore: a dead endpoint is given up after 25 seconds on average, a silent one after 130.
+# With the waits of botocore, a dead endpoint is given up after 25 seconds on average, a silent one after 130.
 _ATTEMPTS = 7
 _CONNECT_SECONDS = 5.0
-_SILENT_SECONDS = 15.0  # without one byte of an answer
-_CONNECTIONS = 32  # of a process: as many of its threads can wait for an answer at once
-# Small columns side by side come in one answer, and a large one, which is read whole, costs this much more. s3fs's own
-# 50 MB would fetch a row group of pictures for each column of tags.
+_READ_SECONDS = 15.0  # without a byte of the answer
+_CONNECTIONS = 32  # per process: the number of threads that can wait for an answer at the same time
+# Small neighbouring columns come in one request. A large column, which is read whole, costs this much more. The default
+# of s3fs, 50 MB, would fetch a row group of images for every column of tags.
 _READ_AHEAD = 256 << 10
-# An upload in parts holds this many of them in memory; S3 takes 10,000 parts, here 160 GB.
+# A multipart upload holds this many parts in memory. S3 allows 10,000 parts, here 160 GB.
 _PART_BYTES = 16 << 20
-_PARTS_AT_ONCE = 4
+_CONCURRENT_PARTS = 4
 
 _ACCESS = (
-    "give AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of a user who may do this; "
+    "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of a user with access; "
     "HDM_S3_ANONYMOUS=1 for a public bucket"
 )
 
 
 def check(path: str) -> None:
-    """S3Refused for a path that names no bucket."""
+    """Raises S3Refused if the path names no bucket."""
     if not path.removeprefix("s3://").strip("/"):
         raise S3Refused(f"{path} names no bucket; give s3://bucket/prefix")
 
 
 def connect(path: str) -> Any:
-    """The s3fs file system for a path s3://bucket/...; made once per process and used by all of its threads."""
+    """The s3fs file system for a path s3://bucket/..., shared by all threads of the process."""
     public = os.environ.get("HDM_S3_ANONYMOUS", "")
-    # A forked child has its parent's connections but not the thread that served them: it makes its own.
+    # Keyed by process: a forked child inherits the connections but not the thread that serves them.
     return _connect(public == "1" or path.split("/")[2] in public.split(","), os.getpid())
 
 
@@ -59,7 +60,7 @@ def _connect(anonymous: bool, process: int) -> Any:
         config_kwargs={
             "retries": retries,
             "connect_timeout": _CONNECT_SECONDS,
-            "read_timeout": _SILENT_SECONDS,
+            "read_timeout": _READ_SECONDS,
             "max_pool_connections": _CONNECTIONS,
         },
         default_block_size=_READ_AHEAD,
@@ -67,22 +68,29 @@ def _connect(anonymous: bool, process: int) -> Any:
         use_listings_cache=False,  # other processes write too
         skip_instance_cache=True,  # s3fs would keep one per thread, with the settings of the first
     )
-    files.retries = 1
+    files.retries = 1  # of s3fs, on top of botocore's
     with named_errors(files.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "s3://")):
         files.connect()
     return files
 
 
 def _attempts() -> int:
-    wanted = os.environ.get("AWS_MAX_ATTEMPTS") or str(_ATTEMPTS)
-    if not (wanted.isdigit() and int(wanted)):
-        raise S3Refused(f"AWS_MAX_ATTEMPTS is {wanted}; give a number from 1")
-    return int(wanted)
+    value = os.environ.get("AWS_MAX_ATTEMPTS") or str(_ATTEMPTS)
+    if not (value.isdigit() and int(value)):
+        raise S3Refused(f"AWS_MAX_ATTEMPTS is {value}; give a number from 1")
+    return int(value)
+
+
+@contextmanager
+def _session(path: str) -> Iterator[Any]:
+    """The file system for a path, with its errors translated."""
+    files = connect(path)
+    with named_errors(path):
+        yield files
 
 
 def exists(path: str) -> bool:
-    files = connect(path)
-    with named_errors(path):
+    with _session(path) as files:
         try:
             files.info(path)
         except FileNotFoundError as error:
@@ -93,42 +101,20 @@ def exists(path: str) -> bool:
 
 
 def etag(path: str) -> str:
-    """What S3 calls another one when a file was written again."""
-    files = connect(path)
-    with named_errors(path):
+    with _session(path) as files:
         return str(files.info(path)["ETag"])
 
 
-def list_folder(path: str) -> list[str]:
-    """The full names of a folder's entries; FileNotFoundError where there is no such folder."""
-    files = connect(path)
-    with named_errors(path):
-        return [f"s3://{entry}" for entry in files.ls(path, detail=False)]
-
-
-def folders(path: str) -> list[str]:
-    """The names of the folders in a folder, sorted; none if there is no such folder."""
-    files = connect(path)
-    with named_errors(path):
-        try:
-            entries = files.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "directory")
-
-
-def find(path: str) -> list[str]:
-    """The full names of all files below a path, or of the file there."""
-    files = connect(path)
-    with named_errors(path):
-        return [f"s3://{entry}" for entry in files.find(path)]
+def entries(path: str) -> list[tuple[str, bool]]:
+    """Name of each entry of a folder, with True for folders. Raises FileNotFoundError if there is no such folder."""
+    with _session(path) as files:
+        return [(PurePosixPath(e["name"]).name, e["type"] == "directory") for e in files.ls(path, detail=True)]
 
 
 def listing(path: str) -> dict[str, tuple[int, float, str]]:
-    """The full names of all files below a path, or of the file there, with their bytes, the time of their writing
-    (seconds, Unix) and ETag: one request for each 1,000."""
-    files = connect(path)
-    with named_errors(path):
+    """Size in bytes, modification time (Unix seconds) and ETag of all files below a path, or of the file at it, by full
+    name. Costs one request per 1,000 files."""
+    with _session(path) as files:
         found = files.find(path, detail=True)
     return {
         f"s3://{name}": (info["size"], info["LastModified"].timestamp(), str(info["ETag"]))
@@ -137,12 +123,9 @@ def listing(path: str) -> dict[str, tuple[int, float, str]]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open for reading, with seeking: one HEAD now, then one GET for each read beyond what was read ahead.
-
-    A file that is replaced while it is read raises instead of giving parts of both.
-    """
-    files = connect(path)
-    with named_errors(path):
+    """Opens a seekable file for reading: one HEAD now, then one GET for each read beyond what was read ahead. Raises if
+    the file is replaced while it is read."""
+    with _session(path) as files:
         file: Any = files.open(path, "rb")
     file.cache.fetcher = partial(_fetch, file.cache.fetcher, path, files)
     opened: BinaryIO = file
@@ -150,7 +133,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def _fetch(fetch: Callable[[int, int], bytes], path: str, files: Any, start: int, end: int) -> bytes:
-    """The bytes of one GET, asked for again when its body breaks off."""
+    """Reads a range, repeating the GET if its body breaks off."""
     from aiobotocore.response import AioReadTimeoutError
     from aiohttp import ClientPayloadError
     from botocore.exceptions import IncompleteReadError, ResponseStreamingError
@@ -166,14 +149,13 @@ def _fetch(fetch: Callable[[int, int], bytes], path: str, files: Any, start: int
 
 
 def put(local: str, path: str) -> None:
-    """Upload a file: one PUT, or parts and their completion, before which nothing is visible under the path.
+    """Uploads a file in one PUT, or in parts that become visible when the upload is completed.
 
-    A failed upload is aborted, so that its parts are neither kept nor paid for; those of a killed process are left to
+    A failed upload is aborted, so that its parts are not kept and paid for. The parts of a killed process are left to
     the bucket's rule for incomplete uploads (AbortIncompleteMultipartUpload).
     """
-    files = connect(path)
-    upload = partial(files.put_file, local, path, chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
-    with named_errors(path):
+    with _session(path) as files:
+        upload = partial(files.put_file, local, path, chunksize=_PART_BYTES, max_concurrency=_CONCURRENT_PARTS)
         try:
             upload()
         except FileNotFoundError as error:
@@ -183,15 +165,14 @@ def put(local: str, path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file; nothing happens where there is none."""
-    files = connect(path)
-    with named_errors(path):
+    """Removes a file if it exists."""
+    with _session(path) as files:
         files.rm_file(path)
 
 
 @contextmanager
 def named_errors(path: str) -> Iterator[None]:
-    """What S3 refused becomes S3Refused, what it did not answer S3Unavailable; a missing file stays as it is."""
+    """Raises S3Refused for refusals, S3Unavailable for failures to answer, FileNotFoundError for missing files."""
     try:
         yield
     except Exception as error:
@@ -206,13 +187,12 @@ def _named(path: str, error: Exception) -> Exception:
     from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    response = _response(error)
-    if response:
+    if response := _response(error):
         return _refused_or_unavailable(path, response, error)
     if isinstance(error, HTTPClientError | ConnectionError | ResponseParserError | BrokenBody | TimeoutError):
         return _unavailable(path, str(error))
-    if isinstance(error, BotoCoreError | ValueError):  # ValueError: an endpoint that is no URL
-        return S3Refused(f"{path}: {_one_line(error)}; {_ACCESS}; and see AWS_ENDPOINT_URL")
+    if isinstance(error, BotoCoreError | ValueError):  # ValueError: the endpoint is no URL
+        return S3Refused(f"{path}: {_one_line(error)}; {_ACCESS}; also check AWS_ENDPOINT_URL")
     return error
 
 
@@ -230,8 +210,8 @@ def _refused_or_unavailable(path: str, response: dict[str, Any], error: Exceptio
 
 def _unavailable(path: str, why: str) -> S3Unavailable:
     return S3Unavailable(
-        f"{path}: no proper answer from S3 ({_one_line(why)}); see that AWS_ENDPOINT_URL is right and answers, "
-        "then run the same command again: what is finished is kept"
+        f"{path}: no proper answer from S3 ({_one_line(why)}); check that AWS_ENDPOINT_URL is right and answers, then "
+        "run the same command again: finished files are kept"
     )
 
 
@@ -240,7 +220,7 @@ def _one_line(text: object) -> str:
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:
-    """What S3 answered: s3fs raises Python's errors from botocore's."""
+    """S3's answer behind an error; s3fs raises Python's errors from botocore's."""
     from botocore.exceptions import ClientError
 
     found = next((e for e in (error, error and error.__cause__) if isinstance(e, ClientError)), None)

@@ -1,4 +1,4 @@
-"""Reading shards for counting: a few columns in batches, by a few threads, with results in a fixed order."""
+"""Reading shards for statistics: a few columns in batches, by a few threads, with results in a fixed order."""
 
 from bisect import bisect_left
 from collections import deque
@@ -16,18 +16,17 @@ from pipeline.storage.shards import Store
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Arrow and numpy let go of the interpreter lock; on S3 most of the time is waiting.
+# Arrow and numpy release the interpreter lock; on S3 most of the time is waiting.
 _THREADS = 4
 _BATCH_ROWS = 16_384
-# Rows that are read at once from a row group, whose pictures may be large.
-_PICTURES_AT_ONCE = 8
+_PICTURES_PER_BATCH = 8  # pictures may be large
 _READ_AHEAD = 4_000_000  # bytes
 
 
 def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Small columns of a parquet file, a bounded number of rows at a time. JobFailed where the file cannot be read."""
-    # Pre-buffering joins the requests for neighbouring columns, and keeps what it read: hence some groups at a time.
-    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+    """Small columns of a parquet file, a bounded number of rows at a time. Raises JobFailed if reading fails."""
+    # Pre-buffering joins requests for neighbouring columns but keeps all it has read: so read some groups at a time.
+    with _reading(store, name), store.open(name) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
         groups: list[int] = []
         rows = 0
         for group in range(file.metadata.num_row_groups):
@@ -39,15 +38,15 @@ def read_batches(store: Store, name: str, columns: Sequence[str]) -> Iterator[pa
 
 
 def read_pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """The bytes of some rows, whose numbers are sorted, a page of the column at a time: row groups without them are
-    not read. JobFailed where the file cannot be read."""
+    """Row number and image bytes of each wanted row (sorted row numbers), reading a page of the column at a time and
+    skipping row groups without wanted rows. Raises JobFailed if reading fails."""
     streamed = {"pre_buffer": False, "buffer_size": _READ_AHEAD}
-    with readable(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
+    with _reading(store, name), store.open(name) as opened, pq.ParquetFile(opened, **streamed) as file:
         end = 0
         for group in range(file.metadata.num_row_groups):
             row, end = end, end + file.metadata.row_group(group).num_rows
             rows = wanted[bisect_left(wanted, row) : bisect_left(wanted, end)]
-            for batch in file.iter_batches(_PICTURES_AT_ONCE, [group], ["image"]) if rows else ():
+            for batch in file.iter_batches(_PICTURES_PER_BATCH, [group], ["image"]) if rows else ():
                 after = row + batch.num_rows
                 for number in rows[bisect_left(rows, row) : bisect_left(rows, after)]:
                     yield number, batch["image"][number - row].as_py()
@@ -57,14 +56,14 @@ def read_pictures(store: Store, name: str, wanted: Sequence[int]) -> Iterator[tu
 
 
 def row_count(store: Store, name: str) -> int:
-    """The number of rows of a parquet file. JobFailed where the file cannot be read."""
-    with readable(store, name):
+    """The number of rows of a parquet file. Raises JobFailed if reading fails."""
+    with _reading(store, name):
         return store.rows(name)
 
 
 @contextmanager
-def readable(store: Store, name: str) -> Iterator[None]:
-    """JobFailed, in one line, where reading this file fails."""
+def _reading(store: Store, name: str) -> Iterator[None]:
+    """Turns errors from reading this file into a one-line JobFailed."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -72,8 +71,8 @@ def readable(store: Store, name: str) -> Iterator[None]:
         raise JobFailed(f"cannot read {store.path(name)}: {why}; remove it and run the job that wrote it") from None
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int = _THREADS) -> Iterator[Result]:
-    """`map` by a few threads: results in the order of the items, of which only a few are ahead of the reader."""
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int = _THREADS) -> Iterator[Result]:
+    """`map` in threads: yields results in the order of the items and works only a few items ahead of the reader."""
     ahead: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -1,7 +1,7 @@
-"""List, read and write the files of a dataset on local disk or S3.
+"""Lists, reads and writes the files of a dataset on local disk or S3.
 
 A file appears whole or not at all: locally it is written under a temporary name, flushed and renamed; on S3 it is one
-finished PUT or one completed upload of parts. So "finished" means "exists", and every job skips what is finished.
+PUT or one completed multipart upload. So a file that exists is finished, and every job skips finished files.
 """
 
 import fcntl
@@ -26,15 +26,13 @@ from pipeline.core.errors import S3Refused
 from pipeline.storage import s3
 
 _PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
-_PASSING = "hdm-passing-"
-_COPIED_AT_ONCE = 16 << 20
+_TRANSFER_PREFIX = "hdm-passing-"
+_COPY_BYTES = 16 << 20
 
 
-class Listed(NamedTuple):
-    """A file as a listing shows it."""
-
+class FileInfo(NamedTuple):
     size: int  # bytes
-    written: float  # seconds, Unix
+    modified: float  # Unix seconds
     stamp: str  # as Store.stamp
 
 
@@ -42,10 +40,10 @@ class Listed(NamedTuple):
 class Store:
     """A folder of files: `root` is a local path or s3://bucket/prefix. Small enough to be sent to any worker.
 
-    S3 settings come from the environment of each process, as for every AWS tool: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION,
+    S3 is configured by the environment of each process, as for every AWS tool: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION,
     AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_MAX_ATTEMPTS. HDM_S3_ANONYMOUS is 1, or the names of
-    public buckets with commas between them: these are read without keys. A file on its way to S3, or the copy of one
-    there, lies in TMPDIR while it is in use. Errors of S3 are core.errors.S3Refused and S3Unavailable, of one line each.
+    public buckets separated by commas, which are read without keys. Uploads and local copies are staged in TMPDIR.
+    S3 errors are raised as core.errors.S3Refused and S3Unavailable, each with a one-line message.
     """
 
     root: str
@@ -54,7 +52,7 @@ class Store:
         if self.is_remote:
             s3.check(self.root)
         elif "://" in self.root:
-            raise S3Refused(f"{self.root} is neither a path here nor s3://bucket/prefix; give one of the two")
+            raise S3Refused(f"{self.root} is neither a local path nor s3://bucket/prefix; give one of the two")
         else:
             object.__setattr__(self, "root", os.path.abspath(os.path.expanduser(self.root)))
 
@@ -63,7 +61,7 @@ class Store:
         return self.root.startswith("s3://")
 
     def path(self, name: str = "") -> str:
-        """The full path of `name` (slash-separated, relative to the root)."""
+        """The full path of `name`, which is relative to the root and uses slashes."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def exists(self, name: str = "") -> bool:
@@ -71,35 +69,30 @@ class Store:
         return s3.exists(path) if self.is_remote else os.path.exists(path)
 
     def stamp(self, name: str = "") -> str:
-        """What is another one when a file was written again."""
-        if self.is_remote:
-            return s3.etag(self.path(name))
-        return _stamp(os.stat(self.path(name)))
+        """A value that changes when the file is rewritten: the ETag on S3, size and time locally."""
+        return s3.etag(self.path(name)) if self.is_remote else _stamp(os.stat(self.path(name)))
 
     def shards(self, folder: str = "") -> list[str]:
-        """Names without `.parquet` of the finished shards of a folder, sorted; none if there is no such folder."""
-        list_folder = s3.list_folder if self.is_remote else os.listdir
-        try:
-            names = [PurePosixPath(entry).name for entry in list_folder(self.path(folder))]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(name.removesuffix(".parquet") for name in names if _is_shard(name))
+        """Sorted names, without `.parquet`, of the finished shards in a folder; [] if there is no such folder."""
+        return sorted(name.removesuffix(".parquet") for name, _ in self._entries(folder) if _is_shard(name))
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted; none if there is no such folder."""
-        if self.is_remote:
-            return s3.folders(self.path(folder))
+        """Sorted names of the folders in a folder; [] if there is no such folder."""
+        return sorted(name for name, is_folder in self._entries(folder) if is_folder)
+
+    def _entries(self, folder: str) -> list[tuple[str, bool]]:
+        path = self.path(folder)
         try:
-            return sorted(entry.name for entry in os.scandir(self.path(folder)) if entry.is_dir())
+            return s3.entries(path) if self.is_remote else [(e.name, e.is_dir()) for e in os.scandir(path)]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def open(self, name: str = "") -> BinaryIO:
-        """Open for reading, with seeking."""
+        """Opens a seekable file for reading."""
         path = self.path(name)
         if self.is_remote:
             return s3.open_file(path)
-        # Arrow's own: its threads would need the interpreter for a file of Python's, and abort where that is ending.
+        # Arrow's own file: with a Python file, Arrow's threads need the interpreter and abort while it shuts down.
         opened: BinaryIO = pa.OSFile(path, "rb")
         return opened
 
@@ -113,31 +106,31 @@ class Store:
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[str]:
-        """A local path that has the content of a file while the block lasts: its own, or a copy's from S3."""
+        """A local path with the content of a file, valid inside the block. Copies only from S3."""
         if not self.is_remote:
             yield self.path(name)
             return
-        with _passing_file() as path:
+        with _transfer_file() as path:
             with self.open(name) as source, open(path, "wb") as copy:
-                shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
             yield path
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of each file below a folder, by its name relative to that; none if there is no such folder."""
-        return {name: listed.size for name, listed in self.listing(folder).items()}
+        """Bytes of each file below a folder, by its name relative to the folder; {} if there is no such folder."""
+        return {name: info.size for name, info in self.listing(folder).items()}
 
-    def listing(self, folder: str = "") -> dict[str, Listed]:
-        """What is known of each file below a folder without opening it, by its name relative to that; none if there is
-        no such folder."""
+    def listing(self, folder: str = "") -> dict[str, FileInfo]:
+        """Like `sizes`, with all that is known without opening the files."""
         root = self.path(folder)
         found = s3.listing(root) if self.is_remote else _listing_below(root)
-        return {path.removeprefix(f"{root.rstrip('/')}/"): Listed(*about) for path, about in found.items()}
+        return {path.removeprefix(f"{root.rstrip('/')}/"): FileInfo(*info) for path, info in found.items()}
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Columns come in the given order. Raises KeyError if one is missing."""
         with self.open(name) as file:
-            # Not pq.read_table: for small row groups it takes twice as long.
+            # pq.read_table takes twice as long for small row groups.
             table = pq.ParquetFile(file, pre_buffer=True).read(columns=columns)
-        return table.select(columns) if columns else table  # in this order; KeyError where one is not there
+        return table.select(columns) if columns else table
 
     def rows(self, name: str) -> int:
         """The number of rows of a parquet file, from its footer."""
@@ -150,47 +143,47 @@ class Store:
             found = pq.read_metadata(file).metadata or {}
         return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
+    def tally(self, name: str, column: str) -> Counter[str]:
+        """Occurrences of each text in a column of a parquet file, without nulls."""
+        values = self.read_table(name, [column])[column].drop_null().value_counts().to_pylist()
+        return Counter({entry["values"]: entry["counts"] for entry in values})
+
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens where there is none."""
+        """Removes a file if it exists."""
         if self.is_remote:
             s3.remove(self.path(name))
         else:
             Path(self.path(name)).unlink(missing_ok=True)
 
     def remove_partial(self, folder: str, shards: Collection[str]) -> None:
-        """Remove what a killed process left of these shards, half written; what a live one is writing stays. On S3
-        nothing is left."""
+        """Removes unfinished files of these shards that a killed process left behind, but not those being written. S3
+        has none."""
         if self.is_remote or not self.exists(folder):
             return
         for entry in os.scandir(self.path(folder)):
             unfinished = _PARTIAL.fullmatch(entry.name)
             if unfinished and unfinished[1] in shards:
-                _remove_unless_in_use(entry.path)
-
-    def tally(self, name: str, column: str) -> Counter[str]:
-        """How often each text of a column occurs in a parquet file; nulls are not counted."""
-        values = self.read_table(name, [column])[column].drop_null().value_counts().to_pylist()
-        return Counter({entry["values"]: entry["counts"] for entry in values})
+                _remove_unless_locked(entry.path)
 
     def write_table(self, name: str, table: pa.Table | pa.RecordBatch, schema: pa.Schema, **metadata: str) -> None:
-        """Write one parquet file of one row group; `metadata` is kept in the footer beside the schema's own."""
+        """Writes a parquet file of one row group, with `metadata` in the footer beside the schema's own."""
         with self.writing_table(name, schema, **metadata) as write:
             write(table)
 
     @contextmanager
     def writing_table(self, name: str, schema: pa.Schema, **metadata: str) -> Iterator[Callable[[Any], None]]:
-        """A function that appends one row group; the file is committed when the block ends without an exception."""
+        """Yields a function that appends a row group; the file is committed if the block ends without an exception."""
         schema = schema.with_metadata((schema.metadata or {}) | {k.encode(): v.encode() for k, v in metadata.items()})
-        # Pictures are compressed already: zstd would spend time on them and win nothing.
+        # Images are compressed already.
         compression = {column.name: "none" if pa.types.is_binary(column.type) else "zstd" for column in schema}
         with self.committed(name) as path, pq.ParquetWriter(path, schema, compression=compression) as writer:
             yield lambda rows: writer.write(rows.cast(schema))
 
     @contextmanager
     def committed(self, name: str) -> Iterator[str]:
-        """A local path to write to; the file is committed under `name` when the block ends without an exception."""
+        """Yields a local path to write to; the file appears under `name` if the block ends without an exception."""
         if self.is_remote:
-            with _passing_file() as path:
+            with _transfer_file() as path:
                 yield path
                 s3.put(path, self.path(name))
             return
@@ -198,7 +191,7 @@ class Store:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"  # as _PARTIAL
         with open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that it is in use
+            fcntl.flock(file, fcntl.LOCK_EX)  # marks it as being written
             try:
                 yield temporary
                 os.fsync(file.fileno())
@@ -210,16 +203,16 @@ class Store:
 
 
 @contextmanager
-def _passing_file() -> Iterator[str]:
-    """A new file for what goes to S3 or comes from there, removed at the end. Its lock says that it is in use."""
+def _transfer_file() -> Iterator[str]:
+    """A temporary file on its way to or from S3, locked while it is in use."""
     folder = tempfile.gettempdir()
     _remove_orphans(folder)
     while True:
-        file = tempfile.NamedTemporaryFile(prefix=_PASSING, dir=folder, delete=False)  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(prefix=_TRANSFER_PREFIX, dir=folder, delete=False)  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
-        file.close()  # another process took it for an orphan before it was locked
+        file.close()  # another process removed it as an orphan before it was locked
     with file:
         try:
             yield file.name
@@ -229,13 +222,13 @@ def _passing_file() -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _remove_orphans(folder: str) -> None:
-    """Once per process: remove the files whose processes were killed; at up to a shard each they add up."""
-    for path in glob.glob(f"{glob.escape(folder)}/{_PASSING}*"):
-        _remove_unless_in_use(path)
+    """Removes the transfer files of killed processes, once per process: each can be as large as a shard."""
+    for path in glob.glob(f"{glob.escape(folder)}/{_TRANSFER_PREFIX}*"):
+        _remove_unless_locked(path)
 
 
-def _remove_unless_in_use(path: str) -> None:
-    with suppress(OSError), open(path, "rb") as file:  # locked, or another user's
+def _remove_unless_locked(path: str) -> None:
+    with suppress(OSError), open(path, "rb") as file:  # OSError: locked, or another user's
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
 
@@ -245,10 +238,10 @@ def _is_shard(name: str) -> bool:
 
 
 def find_parquet(path: str) -> list[str]:
-    """Every parquet file at a path, sorted: itself, or all below a folder or s3:// prefix but for temporary ones."""
+    """Sorted paths of the parquet file at a path, or of all below a folder or s3:// prefix, without temporary files."""
     store = Store(path)
     if store.is_remote:
-        found = s3.find(store.root)
+        found = list(s3.listing(store.root))
     else:
         found = [store.root] if os.path.isfile(store.root) else _files_below(store.root)
     return sorted(entry for entry in found if _is_shard(PurePosixPath(entry).name))
@@ -261,7 +254,7 @@ def _files_below(folder: str) -> list[str]:
 def _listing_below(folder: str) -> dict[str, tuple[int, float, str]]:
     listing = {}
     for path in _files_below(folder):
-        with suppress(FileNotFoundError):  # another process removed it
+        with suppress(FileNotFoundError):  # removed by another process
             found = os.stat(path)
             listing[path] = found.st_size, found.st_mtime, _stamp(found)
     return listing

@@ -85,7 +85,7 @@ def test_silence_is_given_up_and_asked_again(
 ) -> None:
     store.write("spoken.json", b"after all")
     s3._connect.cache_clear()
-    monkeypatch.setattr(s3, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(s3, "_READ_SECONDS", 0.3)
     with s3_server.failing("silence", "silent answer", every=2) as failed:
         for _ in range(2):
             assert store.read("spoken.json") == b"after all"

@@ -41,7 +41,7 @@ def test_the_files_below_a_folder_are_listed_with_their_sizes_and_none_of_a_fold
     assert store.sizes("nowhere") == {}
     listed = store.listing("run")["a/one.bin"]
     assert listed.stamp == store.stamp("run/a/one.bin")
-    assert abs(listed.written - time.time()) < 60
+    assert abs(listed.modified - time.time()) < 60
 
 
 def test_a_local_copy_has_the_files_content(root: str) -> None:
@@ -69,7 +69,7 @@ def test_parquet_is_found_in_a_folder_that_is_called_like_a_file(tmp_path: Path)
 
 
 def test_a_place_of_another_kind_is_refused() -> None:
-    with pytest.raises(S3Refused, match="gs://bucket/x is neither a path here nor s3://"):
+    with pytest.raises(S3Refused, match="gs://bucket/x is neither a local path nor s3://"):
         Store("gs://bucket/x")
 
 
