@@ -1,4 +1,4 @@
-"""JOB: a dataset -> one HTML page: counts, histograms, thumbnails, rejects, tags."""
+"""JOB: a dataset -> one HTML page with counts, histograms, pictures that were kept and rejected, and tags."""
 
 import shlex
 import time
@@ -13,14 +13,19 @@ from pipeline.storage.shards import Store
 class ReportJob:
     dataset: str
     out: str
-    captions: str  # their folder
+    captions: str  # folder
 
 
 def parse_args() -> ReportJob:
     parser = Parser(prog="report.py", description=__doc__)
-    parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
-    parser.add_argument("--out", metavar="FILE", help="path or s3:// of the page; default: ROOT/report.html")
-    parser.add_argument("--captions", metavar="NAME", help="show captions/<name>/, as caption.py --name wrote it")
+    parser.add_argument(
+        "--dataset", default=default_dataset(), metavar="ROOT",
+        help="folder or s3:// prefix of the dataset; default: $HDM_DATASET, then ./dataset",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FILE", help="path or s3:// URL of the page; default: ROOT/report.html")
+    parser.add_argument(
+        "--captions", metavar="NAME", help="show captions/NAME/, written by caption.py --name NAME; default: captions/"
+    )
     args = parser.parse_args()
     return ReportJob(
         dataset=args.dataset,
@@ -34,13 +39,13 @@ def main() -> None:
     started = time.time()
     dataset = Store(job.dataset)
     if not dataset.shards("images") and not dataset.shards("rejected"):
-        mend = f"run: python pipeline/ingest.py --raw PATH --dataset {shlex.quote(job.dataset)}"
-        raise UsageError(f"{job.dataset} has no images; {mend}")
+        command = f"python pipeline/ingest.py --raw PATH --dataset {shlex.quote(job.dataset)}"
+        raise UsageError(f"{job.dataset} has no images; run: {command}")
     if job.captions != "captions" and not dataset.shards(job.captions):
         named = ", ".join(name for name in dataset.folders("captions") if name != "partial") or "none"
         raise UsageError(f"{job.dataset} has no {job.captions}/; --captions takes one of: {named}")
     folder, _, file = Store(job.out).root.rpartition("/")
-    # Here and not above: these take a second to import, which --help should not cost.
+    # Imported here because they take a second, which --help should not cost.
     from pipeline.reporting.findings import survey
     from pipeline.reporting.report_page import funnel, render
 

@@ -1,6 +1,6 @@
-"""The rules of a stage over the rows of one shard: who is admitted, and who for which reason is not. Pure.
+"""Applies the rules of a stage to the rows of one shard. Pure functions.
 
-Axes: N rows, T tags of all rows one after the other.
+Axes: N rows, D distinct tags, T tags of all rows concatenated.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,37 +11,35 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.core.records import TAG_CATEGORIES, Rating
-from pipeline.curation.quality import Names, Posts, QualityTable, era_words
+from pipeline.curation.quality import POST_COLUMNS, QualityTable, era_words, posts_of
 from pipeline.curation.stage_rules import Rules
 from pipeline.tagging.tag_columns import TagColumn, first_excluded
 from pipeline.tagging.tags import TagReader, as_words
 
 Refusal = tuple[str, str]  # reason, detail
-Mask = NDArray[np.bool_]
 
-POST_COLUMNS = ["source", "rating", "favourites", "created_at"]
 TAG_COLUMNS = [f"tags_{category}" for category in TAG_CATEGORIES]
-JUDGED_COLUMNS = [*POST_COLUMNS, "width", "height", *TAG_COLUMNS]
+RULE_COLUMNS = [*POST_COLUMNS, "width", "height", *TAG_COLUMNS]  # the columns of IMAGES that the rules read
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule over all rows."""
+    """The result of one rule for all rows."""
 
     rule: str
-    refused_N: Mask
-    refusal: Callable[[int], Refusal]  # of a row that is refused
-    value: Callable[[int], str]  # what any row has, and what is asked of it
+    refused_N: NDArray[np.bool_]
+    refusal: Callable[[int], Refusal]  # of a refused row
+    value: Callable[[int], str]  # the value of any row, and the value that the rule asks for
 
 
-def judge(checks: Iterator[Check], rows: int) -> list[Refusal | None]:
-    """For each row why it is not admitted: by the first rule that refuses it."""
+def first_refusals(checks: Iterator[Check], rows: int) -> list[Refusal | None]:
+    """For each row the refusal of the first rule that refuses it, or None."""
     refusals: list[Refusal | None] = [None] * rows
-    open_N = np.ones(rows, bool)
+    admitted_N = np.ones(rows, bool)
     for check in checks:
-        for row in np.flatnonzero(check.refused_N & open_N).tolist():
+        for row in np.flatnonzero(check.refused_N & admitted_N).tolist():
             refusals[row] = check.refusal(row)
-        open_N &= ~check.refused_N
+        admitted_N &= ~check.refused_N
     return refusals
 
 
@@ -52,56 +50,45 @@ def checks(
     quality: QualityTable,
     reader: TagReader,
 ) -> Iterator[Check]:
-    """The rules in their fixed order. images has JUDGED_COLUMNS; scores are by <scorer>.<label>, NaN where there is no
-    score."""
-    posts = posts_of(images)
-    yield _words("source", "source", posts.source.texts(), rules.sources)
+    """The result of each rule, in a fixed order.
+
+    `images` has RULE_COLUMNS. `scores` are by <scorer>.<label>, one per row, NaN if there is none.
+    """
+    yield _words("source", "source", images["source"].to_pylist(), rules.sources)
     yield _excluded_tag(images, reader)
-    # A row of unknown rating, as often in Pixiv's dumps, is admitted where every rating is.
-    yield _words("ratings", "rating", posts.rating.texts(), rules.ratings, unknown=set(rules.ratings) >= set(Rating))
+    # Ratings are often unknown in Pixiv's dumps: such rows are admitted if every rating is.
+    ratings, all_ratings = images["rating"].to_pylist(), set(rules.ratings) >= set(Rating)
+    yield _words("ratings", "rating", ratings, rules.ratings, unknown=all_ratings)
     yield from _shape(images, rules)
-    yield _artists(images, posts, rules)
-    for name, words, asked in (
-        ("quality", quality.judge(posts), rules.quality),
-        ("eras", era_words(posts.created_at), rules.eras),
+    yield _artists(images, rules)
+    for name, words, wanted in (
+        ("quality", quality.words_of(posts_of(images)), rules.quality),
+        ("eras", era_words(images["created_at"].to_numpy()), rules.eras),
     ):
-        yield _words(name, f"{name.removesuffix('s')} not asked for", words, asked)
+        yield _words(name, f"{name.removesuffix('s')} not asked for", words, wanted)
     for name, ends in rules.scores.items():
         yield _score(name, scores[name], ends.min, ends.max)
 
 
-def posts_of(images: pa.Table) -> Posts:
-    return Posts(
-        source=_names(images["source"]),
-        rating=_names(images["rating"]),
-        created_at=images["created_at"].to_numpy(),
-        popularity=images["favourites"].cast(pa.float64()).to_numpy(),
-    )
-
-
-def _names(column: pa.ChunkedArray) -> Names:
-    encoded = column.combine_chunks().dictionary_encode()
-    return Names(encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist())
-
-
-def _words(rule: str, reason: str, words: Sequence[str | None], asked: tuple[str, ...], unknown: bool = False) -> Check:
-    """Only rows with one of the words asked for; with `unknown` also those without any. Nothing asked: all rows."""
-    admitted = {*asked, *([None] if unknown else [])}
-    refused = [bool(asked) and word not in admitted for word in words]
+def _words(
+    rule: str, reason: str, words: Sequence[str | None], wanted: tuple[str, ...], unknown: bool = False
+) -> Check:
+    """Admits rows with one of the wanted words, with `unknown` also rows without a word. () admits all rows."""
+    admitted = {*wanted, None} if unknown else {*wanted}
     return Check(
         rule,
-        np.array(refused, bool),
+        np.array([bool(wanted) and word not in admitted for word in words], bool),
         lambda row: (reason, str(words[row])),
-        lambda row: f"{words[row]}; asked for: {', '.join(asked) or 'anything'}",
+        lambda row: f"{words[row]}; asked for: {', '.join(wanted) or 'anything'}",
     )
 
 
 def _excluded_tag(images: pa.Table, reader: TagReader) -> Check:
     columns = {category: TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES}
     tags = first_excluded(columns, reader)
-    refused = np.zeros(images.num_rows, bool)
-    refused[list(tags)] = True
-    return Check("excluded", refused, lambda row: (f"tag {tags[row]}", ""), lambda row: tags.get(row, "no such tag"))
+    refused_N = np.zeros(images.num_rows, bool)
+    refused_N[list(tags)] = True
+    return Check("excluded", refused_N, lambda row: (f"tag {tags[row]}", ""), lambda row: tags.get(row, "no such tag"))
 
 
 def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:
@@ -125,37 +112,34 @@ def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:
     )
 
 
-def _artists(images: pa.Table, posts: Posts, rules: Rules) -> Check:
-    column, asked = TagColumn.of(images["tags_artist"]), frozenset(map(as_words, rules.artists))
-    wanted_D = np.array([as_words(name) in asked for name in column.distinct], bool)
-    refused = np.array([bool(asked) and source in rules.artist_sources for source in posts.source.texts()], bool)
-    refused[column.post_T[wanted_D[column.tag_T]]] = False
+def _artists(images: pa.Table, rules: Rules) -> Check:
+    column, wanted = TagColumn.of(images["tags_artist"]), frozenset(map(as_words, rules.artists))
+    wanted_D = np.array([as_words(name) in wanted for name in column.distinct], bool)
+    refused_N = np.array([bool(wanted) and name in rules.artist_sources for name in images["source"].to_pylist()], bool)
+    refused_N[column.post_T[wanted_D[column.tag_T]]] = False
 
     def names(row: int) -> str:
         return ", ".join(as_words(name) for name in images["tags_artist"][row].as_py()) or "none"
 
     return Check(
         "artists",
-        refused,
+        refused_N,
         lambda row: ("artist not asked for", names(row)),
-        lambda row: f"{names(row)}; {len(asked) or 'no'} asked for, of {', '.join(rules.artist_sources)}",
+        lambda row: f"{names(row)}; {len(wanted) or 'no'} asked for, of {', '.join(rules.artist_sources)}",
     )
 
 
 def _score(name: str, scores_N: NDArray[np.float32], low: float | None, high: float | None) -> Check:
     ends = " and ".join(f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if end is not None)
-    inside = np.ones(len(scores_N), bool)
-    if low is not None:
-        inside &= scores_N >= low
-    if high is not None:
-        inside &= scores_N <= high
+    # Comparisons with NaN are false: a row without a score is refused.
+    admitted_N = (scores_N >= (-np.inf if low is None else low)) & (scores_N <= (np.inf if high is None else high))
 
     def value(row: int) -> str:
         return "none" if np.isnan(scores_N[row]) else f"{scores_N[row]:.4g}"
 
     return Check(
         f"scores {name}",
-        ~inside,  # also where there is no score: NaN is inside of nothing
+        ~admitted_N,
         lambda row: (f"score {name}", f"{value(row)}, needs {ends}"),
         lambda row: f"{value(row)}; {ends}",
     )

@@ -1,85 +1,67 @@
-"""How two selections of one dataset differ: rows that only one has, with why the other has not, and changed texts."""
+"""Compares two selections of one dataset: rows that only one of them has, and rows whose texts differ."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import SELECTION
-from pipeline.curation.rerun import curate_command
+from pipeline.curation.command import curate_command
 from pipeline.storage.shards import Store
 
-_NAMED = 5  # ids that stand for all of a kind
+_NAMED = 5  # ids that are printed for each kind of difference
 _TEXTS = [field.name for field in SELECTION if field.name not in ("id", "row")]
 _GONE = "its shard is gone"
 
-
-@dataclass
-class Difference:
-    """Rows that differ in one way: how many, and the first few of them."""
-
-    rows: int = 0
-    ids: list[str] = field(default_factory=list)
-
-    def add(self, rows: int, ids: list[str]) -> None:
-        self.rows += rows
-        self.ids += ids[: _NAMED - len(self.ids)]
-
-
-# By what differs, the selection that alone has the row or "" for the text of both, and how. None: all of this kind.
-Differences = dict[tuple[str, str | None], Difference]
+# The selection that alone has the row ("" for changed texts), and the reason or the changed column (None: all of them).
+Kind = tuple[str, str | None]
 
 
 def compare(store: Store, first: str, second: str) -> Iterator[str]:
-    """Lines: counts by reason, each with a few ids. UsageError where there is no such selection."""
+    """Lines with the number of differences by reason, each with a few ids.
+
+    Raises UsageError if one of the selections is missing or unfinished.
+    """
     for name in (first, second):
         if not store.exists(f"selections/{name}/selection.json"):
             raise UsageError(f"{store.root} has no finished selection {name!r}; run: {curate_command(store, name)}")
     shards = sorted({*store.shards(f"selections/{first}"), *store.shards(f"selections/{second}")})
-    total: Differences = defaultdict(Difference)
+    counts, named = Counter[Kind](), defaultdict[Kind, list[str]](list)
     with ThreadPoolExecutor(4) as readers:
-        for found in readers.map(lambda shard: _compared(store, first, second, shard), shards):
-            for kind, part in found.items():
-                total[kind].add(part.rows, part.ids)
-    for title, what in (
-        (f"only in {first}", first),
-        (f"only in {second}", second),
-        ("in both, with another text", ""),
-    ):
-        yield f"{title}: {total[what, None].rows}"
-        by_reason = [(how, part) for (where, how), part in total.items() if where == what and how is not None]
-        for how, part in sorted(by_reason, key=lambda item: -item[1].rows):
-            yield f"  {part.rows} {how}: {', '.join(part.ids)}{' ...' if part.rows > len(part.ids) else ''}"
+        for found in readers.map(lambda shard: _compare_shard(store, first, second, shard), shards):
+            for kind, (rows, ids) in found.items():
+                counts[kind] += rows
+                named[kind] += ids[: _NAMED - len(named[kind])]
+    titles = {first: f"only in {first}", second: f"only in {second}", "": "in both, with another text"}
+    for where in (first, second, ""):
+        yield f"{titles[where]}: {counts[where, None]}"
+        for kind, rows in counts.most_common():
+            if kind[0] == where and kind[1] is not None:
+                yield f"  {rows} {kind[1]}: {', '.join(named[kind])}{' ...' if rows > len(named[kind]) else ''}"
 
 
-def _compared(store: Store, first: str, second: str, shard: str) -> Differences:
-    """The differences of one shard; only its own rows are ever in memory."""
+def _compare_shard(store: Store, first: str, second: str, shard: str) -> dict[Kind, tuple[int, list[str]]]:
+    """The number of rows and the first few ids of each kind of difference. Memory is bounded by one shard."""
     rows = {name: _rows(store, name, shard) for name in (first, second)}
-    found: Differences = {}
+    ids: dict[Kind, pa.ChunkedArray] = {}
     for name, other in ((first, second), (second, first)):
         only = rows[name]["id"].filter(pc.invert(pc.is_in(rows[name]["id"], rows[other]["id"])))
-        found[name, None] = _difference(only)
+        ids[name, None] = only
         if len(only):
             reasons = _reasons(store, other, shard, only)
-            for reason in pc.unique(reasons).to_pylist():
-                found[name, reason] = _difference(only.filter(pc.equal(reasons, reason)))
+            ids |= {(name, reason): only.filter(pc.equal(reasons, reason)) for reason in pc.unique(reasons).to_pylist()}
     left = rows[first].filter(pc.is_in(rows[first]["id"], rows[second]["id"]))
     right = rows[second].take(pc.index_in(left["id"], rows[second]["id"]))
     any_changed = pa.repeat(False, left.num_rows)
     for column in _TEXTS:
-        changed = _differ(left[column], right[column])
+        changed = _differs(left[column], right[column])
         any_changed = pc.or_(any_changed, changed)
-        found["", column] = _difference(left["id"].filter(changed))
-    found["", None] = _difference(left["id"].filter(any_changed))
-    return {kind: part for kind, part in found.items() if part.rows}
-
-
-def _difference(ids: pa.ChunkedArray) -> Difference:
-    return Difference(len(ids), ids[:_NAMED].to_pylist())
+        ids["", column] = left["id"].filter(changed)
+    ids["", None] = left["id"].filter(any_changed)
+    return {kind: (len(found), found[:_NAMED].to_pylist()) for kind, found in ids.items() if len(found)}
 
 
 def _rows(store: Store, name: str, shard: str) -> pa.Table:
@@ -88,7 +70,7 @@ def _rows(store: Store, name: str, shard: str) -> pa.Table:
 
 
 def _reasons(store: Store, name: str, shard: str, ids: pa.ChunkedArray) -> pa.Array:
-    """Why a selection has not these rows."""
+    """The reason for which a selection does not have each of these rows."""
     file = f"selections/{name}/rejected/{shard}.parquet"
     if not store.exists(file):
         return pa.repeat(_GONE, len(ids))
@@ -96,8 +78,8 @@ def _reasons(store: Store, name: str, shard: str, ids: pa.ChunkedArray) -> pa.Ar
     return pc.fill_null(table["reason"].take(pc.index_in(ids, table["key"])), _GONE)
 
 
-def _differ(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.Array:
-    """By row: whether the two are not equal; null is equal to null."""
+def _differs(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.Array:
+    """For each row, true if the two values differ; null equals null."""
     if pa.types.is_list(left.type):
         left, right = (pc.binary_join(column, "\n") for column in (left, right))
     one_null = pc.xor(pc.is_null(left), pc.is_null(right))

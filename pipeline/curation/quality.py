@@ -1,24 +1,29 @@
-"""Numbers and dates of a post -> quality, era and rating words. Pure: numpy in, words out.
+"""Popularity and date of posts -> quality, era and rating words. Pure functions over Arrow columns.
 
-How popular a post can become depends on the site, its rating and its year, so each is judged among its like: a
-percentile of the favourites (Pixiv: bookmarks) per cell of (source, rating, year). The table of these borders is
-computed once, saved with the selection, and judges later posts too.
+How popular a post becomes depends on its site, its rating and its year. Quality words are therefore percentiles of the
+favourites (on Pixiv: bookmarks) within a cell of (source, rating, year). The borders between the words are computed
+once, saved with the selection, and applied to later posts as well.
+
+Axes: N posts, C cells, P pools of cells, Q percentiles.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-Cell = tuple[str, str | None, int | None]  # source, rating or all of them, year or all of them
+Cell = tuple[str, str | None, int | None]  # source, rating (None: all of them), year (None: all of them)
+
+POST_COLUMNS: Final = ["source", "rating", "favourites", "created_at"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A post above a percentile, not at it, gets the percentile's word; one that is above none gets the last word."""
+    """A post strictly above a percentile gets the word of the highest such percentile, else the last word."""
 
     percentiles: tuple[int, ...]  # whole percents, highest first
     words: tuple[str, ...]  # one more than percentiles
@@ -29,9 +34,9 @@ _SEVEN = (
 )  # fmt: skip
 
 # kohaku: the Kohaku XL models, which HDM follows: above P90 masterpiece, P75 best, P60 great, P45 good, P30 normal, P10
-# low quality, else worst. animagine31: Animagine XL 3.1's model card, the same words at P95, P85, P75, P50, P25, P10.
-# noobai: NoobAI-XL's, five words: above P95 masterpiece, P85 best, P60 good, P30 normal quality, else worst. Its own
-# discount for age is left out: percentiles within each year, as all our presets have, do what it is for.
+# low quality, else worst. animagine31: model card of Animagine XL 3.1, the same words at P95, P85, P75, P50, P25, P10.
+# noobai: NoobAI-XL has five words: above P95 masterpiece, P85 best, P60 good, P30 normal quality, else worst. Its
+# discount for the age of a post is left out because percentiles within each year have the same effect.
 PRESETS: Final = {
     "kohaku": Preset((90, 75, 60, 45, 30, 10), _SEVEN),
     "animagine31": Preset((95, 85, 75, 50, 25, 10), _SEVEN),
@@ -44,76 +49,22 @@ RATING_WORDS: Final = {
     "general": "safe", "sensitive": "sensitive", "questionable": "nsfw", "explicit": "explicit, nsfw",
 }  # fmt: skip
 
-# kohaku's eras begin in these years; what is older than the first, or of no known date, has no word.
+# First year of each era of the Kohaku models. Earlier posts and posts without a date get no word.
 _ERAS: Final = ((2005, "old"), (2011, "early"), (2015, "mid"), (2018, "recent"), (2021, "newest"))
 ERA_WORDS: Final = tuple(word for _, word in _ERAS)
 
 
-@dataclass(frozen=True)
-class Names:
-    """A column of few distinct texts. Numbers, so that those of ten million rows are small."""
-
-    code_N: NDArray[np.int32]  # in `distinct`, -1 for none
-    distinct: list[str]  # in the order in which they come
-
-    @classmethod
-    def of(cls, names: Iterable[str | None]) -> Self:
-        places: dict[str, int] = {}
-        codes = [-1 if name is None else places.setdefault(name, len(places)) for name in names]
-        return cls(np.array(codes, np.int32), list(places))
-
-    @classmethod
-    def together(cls, parts: Sequence["Names"]) -> Self:
-        """One after the other."""
-        places: dict[str, int] = {}
-        codes = []
-        for part in parts:
-            place_D = [places.setdefault(name, len(places)) for name in part.distinct]
-            codes.append(np.array([*place_D, -1], np.int32)[part.code_N])
-        return cls(np.concatenate(codes), list(places))
-
-    def texts(self) -> list[str | None]:
-        """One object each, not one a row."""
-        texts: list[str | None] = np.array([*self.distinct, None], object)[self.code_N].tolist()
-        return texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Posts:
-    """Columns of equal length, one row a post."""
-
-    source: Names
-    rating: Names
-    created_at: NDArray[np.datetime64]  # NaT where unknown
-    popularity: NDArray[np.float64]  # favourites or bookmarks, NaN where the source has none
-
-    def __post_init__(self) -> None:
-        lengths = set(map(len, (self.source.code_N, self.rating.code_N, self.created_at, self.popularity)))
-        assert len(lengths) == 1, lengths
-
-    @classmethod
-    def together(cls, parts: Sequence["Posts"]) -> Self:
-        """One after the other."""
-        return cls(
-            source=Names.together([part.source for part in parts]),
-            rating=Names.together([part.rating for part in parts]),
-            created_at=np.concatenate([part.created_at for part in parts]),
-            popularity=np.concatenate([part.popularity for part in parts]),
-        )
-
-    def cell(self, source: int, rating: int, year: int) -> Cell:
-        """Of numbers as in _cells."""
-        return self.source.distinct[source], None if rating < 0 else self.rating.distinct[rating], max(0, year) or None
-
-
 @dataclass(frozen=True, kw_only=True)
 class QualityTable:
-    """The borders between quality words. A post is judged by the narrowest cell that is there: its (source, rating,
-    year), else all years, else all ratings of its source."""
+    """The borders between quality words, by cell.
+
+    A post is compared with the narrowest cell in the table: its (source, rating, year), else its (source, rating) over
+    all years, else its whole source.
+    """
 
     words: tuple[str, ...]  # best first
     borders: Mapping[Cell, tuple[float, ...]]  # the popularity to exceed for each word but the last
-    settled_before: np.datetime64 | None = None  # posts from this moment on are too young to have votes
+    settled_before: np.datetime64 | None = None  # later posts are too young to be compared by votes
 
     def __post_init__(self) -> None:
         for cell, borders in self.borders.items():
@@ -122,45 +73,51 @@ class QualityTable:
                                  f"{len(self.words) - 1}, highest first")  # fmt: skip
 
     @classmethod
-    def compute(cls, preset: Preset, posts: Posts, min_rows: int = 50, young_days: int = 90) -> Self:
-        """The table of the posts at hand. A cell of fewer than `min_rows` posts with votes is left out, but that of a
-        whole source never. Too young is what came in the `young_days` before the newest post.
+    def compute(cls, preset: Preset, posts: pa.Table, min_rows: int = 50, young_days: int = 90) -> Self:
+        """The table of these posts (POST_COLUMNS).
 
-        A percentile is a popularity that occurs: the smallest that at least so many percent of the posts do not exceed.
+        Cells with fewer than `min_rows` posts that have votes are left out, except those of a whole source. Posts of
+        the last `young_days` before the newest post do not count. A percentile is a popularity that occurs: the
+        smallest one that at least that percentage of the posts do not exceed.
         """
-        dates = posts.created_at[~np.isnat(posts.created_at)]
+        dates = _dates(posts)
+        dates = dates[~np.isnat(dates)]
         settled_before = dates.max() - np.timedelta64(young_days, "D") if dates.size else None
-        voted = _has_votes(posts, settled_before)
-        lowest_first = np.flatnonzero(voted)[np.argsort(posts.popularity[voted])]
-        cells_C3, cell_N = _distinct(_cells(posts)[lowest_first])
-        popularity_N = posts.popularity[lowest_first]
+        voted_N, popularity_N = _has_votes(posts, settled_before), _popularity(posts)
+        lowest_first = np.flatnonzero(voted_N)[np.argsort(popularity_N[voted_N])]
+        cells_N3, cell_of_numbers = _cells(posts)
+        cells_C3, cell_N = _distinct(cells_N3[lowest_first])
         borders: dict[Cell, tuple[float, ...]] = {}
         for known, needed in ((1, 1), (2, min_rows), (3, min_rows)):  # source; and rating; and year
             pools_P3, pool_C = _distinct(np.where(np.arange(3) < known, cells_C3, -1))
-            counts, percentiles = _percentiles(pool_C[cell_N], popularity_N, preset)
-            for pool, count, found in zip(pools_P3.tolist(), counts, percentiles, strict=True):
+            counts, percentiles = _percentiles(pool_C[cell_N], popularity_N[lowest_first], preset)
+            for pool, count, values in zip(pools_P3.tolist(), counts, percentiles, strict=True):
                 if count >= needed and -1 not in pool[:known]:
-                    borders[posts.cell(*pool)] = tuple(found)
+                    borders[cell_of_numbers(pool)] = tuple(values)
         return cls(words=preset.words, borders=borders, settled_before=settled_before)
 
     def cell_of(self, source: str, rating: str | None, year: int | None) -> Cell | None:
-        """The narrowest cell that judges such a post; None where there is none."""
+        """The narrowest cell that contains such a post, or None."""
         narrowest_first = (source, rating, year), (source, rating, None), (source, None, None)
         return next((cell for cell in narrowest_first if cell in self.borders), None)
 
-    def judge(self, posts: Posts) -> list[str | None]:
-        """A quality word for each post; None for one too young, without votes, or of a source without a cell."""
-        cells_C3, cell_N = _distinct(_cells(posts))
-        borders_CP = np.zeros((len(cells_C3), len(self.words) - 1))
+    def words_of(self, posts: pa.Table) -> list[str | None]:
+        """A quality word per post (POST_COLUMNS).
+
+        None if the post is too young, has no votes, or comes from a source without a cell.
+        """
+        cells_N3, cell_of_numbers = _cells(posts)
+        cells_C3, cell_N = _distinct(cells_N3)
+        borders_CQ = np.zeros((len(cells_C3), len(self.words) - 1))
         known_C = np.zeros(len(cells_C3), bool)
-        for at, numbers in enumerate(cells_C3.tolist()):
-            cell = self.cell_of(*posts.cell(*numbers))
+        for number, numbers in enumerate(cells_C3.tolist()):
+            cell = self.cell_of(*cell_of_numbers(numbers))
             if cell is not None:
-                borders_CP[at], known_C[at] = self.borders[cell], True
-        rank_N = (posts.popularity[:, None] <= borders_CP[cell_N]).sum(axis=1)
+                borders_CQ[number], known_C[number] = self.borders[cell], True
+        rank_N = (_popularity(posts)[:, None] <= borders_CQ[cell_N]).sum(axis=1)
         rank_N[~(known_C[cell_N] & _has_votes(posts, self.settled_before))] = len(self.words)
-        judged: list[str | None] = np.array([*self.words, None], object)[rank_N].tolist()
-        return judged
+        words: list[str | None] = np.array([*self.words, None], object)[rank_N].tolist()
+        return words
 
     def to_json(self) -> str:
         cells = [
@@ -179,20 +136,49 @@ class QualityTable:
 
 
 def era_words(created_at: NDArray[np.datetime64]) -> list[str | None]:
-    """When a picture was posted, in a word."""
-    words = np.array([None, *(word for _, word in _ERAS)], object)
-    judged: list[str | None] = words[np.digitize(_years(created_at), [year for year, _ in _ERAS])].tolist()
-    return judged
+    """The era in which each picture was posted, or None."""
+    words = np.array([None, *ERA_WORDS], object)
+    eras: list[str | None] = words[np.digitize(_years(created_at), [year for year, _ in _ERAS])].tolist()
+    return eras
 
 
-def _has_votes(posts: Posts, settled_before: np.datetime64 | None) -> NDArray[np.bool_]:
-    voted: NDArray[np.bool_] = ~np.isnan(posts.popularity)
-    return voted if settled_before is None else voted & ~(posts.created_at >= settled_before)
+def posts_of(images: pa.Table) -> pa.Table:
+    """The columns POST_COLUMNS, with dictionary-encoded texts: the posts of a whole dataset have to fit in memory."""
+    columns = {name: images[name] for name in POST_COLUMNS}
+    return pa.table(columns | {name: columns[name].dictionary_encode() for name in ("source", "rating")})
 
 
-def _cells(posts: Posts) -> NDArray[np.int32]:
-    """(source, rating, year) of each post as numbers, (N, 3), -1 for unknown."""
-    return np.stack([posts.source.code_N, posts.rating.code_N, _years(posts.created_at)], axis=1, dtype=np.int32)
+def _popularity(posts: pa.Table) -> NDArray[np.float64]:
+    """Favourites or bookmarks, NaN if unknown."""
+    popularity: NDArray[np.float64] = posts["favourites"].cast(pa.float64()).to_numpy()
+    return popularity
+
+
+def _dates(posts: pa.Table) -> NDArray[np.datetime64]:
+    dates: NDArray[np.datetime64] = posts["created_at"].to_numpy()
+    return dates
+
+
+def _has_votes(posts: pa.Table, settled_before: np.datetime64 | None) -> NDArray[np.bool_]:
+    voted: NDArray[np.bool_] = ~np.isnan(_popularity(posts))
+    return voted if settled_before is None else voted & ~(_dates(posts) >= settled_before)
+
+
+def _cells(posts: pa.Table) -> tuple[NDArray[np.int32], Callable[[Sequence[int]], Cell]]:
+    """(source, rating, year) of each post as numbers, (N, 3), -1 if unknown; and a function that decodes a row."""
+    (source_N, sources), (rating_N, ratings) = _codes(posts["source"]), _codes(posts["rating"])
+
+    def decode(numbers: Sequence[int]) -> Cell:
+        source, rating, year = numbers
+        return sources[source], None if rating < 0 else ratings[rating], max(0, year) or None
+
+    return np.stack([source_N, rating_N, _years(_dates(posts))], axis=1, dtype=np.int32), decode
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], list[str]]:
+    """The codes, -1 for null, and the texts of a dictionary-encoded column."""
+    encoded = column.unify_dictionaries().combine_chunks()
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
 def _years(created_at: NDArray[np.datetime64]) -> NDArray[np.int64]:
@@ -202,27 +188,27 @@ def _years(created_at: NDArray[np.datetime64]) -> NDArray[np.int64]:
 
 
 def _distinct(cells_N3: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The distinct cells, (C, 3), and which of them each row is, (N,)."""
+    """The distinct rows, (C, 3), and the number of the distinct row that each row equals, (N,)."""
     if not len(cells_N3):
         return cells_N3, np.zeros(0, np.int64)
-    # One number a cell: sorting numbers is ten times as fast as sorting rows, and short numbers again.
+    # Sorting one number per cell is ten times as fast as sorting rows.
     spans = cells_N3.max(axis=0) + 2
     number_N = np.ravel_multi_index(tuple((cells_N3 + 1).T), tuple(spans))
-    _, first, cell_N = np.unique(_short(number_N), return_index=True, return_inverse=True)
+    _, first, cell_N = np.unique(_shortest(number_N), return_index=True, return_inverse=True)
     return cells_N3[first], cell_N
 
 
-def _short(number_N: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
-    """The same, none of which is negative, in the fewest bytes: numpy sorts those of two in one pass."""
+def _shortest(number_N: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """The same non-negative numbers in the smallest type: numpy sorts 16-bit numbers in one pass."""
     return number_N.astype(np.min_scalar_type(number_N.max(initial=0)))
 
 
 def _percentiles(
     pool_N: NDArray[np.int64], popularity_N: NDArray[np.float64], preset: Preset
 ) -> tuple[list[int], list[list[float]]]:
-    """Of each pool, which are numbered from 0: its number of posts and their percentiles. Popularity is ascending."""
+    """For each pool, numbered from 0: its number of posts and its percentiles. Popularity must be ascending."""
     counts_P = np.bincount(pool_N)
-    sorted_N = popularity_N[np.argsort(_short(pool_N), kind="stable")]  # one pool after the other
+    by_pool_N = popularity_N[np.argsort(_shortest(pool_N), kind="stable")]
     place_PQ = -(-counts_P[:, None] * np.array(preset.percentiles) // 100) - 1  # rounded up, in whole numbers
     start_P = np.cumsum(counts_P) - counts_P
-    return counts_P.tolist(), sorted_N[start_P[:, None] + place_PQ].tolist()
+    return counts_P.tolist(), by_pool_N[start_P[:, None] + place_PQ].tolist()

@@ -1,4 +1,4 @@
-"""What each training stage asks of a picture and its text: the rules, and how a TOML file overrides them."""
+"""The rules of each training stage, and how a TOML file overrides them."""
 
 import math
 import tomllib
@@ -14,13 +14,13 @@ from pipeline.sources import SOURCES
 from pipeline.tagging.tags import EXCLUDED, IMPLIED, TagReader, TagRules, read_list, read_pairs
 
 _SHIPPED = Path(__file__).parent / "rules"
-# Fields that name a file: its content decides, wherever it lies.
+# Fields that name a file. A selection depends on the content of the file, not on its path.
 FILES: Final = ("artists_file", "aliases", "implications", "blacklist")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRange:
-    """Both ends included."""
+    """Both ends are included."""
 
     min: float | None = None
     max: float | None = None
@@ -28,35 +28,33 @@ class ScoreRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a stage asks of a picture, and what becomes of its tags."""
+    """The requirements of a stage, and what happens to tags. () admits everything."""
 
-    min_side: int  # pixels of the shorter side: below it the crop would be enlarged
+    min_side: int  # pixels of the shorter side; smaller pictures would be enlarged to fill a crop
     max_aspect: float = 4.0  # longer side / shorter side
     sources: tuple[str, ...] = SOURCES
     ratings: tuple[str, ...] = tuple(rating.value for rating in Rating)
-    excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # tags that a picture must not have
+    excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # pictures with one of these tags are refused
     preset: str = "kohaku"  # of the quality words
-    quality: tuple[str, ...] = ()  # only pictures with one of these words; () asks nothing
-    eras: tuple[str, ...] = ()  # the same
-    artists: tuple[
-        str, ...
-    ] = ()  # only pictures of these artists, where they come from artist_sources; () asks nothing
-    artists_file: str = ""  # more of them, one a line
+    quality: tuple[str, ...] = ()  # admits only pictures with one of these quality words
+    eras: tuple[str, ...] = ()  # admits only pictures with one of these era words
+    artists: tuple[str, ...] = ()  # admits only these artists, among pictures from artist_sources
+    artists_file: str = ""  # text file with more artists, one per line
     artist_sources: tuple[str, ...] = ("pixiv",)
     scores: Mapping[str, ScoreRange] = field(default_factory=dict)  # by <scorer>.<label> of scores/<scorer>/
-    aliases: str = "aliases.txt"  # files of pipeline/rules, or paths; "" for none
+    aliases: str = "aliases.txt"  # path, or a file of pipeline/curation/rules; "" for none
     implications: str = "implications.txt"
-    implied: str = "add"  # add | drop | keep: see tags.Implied
+    implied: str = "add"  # add | drop | keep: see tags.IMPLIED
     blacklist: str = "blacklist.txt"
 
 
-# At 64 pixels a second object or a spoilt picture only blurs the lesson.
+# At 64 pixels the demo cannot learn from blurred pictures or pictures of several objects.
 _DEMO_EXCLUDED = ("blurry", "film_grain", "multiple_objects")
 
-# The HDM report's extra set of the stages from 512 on is chosen by hand: name its Pixiv artists in a rules file.
-# The 1024 stage keeps both ends on purpose, so that negative prompts work (HDM report, section 4.2).
+# The HDM report adds a set chosen by hand to the stages from 512 on: name its Pixiv artists in a rules file.
+# The 1024 stage deliberately has both ends of the quality scale, so that negative prompts work (report, section 4.2).
 RULES: Final = {
-    # What the demo draws is tagged whole: more tags would only lengthen its texts.
+    # The demo's pictures have all of their tags: implied ones would only make its texts longer.
     "demo": Rules(min_side=64, excluded=tuple(sorted(EXCLUDED)) + _DEMO_EXCLUDED, implied="keep"),
     "256": Rules(min_side=256),
     "512": Rules(min_side=384),
@@ -78,19 +76,19 @@ _WORDS: Final[dict[str, tuple[str, ...]]] = {
     "implied": IMPLIED,
 }
 _LOWEST: Final = {"min_side": 0, "max_aspect": 1}
-_KINDS: Final = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+_TYPES: Final = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
 
 
 def stage_rules(stage: str, preset: str | None = None, file: str | None = None) -> Rules:
-    """The stage's rules, overridden by a TOML file, overridden by --preset. UsageError where the file is wrong."""
+    """The rules of a stage, overridden by a TOML file, overridden by a preset. Raises UsageError as `override` does."""
     rules = override(RULES[stage], Path(file)) if file else RULES[stage]
     return replace(rules, preset=preset) if preset else rules
 
 
 def override(rules: Rules, path: Path) -> Rules:
-    """The rules with the fields that a TOML file gives; files that it names lie beside it, or are ours.
+    """The rules with the fields that a TOML file sets. Files that it names are looked for beside it, then among ours.
 
-    UsageError where a field is unknown, of another type or of an unknown word.
+    Raises UsageError if a field is unknown, or its value has another type or is not a known word.
     """
     try:
         given = tomllib.loads(path.read_text())
@@ -110,24 +108,24 @@ def override(rules: Rules, path: Path) -> Rules:
 
 
 def _typed(path: Path, name: str, value: Any, hint: Any, known: str) -> Any:
-    """The value as the field's type."""
-    kind = get_origin(hint) or hint
-    texts = kind is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value)
+    """The value of a field, converted to the field's type."""
+    wanted = get_origin(hint) or hint
+    texts = wanted is tuple and isinstance(value, list) and all(isinstance(each, str) for each in value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (texts or (kind is str and isinstance(value, str)) or (kind is int and whole)
-            or (kind is float and (whole or isinstance(value, float)))):  # fmt: skip
-        raise UsageError(f"--rules {path}: {name} = {value!r} must be {_KINDS[kind]}; known rules are {known}")
-    if name in _LOWEST and not _LOWEST[name] <= value < math.inf:  # nor what is not a number
+    if not (texts or (wanted is str and isinstance(value, str)) or (wanted is int and whole)
+            or (wanted is float and (whole or isinstance(value, float)))):  # fmt: skip
+        raise UsageError(f"--rules {path}: {name} = {value!r} must be {_TYPES[wanted]}; known rules are {known}")
+    if name in _LOWEST and not _LOWEST[name] <= value < math.inf:  # also refuses NaN
         raise UsageError(f"--rules {path}: {name} = {value!r} must be a number from {_LOWEST[name]} on")
     words = value if texts else [value]
-    strange = [word for word in words if name in _WORDS and word not in _WORDS[name]]
-    if strange:
-        raise UsageError(f"--rules {path}: {name} cannot be {strange[0]!r}; known are {', '.join(_WORDS[name])}")
-    return kind(value)
+    unknown = [word for word in words if name in _WORDS and word not in _WORDS[name]]
+    if unknown:
+        raise UsageError(f"--rules {path}: {name} cannot be {unknown[0]!r}; known are {', '.join(_WORDS[name])}")
+    return wanted(value)
 
 
 def _scores(path: Path, given: Any) -> dict[str, ScoreRange]:
-    """[scores."<scorer>.<label>"] min = ..., max = ..."""
+    """Parses [scores."<scorer>.<label>"] tables with min, max or both."""
     form = '[scores."<scorer>.<label>"] with min and max, both numbers and one of them optional'
     ranges: dict[str, ScoreRange] = {}
     for name, ends in given.items() if isinstance(given, dict) else [("scores", given)]:
@@ -144,40 +142,40 @@ def _scores(path: Path, given: Any) -> dict[str, ScoreRange]:
 
 
 def with_artists(rules: Rules) -> Rules:
-    """The rules with the artists of their file."""
+    """The rules with the artists of `artists_file` added to `artists`."""
     listed = read_list(_text("artists_file", rules.artists_file))
     return replace(rules, artists=tuple(dict.fromkeys([*rules.artists, *listed])), artists_file="")
 
 
 def tag_rules(rules: Rules) -> TagRules:
-    """What the rules and their files say of tags. UsageError where a file is missing or wrong."""
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    """The rules for tags, read from their files. Raises UsageError if a file is missing or malformed."""
+    pairs: dict[str, dict[str, tuple[str, ...]]] = {}
     for name in ("aliases", "implications"):
         path = getattr(rules, name)
         try:
-            found[name] = read_pairs(_text(name, path))
+            pairs[name] = read_pairs(_text(name, path))
         except ValueError as error:
             raise UsageError(f"{name} file {path}: {error}") from error
-    several = {tag: names for tag, names in found["aliases"].items() if len(names) > 1}
-    if several:
-        tag, names = next(iter(several.items()))
-        raise UsageError(f"aliases file {rules.aliases}: {tag} has {len(names)} names, {', '.join(names)}; keep one")
+    for tag, names in pairs["aliases"].items():
+        if len(names) > 1:
+            listed = ", ".join(names)
+            raise UsageError(f"aliases file {rules.aliases}: {tag} has {len(names)} names, {listed}; keep one")
     tags = TagRules(
         excluded=frozenset(rules.excluded),
-        aliases={tag: names[0] for tag, names in found["aliases"].items()},
-        implications=found["implications"],
+        aliases={tag: names[0] for tag, names in pairs["aliases"].items()},
+        implications=pairs["implications"],
         implied=rules.implied,  # type: ignore[arg-type]  # one of IMPLIED: see _typed
         blacklist=frozenset(read_list(_text("blacklist", rules.blacklist))),
     )
     try:
         TagReader(tags)
     except ValueError as error:
-        raise UsageError(f"{error}; mend {rules.aliases} or {rules.implications}") from error
+        raise UsageError(f"{error}; correct {rules.aliases} or {rules.implications}") from error
     return tags
 
 
 def _text(name: str, path: str) -> str:
-    """The content of a file that the rules name; "" where they name none."""
+    """The content of a file that a rule names, "" if it names none."""
     try:
         return (_SHIPPED / path).read_text() if path else ""
     except (OSError, UnicodeDecodeError) as error:

@@ -1,103 +1,102 @@
-"""Which rows the report shows as examples: the same ones on every run, from few shards, whatever their order.
+"""Chooses the rows that the report shows as examples: the same ones in every run.
 
-A picture costs the reading of its row group, so examples come from the same few shards: shards are put in an order by
-a hash of their names, and the first ones that have rows of a kind give three of them each.
+Showing a picture costs reading its row group, so all examples come from the same few shards: shards are ordered by a
+hash of their names, and each contributes three rows of a kind before the next one.
 """
 
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.reporting.tallies import add_words, tally
-from pipeline.storage.scan import in_order, read_batches
+from pipeline.reporting.counts import add_words, count_words
+from pipeline.storage.scan import map_in_order, read_batches
 from pipeline.storage.shards import Store
 
+PAIRS = 12  # examples of the reason "duplicate", which are shown with the picture that was kept instead
+_OF_A_REASON = 6  # examples of any other reason
 _TOGETHER = 3  # rows of one shard before the next shard's turn
-_REASONS = 200  # for which examples are remembered at all
+_REASONS = 200  # reasons that may have examples
 
 
 @dataclass(frozen=True, order=True)
 class Example:
-    """A rejected row. The fields before `key` are its place in the order of preference."""
+    """A rejected row. The first three fields define the order of preference."""
 
-    turn: int  # 0 for the first three of its shard, 1 for the next three ...
+    turn: int  # 0 for the first three rows of a shard, 1 for the next three ...
     shard_hash: int
     draw: float
     key: str
     detail: str
 
+    @property
+    def keeper(self) -> str | None:
+        """The id of the picture that was kept instead of a duplicate."""
+        found = re.fullmatch(r"of (\S+)", self.detail)
+        return found[1] if found else None
+
 
 @dataclass
 class Rejections:
-    """The rejected rows of one folder, counted, and a few examples of each reason."""
+    """The number of rejected rows in a folder by reason, and a few examples of each reason."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
 
 
-def survey_rejections(store: Store, folder: str, limits: Mapping[str, int], limit: int) -> Rejections:
-    """Count the reasons in <folder>/*.parquet (REJECTED) and choose examples: up to limits[reason], or `limit`."""
+def survey_rejections(store: Store, folder: str) -> Rejections:
+    """Counts the reasons in <folder>/*.parquet (REJECTED) and chooses examples."""
     found = Rejections()
-    for part in in_order(lambda shard: _survey_shard(store, folder, shard, limits, limit), store.shards(folder)):
+    for part in map_in_order(lambda shard: _survey_shard(store, folder, shard), store.shards(folder)):
         add_words(found.reasons, part.reasons)
         for reason, examples in part.examples.items():
             if reason in found.examples or len(found.examples) < _REASONS:
                 several = sorted(found.examples.get(reason, []) + examples)
-                found.examples[reason] = several[: limits.get(reason, limit)]
+                found.examples[reason] = several[: _limit(reason)]
     return found
 
 
-def _survey_shard(store: Store, folder: str, shard: str, limits: Mapping[str, int], limit: int) -> Rejections:
-    found, draws = Rejections(), np.random.default_rng(_shard_hash(shard))
-    drawn: dict[str, list[tuple[float, str, str]]] = {}
-    for batch in read_batches(store, f"{folder}/{shard}.parquet", ["key", "reason", "detail"]):
-        reasons = tally(batch["reason"])
-        add_words(found.reasons, reasons)
-        draw = draws.random(batch.num_rows)
-        for reason, _ in reasons.most_common(_REASONS):
-            rows = pc.indices_nonzero(pc.equal(batch["reason"], reason)).to_numpy()
-            rows = rows[np.argsort(draw[rows])[: limits.get(reason, limit)]]
-            several = [(draw[row], batch["key"][row].as_py(), batch["detail"][row].as_py()) for row in rows.tolist()]
-            drawn[reason] = sorted(drawn.get(reason, []) + several)[: limits.get(reason, limit)]
-    for reason, several in drawn.items():
+def _survey_shard(store: Store, folder: str, shard: str) -> Rejections:
+    batches = list(read_batches(store, f"{folder}/{shard}.parquet", ["key", "reason", "detail"]))
+    if not batches:
+        return Rejections()
+    table, rng = pa.Table.from_batches(batches), np.random.default_rng(_shard_hash(shard))
+    found, draw = Rejections(count_words(table["reason"])), rng.random(table.num_rows)
+    for reason, _ in found.reasons.most_common(_REASONS):
+        rows = pc.indices_nonzero(pc.equal(table["reason"], reason)).to_numpy()
+        rows = rows[np.argsort(draw[rows])[: _limit(reason)]]
+        keys, details = (table[column].take(pa.array(rows)).to_pylist() for column in ("key", "detail"))
         found.examples[reason] = [
-            Example(rank // _TOGETHER, _shard_hash(shard), *row) for rank, row in enumerate(several)
+            Example(rank // _TOGETHER, _shard_hash(shard), *row)
+            for rank, row in enumerate(zip(draw[rows].tolist(), keys, details, strict=True))
         ]
     return found
 
 
+def _limit(reason: str) -> int:
+    return PAIRS if reason == "duplicate" else _OF_A_REASON
+
+
 def choose_ids(store: Store, folder: str, count: int) -> list[str]:
-    """Ids of `count` rows of <folder>/*.parquet (or of all, if fewer), reading the ids of a few shards alone."""
+    """The ids of `count` rows of <folder>/*.parquet, or of all rows if there are fewer. Reads only a few shards."""
     chosen: list[str] = []
-    passed: list[str] = []  # more of the same shards, for where there are few shards
+    spare: list[str] = []  # further rows of the same shards, in case there are few shards
     for shard in sorted(store.shards(folder), key=_shard_hash):
         if len(chosen) >= count:
             break
-        ids = [row for batch in read_batches(store, f"{folder}/{shard}.parquet", ["id"]) for row in _texts(batch)]
+        batches = read_batches(store, f"{folder}/{shard}.parquet", ["id"])
+        ids = [name for batch in batches for name in batch["id"].to_pylist()]
         order = np.random.default_rng(_shard_hash(shard)).permutation(len(ids))[:count]
         drawn = [ids[number] for number in order]
         chosen += drawn[:_TOGETHER]
-        passed += drawn[_TOGETHER:]
-    return (chosen + passed)[:count]
-
-
-def keeper_of(detail: str) -> str | None:
-    """The id of the picture that was kept instead, out of the detail of a duplicate."""
-    found = re.fullmatch(r"of (\S+)", detail)
-    return found[1] if found else None
-
-
-def _texts(batch: pa.RecordBatch) -> Iterable[str]:
-    texts: list[str] = batch.column(0).to_pylist()
-    return texts
+        spare += drawn[_TOGETHER:]
+    return (chosen + spare)[:count]
 
 
 def _shard_hash(shard: str) -> int:
-    """Not Python's own hash, which differs from process to process."""
+    """Unlike Python's hash, the same in every process."""
     return zlib.crc32(shard.encode())

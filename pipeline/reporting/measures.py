@@ -1,4 +1,4 @@
-"""What the report counts about pictures as numbers: each measure with its fixed bins, so that shards add up."""
+"""The numbers that the report counts per picture. Each measure has fixed bins, so that counts of shards add up."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 
 from pipeline.core.records import TAG_CATEGORIES
 
-# Bins double in width, as counts of votes and views do.
+# Votes and views spread over orders of magnitude: bins double in width.
 _DOUBLING = (0, *(2**n for n in range(24)))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number per picture and the edges of its bins, ascending.
+    """A number per picture, and the ascending edges of its bins.
 
-    Bin 0 lies below the first edge, bin i from edge i-1 up to (and without) edge i, the last one from the last edge on.
+    Bin 0 is below the first edge, bin i from edge i-1 up to but without edge i, the last bin from the last edge on.
     """
 
     name: str
     title: str
     edges: tuple[float, ...]
-    whole: bool = True  # the values are whole numbers
+    whole: bool = True  # values are integers
     abbreviated: bool = True  # 16.4k for 16384
 
     @property
@@ -31,19 +31,18 @@ class Measure:
         return len(self.edges) + 1
 
     def bin_of(self, values: NDArray[np.float64]) -> NDArray[np.intp]:
-        """The bin of each value; -1 where it is unknown (NaN)."""
-        found = np.searchsorted(self.edges, values, side="right")
-        return np.where(np.isnan(values), -1, found)
+        """The bin of each value, -1 for NaN."""
+        return np.where(np.isnan(values), -1, np.searchsorted(self.edges, values, side="right"))
 
     def label(self, edge: float) -> str:
-        """An edge as it is written under a chart."""
+        """The text of an edge under a chart."""
         for size, letter in ((1_000_000, "M"), (1_000, "k")) if self.abbreviated else ():
             if abs(edge) >= 10 * size or (abs(edge) >= size and edge % size == 0):
                 return f"{edge / size:.3g}{letter}"
         return f"{edge:.4g}"
 
     def range_of(self, number: int) -> str:
-        """A bin in words."""
+        """The text of a bin."""
         if number == 0:
             return f"below {self.label(self.edges[0])}"
         if number == len(self.edges):
@@ -51,8 +50,8 @@ class Measure:
         low, high = self.edges[number - 1], self.edges[number]
         if self.whole and high == low + 1:
             return self.label(low)
-        written_out = self.whole and high <= 10_000
-        return f"{self.label(low)} to {self.label(high - 1 if written_out else high)}"
+        inclusive = self.whole and high <= 10_000
+        return f"{self.label(low)} to {self.label(high - 1 if inclusive else high)}"
 
 
 IMAGE_MEASURES = (
@@ -71,36 +70,20 @@ MEASURES = (*IMAGE_MEASURES, CAPTION_WORDS)
 IMAGE_COLUMNS = ("width", "height", "score", "favourites", "created_at", *(f"tags_{name}" for name in TAG_CATEGORIES))
 
 
-def image_values(batch: pa.RecordBatch) -> dict[str, NDArray[np.float64]]:
-    """The value of every image measure for each row of a batch with IMAGE_COLUMNS; NaN where it is unknown."""
-    width, height = _numbers(batch["width"]), _numbers(batch["height"])
-    return {
-        "megapixels": width * height / 1e6,
-        "short_side": np.minimum(width, height),
-        "aspect": width / height,
-        "score": _numbers(batch["score"]),
-        "favourites": _numbers(batch["favourites"]),
-        "year": _numbers(pc.year(batch["created_at"])),
-        "tags": sum((_lengths(batch[f"tags_{name}"]) for name in TAG_CATEGORIES), np.zeros(batch.num_rows)),
-    }
+def image_values(batch: pa.RecordBatch) -> list[NDArray[np.float64]]:
+    """The values of IMAGE_MEASURES for each row of a batch with IMAGE_COLUMNS, NaN if unknown."""
+    width, height = _floats(batch["width"]), _floats(batch["height"])
+    score, favourites, dates = batch["score"], batch["favourites"], batch["created_at"]
+    tags = [np.nan_to_num(_floats(pc.list_value_length(batch[f"tags_{name}"]))) for name in TAG_CATEGORIES]
+    numbers = [_floats(column) for column in (score, favourites, pc.year(dates))]
+    return [width * height / 1e6, np.minimum(width, height), width / height, *numbers, np.sum(tags, axis=0)]
 
 
 def caption_words(captions: pa.Array) -> NDArray[np.float64]:
-    """Words of each caption, by white space; NaN where there is none."""
-    return _numbers(pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(captions))))
+    """The number of words of each caption, separated by white space; NaN if there is no caption."""
+    return _floats(pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(captions))))
 
 
-def even_measure(name: str, low: float, high: float, bins: int = 24) -> Measure:
-    """Bins of equal width from low to high, for values whose range only the data tells."""
-    if high <= low:
-        high = low + 1
-    return Measure(name, name, tuple(np.linspace(low, high, bins + 1).tolist()), whole=False)
-
-
-def _numbers(column: pa.Array) -> NDArray[np.float64]:
+def _floats(column: pa.Array) -> NDArray[np.float64]:
     values: NDArray[np.float64] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return values
-
-
-def _lengths(lists: pa.Array) -> NDArray[np.float64]:
-    return np.nan_to_num(_numbers(pc.list_value_length(lists)))

@@ -1,5 +1,8 @@
-"""Findings -> the page. Every text of the dataset is untrusted: the template escapes it, and the page's own policy lets
-no script run but ours and fetches nothing."""
+"""Renders findings as one HTML page.
+
+Texts of the dataset are untrusted: the template escapes them, and the page's content security policy allows only the
+script of this package and no requests.
+"""
 
 import base64
 import hashlib
@@ -7,7 +10,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.records import TAG_CATEGORIES, Rating
-from pipeline.reporting.census import SELECTION_WORDS, SOURCES
-from pipeline.reporting.examples import Example, Rejections
+from pipeline.reporting.census import IMAGE_WORDS, SELECTION_WORDS, SOURCES
+from pipeline.reporting.counts import NONE
+from pipeline.reporting.examples import Example
 from pipeline.reporting.findings import REASONS_SHOWN, Findings, duplicate_pairs, shown_reasons
 from pipeline.reporting.measures import CAPTION_WORDS, MEASURES, Measure
-from pipeline.reporting.tallies import NONE
 
-# All pictures together: noise compresses badly, so their number alone would not bound the page.
+# Of all pictures: noise compresses badly, so limiting the number of pictures alone would not bound the page.
 _MAX_PICTURE_BYTES = 3_500_000
 _TAGS_LISTED = 1500  # per category
 _MAX_TEXT = 160  # characters of any one text of the dataset
 _TICKS = 6
-# Words that have an order are shown in it; others follow by frequency.
+# Words that have a natural order are shown in it; the others follow by frequency.
 _ORDERS = {
     "rating": ("safe", *Rating, "nsfw", "explicit, nsfw"),
     "quality": ("masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality",
@@ -38,7 +41,7 @@ _ORDERS = {
 
 @dataclass(frozen=True)
 class Share:
-    """A labelled count and its part of a whole, in percent."""
+    """A labelled count, and its percentage of a whole."""
 
     label: str
     count: int
@@ -46,15 +49,15 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of the funnel: how many rows are left, and why the others are not."""
+class ReportSection:
+    """One step of the funnel: the rows that are left, and the reasons for which others are not."""
 
     title: str
     rows: int
     percent: float  # of the raw rows
     lost: list[Share]
     lost_percent: float  # of the raw rows
-    command: str | None = None  # what runs next
+    command: str | None = None  # to run next
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class View:
-    """What is shown of the whole dataset, or of one selection."""
+class ReportView:
+    """The charts and words of the whole dataset or of one selection."""
 
     name: str
     rows: int
@@ -88,21 +91,21 @@ class Figure:
     key: str
     detail: str
     size: str
-    covered: bool  # blurred until it is asked for
+    covered: bool  # blurred until the reader uncovers it
     uri: str | None
 
 
 @dataclass
 class Album:
-    """Hands out figures until the page has as many bytes of pictures as it may have."""
+    """Makes figures. Pictures are left out once the page has _MAX_PICTURE_BYTES of them."""
 
     findings: Findings
-    spent: int = field(default=0)
+    picture_bytes: int = 0
 
     def figure(self, key: str, detail: str = "") -> Figure:
         place, uri = self.findings.census.places.get(key), self.findings.pictures.get(key)
-        self.spent += len(uri or "")
-        fits = self.spent <= _MAX_PICTURE_BYTES
+        self.picture_bytes += len(uri or "")
+        fits = self.picture_bytes <= _MAX_PICTURE_BYTES
         covered = place is not None and place.rating in (Rating.QUESTIONABLE, Rating.EXPLICIT)
         return Figure(clip(key), clip(detail), place.size if place else "", covered, uri if fits else None)
 
@@ -111,20 +114,28 @@ class Album:
 
 
 def render(findings: Findings) -> str:
-    """The page, self-contained."""
+    """The page, without references to other files."""
+    folder, album, census = Path(__file__).parent, Album(findings), findings.census
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"clip": clip, "number": "{:,}".format}
-    script = (Path(__file__).parent / "report.js").read_text()
-    album, census = Album(findings), findings.census
-    # First come, first served: what matters most takes its pictures first.
+    script = (folder / "report.js").read_text()
+    # The most important pictures come first, because the number of bytes is limited.
     kept = {selection.name: [album.figure(key) for key in selection.kept] for selection in findings.selections}
     ingested = [album.figure(key) for key in findings.ingested]
     duplicates = [
         (album.figure(rejected), album.figure(keeper), ", ".join(names))
         for (rejected, keeper), names in duplicate_pairs(findings.selections).items()
     ]
+    # Pictures of duplicates are shown beside the kept ones.
+    refused = {
+        selection.name: [
+            (clip(reason), count, [] if reason == "duplicate" else album.figures(examples))
+            for reason, count, examples in shown_reasons(selection.rejections)
+        ]
+        for selection in findings.selections
+    }
     return environment.get_template("report.html").render(
         dataset=findings.dataset,
         date=time.strftime("%Y-%m-%d %H:%M"),
@@ -135,7 +146,7 @@ def render(findings: Findings) -> str:
         engines=shares(census.engines),
         kept=kept,
         ingested=ingested,
-        refused={selection.name: _refused(selection.rejections, album) for selection in findings.selections},
+        refused=refused,
         not_listed={s.name: max(0, len(s.rejections.reasons) - REASONS_SHOWN) for s in findings.selections},
         ingest=[(clip(reason), count, examples) for reason, count, examples in shown_reasons(findings.ingest)],
         duplicates=duplicates,
@@ -149,42 +160,39 @@ def render(findings: Findings) -> str:
     )  # fmt: skip
 
 
-def funnel(findings: Findings) -> list[Step]:
-    """Raw rows -> ingested -> captioned -> each selection; every step accounts for all rows of the one before."""
+def funnel(findings: Findings) -> list[ReportSection]:
+    """Raw rows -> ingested -> captioned -> each selection. Each step accounts for all rows of an earlier one."""
     census, root = findings.census, shlex.quote(findings.dataset)
     images = int(census.rows[0])
     raw = images + findings.ingest.reasons.total()
-    captioned = census.captions["captioned"]
     no_caption = Counter({reason: count for reason, count in census.captions.items() if reason != "captioned"})
     waiting = images - census.captions.total()
+
+    def section(title: str, rows: int, lost: Counter[str], command: str | None = None) -> ReportSection:
+        whole, gone = max(raw, 1), +lost
+        shown = shares(gone, rows + gone.total())
+        return ReportSection(clip(title), rows, 100 * rows / whole, shown, 100 * gone.total() / whole, command)
+
     caption = f"python pipeline/caption.py --dataset {root}" if waiting else None
-    steps = [
-        _step("Raw rows", raw, raw, Counter()),
-        _step("Ingested", images, raw, findings.ingest.reasons),
-        _step("Captioned", captioned, raw, no_caption + Counter({"not captioned yet": waiting}), caption),
+    lost = no_caption + Counter({"not captioned yet": waiting})
+    sections = [
+        section("Raw rows", raw, Counter()),
+        section("Ingested", images, findings.ingest.reasons),
+        section("Captioned", census.captions["captioned"], lost, caption),
     ]
     for view, selection in enumerate(findings.selections, start=1):
         kept, reasons = int(census.rows[view]), selection.rejections.reasons
-        unjudged = max(0, images - kept - reasons.total())
-        redo = selection.command if unjudged or not selection.finished else None
+        undecided = max(0, images - kept - reasons.total())
+        command = selection.command if undecided or not selection.finished else None
         title = f"Selection {selection.name}" + ("" if selection.finished else " (unfinished)")
-        steps.append(_step(title, kept, raw, reasons + Counter({"not judged yet": unjudged}), redo))
+        sections.append(section(title, kept, reasons + Counter({"not curated yet": undecided}), command))
     if not findings.selections and images and not waiting:
-        steps.append(_step("Selected", 0, raw, Counter(), f"python pipeline/curate.py --dataset {root} --stage demo"))
-    return steps
+        sections.append(section("Selected", 0, Counter(), f"python pipeline/curate.py --dataset {root} --stage demo"))
+    return sections
 
 
-def _step(title: str, rows: int, raw: int, lost: Counter[str], command: str | None = None) -> Step:
-    whole = max(raw, 1)
-    lost = Counter({reason: count for reason, count in lost.items() if count})
-    return Step(
-        clip(title), rows, 100 * rows / whole, shares(lost, rows + lost.total()), 100 * lost.total() / whole, command
-    )
-
-
-def views(findings: Findings) -> list[View]:
-    census = findings.census
-    found = []
+def views(findings: Findings) -> list[ReportView]:
+    census, found = findings.census, []
     for view, name in enumerate(["whole dataset", *(selection.name for selection in findings.selections)]):
         rows = int(census.rows[view])
         charts = [
@@ -192,20 +200,19 @@ def views(findings: Findings) -> list[View]:
             for measure in MEASURES
             if (counts := census.histograms[measure.name][view]).any() or measure is not CAPTION_WORDS
         ]
-        columns = SELECTION_WORDS if view else ("rating", "source", "format")
-        words = {column: shares(census.words.get((view, column), Counter()), rows, column) for column in columns}
-        found.append(View(clip(name), rows, [chart for chart in charts if chart], words))
+        columns = SELECTION_WORDS if view else IMAGE_WORDS
+        words = {column: shares(census.words[view, column], rows, column) for column in columns}
+        found.append(ReportView(clip(name), rows, [chart for chart in charts if chart], words))
     return found
 
 
 def histogram(measure: Measure, counts: NDArray[np.int64], sources: Sequence[str], unknown: int) -> Chart | None:
-    """Stacked columns of sources x bins, without the empty bins at both ends; None where there is no value at all."""
+    """Stacked bars of counts (sources, bins), without the empty bins at both ends. None if all bins are empty."""
     totals = counts.sum(axis=0)
     if not totals.any():
         return None
     used = np.flatnonzero(totals)
-    first, last = int(used[0]), int(used[-1])
-    peak = int(totals.max())
+    first, last, peak = int(used[0]), int(used[-1]), int(totals.max())
     bars = []
     for number in range(first, last + 1):
         heights, top = [], 100.0
@@ -219,7 +226,7 @@ def histogram(measure: Measure, counts: NDArray[np.int64], sources: Sequence[str
 
 
 def _ticks(measure: Measure, first: int, last: int) -> list[tuple[float, str]]:
-    """A few labelled edges: the left edge of bin i is edge i-1; the first and the last bin may have only one edge."""
+    """A few labelled edges. The left edge of bin i is edge i-1; the outermost bins have only one edge."""
     edges = range(max(first, 1), min(last, len(measure.edges) - 1) + 2)
     every = -(-len(edges) // _TICKS)
     width = 100 / (last + 1 - first)
@@ -227,7 +234,7 @@ def _ticks(measure: Measure, first: int, last: int) -> list[tuple[float, str]]:
 
 
 def shares(words: Counter[str], whole: int | None = None, order: str = "") -> list[Share]:
-    """The most frequent words, in their order where they have one; the others as one."""
+    """The most frequent words in their natural order or by frequency, and the others as one share."""
     whole = max(words.total() if whole is None else whole, 1)
     places = {word: place for place, word in enumerate(_ORDERS.get(order, ()))}
     shown = words.most_common(REASONS_SHOWN)
@@ -239,28 +246,17 @@ def shares(words: Counter[str], whole: int | None = None, order: str = "") -> li
 
 
 def tag_tables(findings: Findings) -> dict[str, Any]:
-    """What the script searches: per category the most frequent tags with their counts in each view."""
+    """The data of the script's tag search: the most frequent tags of each category with their counts per view."""
     tables = {}
     for category in TAG_CATEGORIES:
-        tally = findings.census.tags[category]
-        tags, known = tally.top(_TAGS_LISTED)
-        tables[category] = {
-            "known": known,
-            "forgotten": tally.forgotten,
-            "tags": [[clip(tag), *counts] for tag, *counts in tags],
-        }
+        counts = findings.census.tags[category]
+        tags, known = counts.top(_TAGS_LISTED)
+        listed = [[clip(tag), *pictures] for tag, *pictures in tags]
+        tables[category] = {"known": known, "forgotten": counts.forgotten, "tags": listed}
     return {"views": ["dataset", *(clip(s.name) for s in findings.selections)], "categories": tables}
 
 
 def clip(text: str) -> str:
-    """One text of the dataset, short enough for a page, without characters that turn the text around them."""
+    """A text of the dataset, cut to the length that a page has room for, without characters that affect other text."""
     visible = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return visible if len(visible) <= _MAX_TEXT else visible[: _MAX_TEXT - 1] + "…"
-
-
-def _refused(rejections: Rejections, album: Album) -> list[tuple[str, int, list[Figure]]]:
-    """Reason, rows, pictures; the duplicates' pictures stand beside the kept ones instead."""
-    return [
-        (clip(reason), count, [] if reason == "duplicate" else album.figures(examples))
-        for reason, count, examples in shown_reasons(rejections)
-    ]

@@ -1,5 +1,6 @@
-"""Histograms of the score sidecars: scores/<scorer>/<shard>.parquet, an id and one float column per label."""
+"""Histograms of scores/<scorer>/<shard>.parquet, which has an id and one float column per label."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,26 +8,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.reporting.measures import Measure, even_measure
-from pipeline.storage.scan import in_order, read_batches
+from pipeline.reporting.measures import Measure
+from pipeline.storage.scan import map_in_order, read_batches
 from pipeline.storage.shards import Store
 
-# A tagger's ten thousand labels would be no chart.
-_LABELS_SHOWN = 12
+_LABELS_SHOWN = 12  # a tagger has ten thousand
+_BINS = 24  # between the lowest and the highest score
 
 
 @dataclass(frozen=True)
 class ScoreChart:
-    """How the values of one label are distributed."""
+    """The distribution of the scores of one label."""
 
     scorer: str
     measure: Measure
     counts: NDArray[np.int64]  # per bin
-    unknown: int  # rows without a finite value
+    unknown: int  # rows without a finite score
 
 
 def score_charts(store: Store, scorer: str) -> list[ScoreChart]:
-    """One chart per label, for the first labels; their ranges come from a first pass over the same columns."""
+    """One chart for each of the first labels of a scorer."""
     files = [f"scores/{scorer}/{shard}.parquet" for shard in store.shards(f"scores/{scorer}")]
     with store.open(files[0]) as file:
         columns = pq.read_schema(file)
@@ -35,34 +36,28 @@ def score_charts(store: Store, scorer: str) -> list[ScoreChart]:
 
 
 def _chart(store: Store, scorer: str, files: list[str], label: str) -> ScoreChart:
-    low, high, rows = np.inf, -np.inf, 0
-    for least, most, count in in_order(lambda file: _range(store, file, label), files):
-        low, high, rows = min(low, least), max(high, most), rows + count
-    measure = even_measure(label, low, high) if low <= high else even_measure(label, 0, 1)
-    counts = np.zeros(measure.bins, np.int64)
-    for part in in_order(lambda file: _counts(store, file, label, measure), files):
-        counts += part
-    return ScoreChart(scorer, measure, counts, rows - int(counts.sum()))
+    """Reads the column twice, first for the range of the bins: all scores at once might not fit in memory."""
 
+    def read(file: str) -> Iterator[NDArray[np.float64]]:
+        for batch in read_batches(store, file, [label]):
+            values = batch.column(0).cast(pa.float64()).to_numpy(zero_copy_only=False)
+            yield np.where(np.isfinite(values), values, np.nan)
 
-def _range(store: Store, file: str, label: str) -> tuple[float, float, int]:
-    """The smallest and largest finite value, and the number of rows."""
-    low, high, rows = np.inf, -np.inf, 0
-    for batch in read_batches(store, file, [label]):
-        values = _finite(batch)
-        low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
-        rows += batch.num_rows
-    return float(low), float(high), rows
+    def extents(file: str) -> list[tuple[float, float, int]]:
+        return [(np.fmin.reduce(v, initial=np.inf), np.fmax.reduce(v, initial=-np.inf), len(v)) for v in read(file)]
 
+    found = [extent for part in map_in_order(extents, files) for extent in part]
+    low, high = min((part[0] for part in found), default=0.0), max((part[1] for part in found), default=0.0)
+    if low > high:  # no finite score
+        low, high = 0.0, 1.0
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1).tolist()
+    measure = Measure(label, label, tuple(edges), whole=False)
 
-def _counts(store: Store, file: str, label: str, measure: Measure) -> NDArray[np.int64]:
-    counts = np.zeros(measure.bins, np.int64)
-    for batch in read_batches(store, file, [label]):
-        counts += np.bincount(measure.bin_of(_finite(batch)), minlength=measure.bins)
-    return counts
+    def count(file: str) -> NDArray[np.int64]:
+        counts = np.zeros(measure.bins + 1, np.int64)  # one more, for NaN
+        for values in read(file):
+            counts += np.bincount(measure.bin_of(values) + 1, minlength=measure.bins + 1)
+        return counts
 
-
-def _finite(batch: pa.RecordBatch) -> NDArray[np.float64]:
-    values = batch.column(0).cast(pa.float64()).to_numpy(zero_copy_only=False)
-    finite: NDArray[np.float64] = values[np.isfinite(values)]
-    return finite
+    unknown, *counts = np.sum(list(map_in_order(count, files)), axis=0).tolist()
+    return ScoreChart(scorer, measure, np.array(counts), unknown)

@@ -24,9 +24,9 @@ import ray.dashboard.modules.metrics.dashboards as rays_dashboards
 import yaml
 from prometheus_client import CollectorRegistry
 
-from pipeline.captions.costs import Costs, Meter
+from pipeline.captions.stats import CaptionMeter, CaptionStats
 from pipeline.core.progress import Idle
-from pipeline.exporter import DatasetMetrics
+from pipeline.reporting.dataset_metrics import DatasetMetrics
 from pipeline.storage.shards import Store
 from trainer.training.metrics import GAUGE_PREFIX, METRICS
 
@@ -97,13 +97,13 @@ def metrics_of(expression: str) -> set[str]:
 
 def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tmp_path: Path) -> None:
     Store(str(tmp_path)).write("dataset.json", b"{}")
-    look = DatasetMetrics(Store(str(tmp_path)))
-    look.look()
+    metrics = DatasetMetrics(Store(str(tmp_path)))
+    metrics.scan()
     registry = CollectorRegistry()
-    registry.register(look)
-    meter = Meter(rows=10, engines=1, dollars_per_hour=1.0)
-    meter([Costs(rows=1)])
-    standing = meter([Costs(rows=9)])
+    registry.register(metrics)
+    meter = CaptionMeter(rows=10, engines=1, dollars_per_hour=1.0)
+    meter([CaptionStats(rows=1)])
+    standing = meter([CaptionStats(rows=9)])
     jobs = "".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py"))
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (

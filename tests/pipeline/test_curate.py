@@ -18,10 +18,10 @@ import pytest
 from pipeline import curate as job
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.curation.command import curate_command
 from pipeline.curation.compare import compare
 from pipeline.curation.explain import explain
-from pipeline.curation.plan import judge_work, quality_table, read_inputs
-from pipeline.curation.rerun import curate_command
+from pipeline.curation.plan import plan_lines, quality_table, read_inputs, rule_work
 from pipeline.curation.selection import Curation, ShardWork, content_digest
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
 from pipeline.storage.shards import Store
@@ -216,7 +216,7 @@ def test_scores_of_two_models_under_one_name_are_refused_where_they_are_asked_fo
     dataset.curate()
     rules = replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)})
     with pytest.raises(
-        UsageError, match=r"scores of 2 models, such as in a and b; .*run: python pipeline/score\.py --"
+        UsageError, match=r"scores of 2 models, for example in a and b; .*run: python pipeline/score\.py --"
     ):
         dataset.curate(rules)
     score(dataset, "aesthetic", "a", ["danbooru:1"], "new", good=[1.0])
@@ -229,13 +229,13 @@ def test_scores_or_captions_of_other_rows_fail_their_shard_and_name_the_mend(dat
     dataset.add("b", image("danbooru:2"))
     for shard, name in (("a", "danbooru:1"), ("b", "danbooru:3")):
         score(dataset, "aesthetic", shard, [name], good=[1.0])
-    with pytest.raises(ShardsFailed, match=r"b \(scores/aesthetic/b.parquet is of other rows .*score\.py again"):
+    with pytest.raises(ShardsFailed, match=r"b \(scores/aesthetic/b.parquet has other rows .*score\.py again"):
         dataset.curate(replace(RULES, scores={"aesthetic.good": ScoreRange(min=0.5)}))
     assert dataset.selected().keys() == {"danbooru:1"}
     assert not dataset.store.exists("selections/test/selection.json")
     captions = dataset.store.read_table("captions/a.parquet")
     dataset.store.write_table("captions/b.parquet", captions, CAPTIONS)
-    with pytest.raises(ShardsFailed, match=r"captions/b.parquet is of other rows .*caption\.py again"):
+    with pytest.raises(ShardsFailed, match=r"captions/b.parquet has other rows .*caption\.py again"):
         dataset.curate()
 
 
@@ -474,19 +474,16 @@ def test_damaged_quality_borders_are_refused_with_the_mend_that_helps(dataset: D
     assert dataset.done == []
 
 
-def test_a_plan_says_what_would_be_done_and_writes_nothing(
-    dataset: Dataset, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_says_what_would_be_done_and_writes_nothing(dataset: Dataset) -> None:
     dataset.add("a", image("danbooru:1"))
 
     def planned(rules: Rules = RULES) -> str:
         before = {path: path.stat().st_mtime_ns for path in Path(dataset.store.root).rglob("*") if path.is_file()}
         inputs = read_inputs(dataset.store, rules)
         quality, _ = quality_table(dataset.store, "selections/test", inputs, rules.preset, False)
-        capsys.readouterr()
-        job.print_plan(Curation(dataset.store.root, "test", rules, tag_rules(rules), quality), inputs)
+        lines = list(plan_lines(Curation(dataset.store.root, "test", rules, tag_rules(rules), quality), inputs))
         assert before == {p: p.stat().st_mtime_ns for p in Path(dataset.store.root).rglob("*") if p.is_file()}
-        return capsys.readouterr().out
+        return "\n".join([*lines, ""])
 
     assert "judging 1 of 1 shards: 1 new (a)" in planned()
     dataset.curate()
@@ -618,5 +615,5 @@ def test_what_a_shard_is_made_from_names_every_ingredient(dataset: Dataset) -> N
     assert made.keys() == {"code", "rules", "tag files", "quality", "images", "captions", "copies"}
     assert dataset.record()["rules"] == json.loads(json.dumps(asdict(RULES)))
     curation = dataset.curation()
-    work = judge_work(curation, read_inputs(dataset.store, RULES))
-    assert work["a"].made_from.items() <= made.items()
+    work = rule_work(curation, read_inputs(dataset.store, RULES))
+    assert work["a"].provenance.items() <= made.items()

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.core.records import CAPTIONS, REJECTED
-from pipeline.exporter import DatasetMetrics
+from pipeline.reporting.dataset_metrics import DatasetMetrics
 from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def of(found: Metrics, name: str) -> dict[Any, float]:
 def test_the_rows_in_each_state_are_those_of_the_finished_shards(store: Store) -> None:
     metrics = DatasetMetrics(store)
     assert read(metrics) == {}, "nothing is said before the first look"
-    metrics.look()
+    metrics.scan()
     found = read(metrics)
     assert of(found, "up") == {(): 1}
     assert of(found, "ingested_rows") == {(): 8}
@@ -105,19 +105,19 @@ def test_a_second_look_reads_what_is_new_and_nothing_else(
     store: Store, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = DatasetMetrics(store)
-    metrics.look()
+    metrics.scan()
     opened: list[str] = []
     really_open = Store.open
     monkeypatch.setattr(Store, "open", lambda self, name="": opened.append(name) or really_open(self, name))  # type: ignore[func-returns-value]
-    metrics.look()
+    metrics.scan()
     assert opened == []
     if store.is_remote:
         with request.getfixturevalue("s3_server").counting() as requests:
-            metrics.look()
+            metrics.scan()
         assert len(requests) == 1, "the listing"
     write_ids(store, "images/c.parquet", 7)
     write_rejected(store, "rejected/b.parquet", [])
-    metrics.look()
+    metrics.scan()
     assert sorted(opened) == ["images/c.parquet", "rejected/b.parquet"]
     found = read(metrics)
     assert of(found, "ingested_rows") == {(): 15}
@@ -127,11 +127,11 @@ def test_a_second_look_reads_what_is_new_and_nothing_else(
 def test_a_spoilt_shard_is_counted_and_read_when_it_is_mended(store: Store) -> None:
     store.write("images/b.parquet", b"spoilt")
     metrics = DatasetMetrics(store)
-    metrics.look()
+    metrics.scan()
     assert of(read(metrics), "ingested_rows") == {(): 5}
     assert of(read(metrics), "unreadable_shards")["images"] == 1
     write_ids(store, "images/b.parquet", 3)
-    metrics.look()
+    metrics.scan()
     assert of(read(metrics), "ingested_rows") == {(): 8}
     assert of(read(metrics), "unreadable_shards")["images"] == 0
 
@@ -146,7 +146,7 @@ def test_the_age_is_that_of_the_newest_shard_at_the_time_of_the_scrape(tmp_path:
     store.write("images/run.json", b"{}")  # is no shard
     (tmp_path / "images" / ".c.parquet.0123abcd").write_bytes(bytes(1000))  # half written
     metrics = DatasetMetrics(store)
-    metrics.look()
+    metrics.scan()
     first = of(read(metrics), "newest_shard_age_seconds")["images"]
     assert 300 <= first < 400
     time.sleep(0.1)

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline import report
 from pipeline.core.errors import JobFailed, UsageError
 from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
-from pipeline.reporting import tallies
+from pipeline.reporting import counts
 from pipeline.reporting.census import SOURCES, take_census
 from pipeline.reporting.findings import Findings, duplicate_pairs, survey
 from pipeline.reporting.measures import CAPTION_WORDS, IMAGE_MEASURES, Measure
@@ -259,7 +259,7 @@ def test_no_text_of_the_dataset_becomes_markup_or_script(store: Store) -> None:
     assert all(attributes["src"].startswith("data:image/webp;base64,") for attributes in page.all("img"))  # type: ignore[union-attr]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     data, ours = page.scripts
-    assert ours == (Path(report.__file__).parent / "report.js").read_text()
+    assert ours == (Path(counts.__file__).parent / "report.js").read_text()
     shown = ATTACK.replace("\u202e", "\N{REPLACEMENT CHARACTER}")
     assert json.loads(data)["categories"]["general"]["tags"][0][:2] == [shown, 3]
     texts = " ".join(page.texts)
@@ -392,9 +392,9 @@ def test_a_shard_on_s3_is_not_read_whole_for_its_small_columns(bucket: str, monk
 
 
 def test_the_rarest_tags_are_forgotten_and_the_frequent_ones_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tallies, "_TAGS_REMEMBERED", 50)
-    monkeypatch.setattr(tallies, "_TAGS_BUFFERED", 200)
-    tally = tallies.TagTally(views=2)
+    monkeypatch.setattr(counts, "_TAGS_REMEMBERED", 50)
+    monkeypatch.setattr(counts, "_TAGS_BUFFERED", 200)
+    tally = counts.TagCounts(views=2)
     for part in range(100):
         rows = [["1girl", f"rare {part} {row}", None, "1girl"] for row in range(20)]
         masks = np.ones((2, 20), np.bool_)

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.curation.dedup import LINKED_BITS, NEAR_BITS, best_first, groups, near_pairs, page_links
-from pipeline.pictures.decoder import FLAT
+from pipeline.pictures.perceptual_hash import FLAT
 
 Hashes = NDArray[np.uint64]
 

@@ -1,12 +1,11 @@
-from dataclasses import replace
-
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.curation.quality import PRESETS, Names, Posts, Preset, QualityTable, era_words
+from pipeline.curation.quality import PRESETS, Preset, QualityTable, era_words, posts_of
 
 HALVES = Preset((50,), ("good", "bad"))
-NEVER = np.datetime64("NaT", "s")
+NEVER, SUMMER_2015 = np.datetime64("NaT", "s"), np.datetime64("2015-06-01", "s")
 # The table published with the Kohaku XL models: Danbooru's favourites in 2024, all years together.
 KOHAKU_PUBLISHED = QualityTable(
     words=PRESETS["kohaku"].words,
@@ -23,35 +22,36 @@ def day(text: str) -> np.datetime64:
     return np.datetime64(text, "s")
 
 
-def posts(popularity: list[float], source: str = "danbooru", rating: str | None = "general", year: int = 2015) -> Posts:
+def posts(
+    popularity: list[float],
+    source: str = "danbooru",
+    rating: str | None = "general",
+    created_at: np.datetime64 = SUMMER_2015,
+) -> pa.Table:
+    """Posts that differ only in popularity, where NaN stands for unknown."""
     count = len(popularity)
-    return Posts(
-        source=Names.of([source] * count),
-        rating=Names.of([rating] * count),
-        created_at=np.full(count, day(f"{year}-06-01")),
-        popularity=np.array(popularity, float),
-    )
+    columns = {
+        "source": pa.array([source] * count, pa.string()),
+        "rating": pa.array([rating] * count, pa.string()),
+        "favourites": pa.array(np.array(popularity, float), from_pandas=True),
+        "created_at": pa.array(np.full(count, created_at)),
+    }
+    return posts_of(pa.table(columns))
 
 
 def word_of(
     table: QualityTable, source: str, rating: str | None, created_at: np.datetime64, popularity: float
 ) -> str | None:
-    post = Posts(
-        source=Names.of([source]),
-        rating=Names.of([rating]),
-        created_at=np.array([created_at]),
-        popularity=np.array([popularity]),
-    )
-    return table.judge(post)[0]
+    return table.words_of(posts([popularity], source, rating, created_at))[0]
 
 
-def together(*columns: Posts) -> Posts:
-    return Posts.together(columns)
+def together(*parts: pa.Table) -> pa.Table:
+    return pa.concat_tables(parts)
 
 
-def later(count: int = 1) -> Posts:
-    """Posts so late that the others are old enough to have votes."""
-    return posts([1.0] * count, source="elsewhere", year=2030)
+def later() -> pa.Table:
+    """A post so late that the others are old enough to have votes."""
+    return posts([1.0], source="elsewhere", created_at=day("2030-06-01"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_percentiles_split_a_hundred_posts_exactly() -> None:
         "noobai": [5, 10, 25, 30, 30],
     }.items():
         sample = posts(popularity)
-        words = QualityTable.compute(PRESETS[name], together(sample, later())).judge(sample)
+        words = QualityTable.compute(PRESETS[name], together(sample, later())).words_of(sample)
         assert [words.count(word) for word in PRESETS[name].words] == counts
         ranked = [word for _, word in sorted(zip(popularity, words, strict=True), reverse=True)]
         assert ranked == [word for word, count in zip(PRESETS[name].words, counts, strict=True) for _ in range(count)]
@@ -109,25 +109,25 @@ def test_borders_are_numpys_percentiles_that_occur() -> None:
 
 def test_equal_posts_have_equal_words() -> None:
     sample = posts([0.0] * 99 + [1.0])
-    words = QualityTable.compute(PRESETS["kohaku"], together(sample, later())).judge(sample)
+    words = QualityTable.compute(PRESETS["kohaku"], together(sample, later())).words_of(sample)
     assert words == ["worst quality"] * 99 + ["masterpiece"]
 
 
 def test_each_year_and_rating_is_judged_by_itself() -> None:
-    low = posts(list(range(100)), year=2010)
-    high = posts(list(range(1000, 1100)), year=2020)
-    other = posts(list(range(50, 150)), rating="explicit", year=2010)
+    low = posts(list(range(100)), created_at=day("2010-06-01"))
+    high = posts(list(range(1000, 1100)), created_at=day("2020-06-01"))
+    other = posts(list(range(50, 150)), rating="explicit", created_at=day("2010-06-01"))
     table = QualityTable.compute(HALVES, together(low, high, other, later()))
     for part in (low, high, other):
-        assert table.judge(part) == ["bad"] * 50 + ["good"] * 50
+        assert table.words_of(part) == ["bad"] * 50 + ["good"] * 50
     assert table.borders["danbooru", "general", None] == (99.0,)
     assert table.borders["danbooru", None, None] == (sorted([*range(100), *range(1000, 1100), *range(50, 150)])[149],)
 
 
 def test_small_cells_are_pooled() -> None:
-    few = posts([1000.0] * 49, year=2010)
-    many = posts([float(number) for number in range(100)], year=2011)
-    rare = posts([5.0] * 49, rating="explicit", year=2011)
+    few = posts([1000.0] * 49, created_at=day("2010-06-01"))
+    many = posts([float(number) for number in range(100)], created_at=day("2011-06-01"))
+    rare = posts([5.0] * 49, rating="explicit", created_at=day("2011-06-01"))
     table = QualityTable.compute(HALVES, together(few, many, rare, later()), min_rows=50)
     assert {cell for cell in table.borders if cell[0] == "danbooru"} == {
         ("danbooru", None, None),
@@ -162,33 +162,33 @@ def test_a_later_post_is_judged_by_the_same_table() -> None:
 
 
 def test_the_young_and_the_unvoted_get_no_word_and_set_no_border() -> None:
-    old = posts([float(number) for number in range(100)], year=2015)
-    young = replace(posts([0.0] * 1000), created_at=np.full(1000, day("2020-11-01")))
-    newest = replace(posts([0.0]), created_at=np.array([day("2021-01-01")]))
+    old = posts([float(number) for number in range(100)], created_at=day("2015-06-01"))
+    young = posts([0.0] * 1000, created_at=day("2020-11-01"))
+    newest = posts([0.0], created_at=day("2021-01-01"))
     unvoted = posts([float("nan")] * 1000)
     table = QualityTable.compute(HALVES, together(old, young, newest, unvoted), young_days=90)
     assert table.borders["danbooru", "general", 2015] == (49.0,)
     assert table.borders["danbooru", None, None] == (49.0,)
     assert table.settled_before == day("2020-10-03")
-    assert set(table.judge(young)) == set(table.judge(unvoted)) == {None}
+    assert set(table.words_of(young)) == set(table.words_of(unvoted)) == {None}
     assert word_of(table, "danbooru", "general", day("2020-10-02T23:59:59"), 50) == "good"
     assert word_of(table, "danbooru", "general", day("2020-10-03"), 50) is None
 
 
 def test_a_table_survives_json() -> None:
     rng = np.random.default_rng(0)
-    sample = together(*[posts(rng.integers(0, 99, 60).tolist(), "pixiv", rating, year)
+    sample = together(*[posts(rng.integers(0, 99, 60).tolist(), "pixiv", rating, day(f"{year}-06-01"))
                         for rating in (None, "general") for year in (2012, 2013)])  # fmt: skip
     for table in (QualityTable.compute(PRESETS["noobai"], sample), KOHAKU_PUBLISHED):
         assert QualityTable.from_json(table.to_json()) == table
-        assert QualityTable.from_json(table.to_json()).judge(sample) == table.judge(sample)
+        assert QualityTable.from_json(table.to_json()).words_of(sample) == table.words_of(sample)
 
 
 def test_a_table_of_nothing_judges_nothing() -> None:
     table = QualityTable.compute(HALVES, posts([]))
     assert table.borders == {}
-    assert table.judge(posts([])) == []
-    assert table.judge(posts([1.0])) == [None]
+    assert table.words_of(posts([])) == []
+    assert table.words_of(posts([1.0])) == [None]
 
 
 def test_a_table_with_too_few_borders_is_refused() -> None:
