@@ -1,22 +1,27 @@
 """The blocks of XUT: residual branches under adaptive layer norm around attention, cross-attention and SwiGLU.
 
-Axes: B batch, S tokens (image then text), A heads, E dims of a head, P rotated pairs of a head, D width.
+Axes: B batch, S tokens (image, then text), D width, A heads, E dims of a head, P = E / 2 rotary pairs of a head.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model.config import XUTConfig
 from trainer.model.rope import rotary_table, rotate
 
 BranchKind = Literal["attn", "cross", "mlp"]
-NORM_EPS = 1e-6  # of the released weights
+NORM_EPS = 1e-6  # as in the released weights
 
 
 class Modulation(NamedTuple):
-    """What the condition does to a branch, (B, 1, D) float32: norm(h) * gain + shift before it, * gate after it."""
+    """What the condition contributes to a residual branch: h + gate * function(norm(h) * gain + shift).
+
+    Each is (B, 1, D), float32.
+    """
 
     gain: Tensor
     shift: Tensor
@@ -24,17 +29,20 @@ class Modulation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks of a pass share."""
+    """Inputs of a forward pass that all blocks share."""
 
-    position: Tensor  # (B, S, 2), (y, x); text at (0, 0)
-    rotary: Tensor | None  # (B, S, 1, P, 2) table of angles; None where every attention learns its own frequencies
-    key_mask: Tensor | None  # (B, 1, 1, S), True: may be attended to; None: all may, on the fastest attention kernel
-    condition: Tensor  # (B, D)
-    shared: dict[BranchKind, Modulation] | None  # None where every branch has its own adaLN
+    position: Tensor  # (B, S, 2), float32, (y, x); text tokens are at (0, 0)
+    rotary: Tensor | None  # (B, S, 1, P, 2), cosines and sines; None if every attention layer learns its frequencies
+    key_mask: Tensor | None  # (B, 1, 1, S), True where a token may be attended to; None: all, on the fastest kernel
+    condition: Tensor  # (B, D), embedding of time and aspect ratio
+    shared: dict[BranchKind, Modulation] | None  # None if every branch has its own adaLN
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, then * gain + shift where given; computed in float32, returned in the dtype of x."""
+    """x / rms(x) * weight over the last dim, then * gain + shift if given.
+
+    Computed in float32 and rounded once, to the dtype of x.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -48,9 +56,10 @@ class RMSNorm(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Condition (B, D) -> Modulation. Its last layer starts at zero: gain 1, shift 0, gate 1 (0 with zero_gate).
+    """Maps the condition (B, D) to a Modulation (HDM report, section 3.3).
 
-    deep: LayerNorm, Linear, Mish, Linear at four times the width; otherwise LayerNorm, Mish, Linear.
+    deep: LayerNorm, Linear to four times the width, Mish, Linear. Otherwise: LayerNorm, Mish, Linear. The model
+    initialises the last layer to zero, which gives gain 1, shift 0, and gate 1, or 0 with zero_gate.
     """
 
     def __init__(self, dim: int, *, deep: bool, zero_gate: bool) -> None:
@@ -67,17 +76,19 @@ class AdaLN(nn.Module):
 
 
 class Attention(nn.Module):
-    """What self-attention and cross-attention have in common: rotation, mask, output projection."""
+    """Rotary multi-head attention without its input projections, which the two subclasses add."""
 
-    def __init__(self, dim: int, heads: int, *, qk_norm: bool, log_frequency: Tensor | None) -> None:
+    def __init__(self, config: XUTConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.out = nn.Linear(dim, dim)
-        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
-        self.log_frequency = None if log_frequency is None else nn.Parameter(log_frequency)
+        self.heads, head_dim = config.heads, config.dim // config.heads
+        self.out = nn.Linear(config.dim, config.dim)
+        self.q_norm = RMSNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if config.qk_norm else nn.Identity()
+        log_pi = torch.full((self.heads, head_dim // 4, 2), math.log(math.pi))
+        self.log_frequency = nn.Parameter(log_pi) if config.rotary == "learned" else None
 
     def attend(self, q_BSAE: Tensor, k_BSAE: Tensor, v_BSAE: Tensor, context: Context) -> Tensor:
+        """Output (B, S, D) of attention over all tokens that `context.key_mask` allows."""
         rotary = context.rotary
         if self.log_frequency is not None:
             rotary = rotary_table(context.position, self.log_frequency.exp())
@@ -91,9 +102,11 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def __init__(self, dim: int, heads: int, *, qk_norm: bool, log_frequency: Tensor | None) -> None:
-        super().__init__(dim, heads, qk_norm=qk_norm, log_frequency=log_frequency)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+    """Queries, keys and values from one projection of x."""
+
+    def __init__(self, config: XUTConfig) -> None:
+        super().__init__(config)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -101,13 +114,16 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Queries of x, keys and values of the skip: the same tokens at an earlier depth, hence the same positions."""
+    """Queries from x, keys and values from the skip connection.
 
-    def __init__(self, dim: int, heads: int, *, qk_norm: bool, log_frequency: Tensor | None, skip_norm: bool) -> None:
-        super().__init__(dim, heads, qk_norm=qk_norm, log_frequency=log_frequency)
-        self.skip_norm = RMSNorm(dim) if skip_norm else nn.Identity()
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+    The skip holds the same tokens at an earlier depth, so both sides have the same positions.
+    """
+
+    def __init__(self, config: XUTConfig) -> None:
+        super().__init__(config)
+        self.skip_norm = RMSNorm(config.dim) if config.skip_norm else nn.Identity()
+        self.q = nn.Linear(config.dim, config.dim, bias=False)
+        self.kv = nn.Linear(config.dim, 2 * config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor, context: Context, skip_BSD: Tensor) -> Tensor:
         q = self.q(x_BSD).unflatten(-1, (self.heads, -1))
@@ -116,7 +132,7 @@ class CrossAttention(Attention):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b between two linear layers, a and b being the halves of what the first one gives."""
+    """Feed-forward down(silu(a) * b), where a and b are the two halves of up(x)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -130,20 +146,19 @@ class SwiGLU(nn.Module):
 
 
 class Branch(nn.Module):
-    """One residual branch: h + gate * function(norm(h) * gain + shift).
+    """A residual branch: h + gate * function(norm(h) * gain + shift).
 
-    With replace_stream the modulated norm takes the place of h in that sum, as in the public release.
+    With `config.replace_stream` the modulated norm takes the place of h in that sum, as in the public release.
     """
 
-    def __init__(
-        self, kind: BranchKind, dim: int, function: nn.Module, *, adaln: AdaLN | None, replace_stream: bool
-    ) -> None:
+    def __init__(self, kind: BranchKind, config: XUTConfig, function: nn.Module) -> None:
         super().__init__()
         self.kind = kind
-        self.replace_stream = replace_stream
-        self.norm = RMSNorm(dim)
+        self.replace_stream = config.replace_stream
+        self.norm = RMSNorm(config.dim)
         self.function = function
-        self.adaln = adaln
+        per_layer = config.adaln == "per_layer"
+        self.adaln = AdaLN(config.dim, deep=False, zero_gate=config.zero_gate) if per_layer else None
 
     def forward(self, h_BSD: Tensor, context: Context, *function_inputs: object) -> Tensor:
         if self.adaln is not None:
@@ -153,35 +168,27 @@ class Branch(nn.Module):
             gain, shift, gate = context.shared[self.kind]
         normed_BSD = self.norm(h_BSD, gain, shift)
         stream_BSD = normed_BSD if self.replace_stream else h_BSD
-        # In float32, rounded once: bfloat16 around 1 has steps of 2^-7, and a gate that moved less would not count.
-        return torch.addcmul(stream_BSD.float(), gate, self.function(normed_BSD, *function_inputs).float()).to(
-            h_BSD.dtype
-        )
+        # In float32, rounded once: bfloat16 has steps of 2^-7 around 1 and would drop smaller changes of the gate.
+        out_BSD = torch.addcmul(stream_BSD.float(), gate, self.function(normed_BSD, *function_inputs).float())
+        return out_BSD.to(h_BSD.dtype)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to a skip where the block reads one, feed-forward (HDM report, figure 2).
+    """Self-attention, cross-attention to the skip if the block reads one, feed-forward (HDM report, figure 2).
 
-    A skip that is merged otherwise comes in first (UViT, arXiv 2209.12152): concat is a linear layer from (h, skip) to
-    the width of h, add a plain sum.
+    The alternatives to cross-attention merge the skip before self-attention, as UViT does (arXiv 2209.12152): concat
+    projects (h, skip) to the width of h, add sums the two.
     """
 
-    def __init__(
-        self,
-        attn: Branch,
-        mlp: Branch,
-        *,
-        cross: Branch | None = None,
-        concat: nn.Linear | None = None,
-        add: bool = False,
-    ) -> None:
+    def __init__(self, config: XUTConfig, *, reads_skip: bool = False) -> None:
         super().__init__()
-        self.attn = attn
-        self.cross = cross
-        self.mlp = mlp
-        self.concat = concat
-        self.add = add
-        self.recompute = False  # compute this block's activations again in the backward pass instead of keeping them
+        skip = config.skip if reads_skip else "none"
+        self.attn = Branch("attn", config, SelfAttention(config))
+        self.cross = Branch("cross", config, CrossAttention(config)) if skip == "cross" else None
+        self.mlp = Branch("mlp", config, SwiGLU(config.dim, config.mlp_dim))
+        self.concat = nn.Linear(2 * config.dim, config.dim) if skip == "concat" else None
+        self.add = skip == "add"
+        self.recompute = False  # activation checkpointing: recompute this block in the backward pass
 
     def forward(self, h_BSD: Tensor, context: Context, skip_BSD: Tensor | None = None) -> Tensor:
         if self.concat is not None:

@@ -9,8 +9,9 @@ Letters as in xut.py: N image tokens, T text tokens, S = N + T, D width, V value
 
 from typing import NamedTuple
 
+from trainer.model.config import XUTConfig
 from trainer.model.routing import kept_image_tokens
-from trainer.model.xut import POSITION_WAVES, XUTConfig
+from trainer.model.xut import POSITION_WAVES
 
 
 class Products(NamedTuple):

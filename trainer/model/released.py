@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
 
 PREFIX = "unet.model."
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save: a zip, or before 1.6 a bare one

@@ -1,21 +1,19 @@
-"""XUT, the cross-U-transformer of HDM: latents, time, text and positions -> velocity.
+"""XUT, the cross-U-transformer of HDM (report, section 3.1): noisy latents, time, text and positions -> velocity.
 
-    latents -> patches -+                          routed under TREAD
-                        +-> N dense blocks -> encoder stages -> decoder stages -> M dense blocks -> velocity
-    text -> projection -+                           |______ skips ______|
+    latents -> patches --+                              routed under TREAD
+                         +-> N dense blocks -> encoder stages -> decoder stages -> M dense blocks -> velocity
+    text -> projection --+                           |______ skips ______|
 
-With 1 encoder and 2 decoder blocks a stage and depth 3 the U is, as in the papers' example,
-in > a > b > c > (c,c) > d > (d,b) > e > (e,a) > out: the first decoder stage reads the last encoder stage. Text tokens
-follow the image tokens through every block; only image tokens are ever routed around the U.
+With 1 encoder block, 2 decoder blocks and depth 3 the U is the report's example,
+input > a > b > c > (c,c) > d > (d,b) > e > (e,a) > output: the first decoder stage reads the last encoder stage. Text
+tokens follow the image tokens through every block; TREAD routes only image tokens around the U.
 
 Axes: B batch, C latent channels, H W latent rows and columns, N image tokens, T text tokens, S = N + T, K kept tokens,
-D width, V = C * patch side^2 values of a patch, 2 = position (y, x).
+D width, V = C * patch_size^2 values of a patch, 2 = position (y, x).
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,153 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.model.blocks import (
-    AdaLN,
-    Attention,
-    Block,
-    Branch,
-    BranchKind,
-    Context,
-    CrossAttention,
-    RMSNorm,
-    SelfAttention,
-    SwiGLU,
-)
+from trainer.model.blocks import AdaLN, Attention, Block, BranchKind, Context, RMSNorm, SwiGLU
+from trainer.model.config import XUTConfig
 from trainer.model.rope import axial_frequencies, rotary_table
 from trainer.model.routing import gather_tokens, scatter_tokens, select_tokens
 
-Checkpointing = Literal["none", "blocks", "all"]
-_WAVES = (0.5, 1.0, 2.0)  # per unit of the position map, whose unit is about the picture's side
-POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine, of y and of x
-BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
+Checkpointing = Literal["none", "blocks", "all"]  # activation checkpointing of no block, every second one, or all
+Precision = Literal["fp32", "bf16"]  # of matrix products; weights, gradients, optimizer state and loss stay float32
 
-
-@dataclass(frozen=True, kw_only=True)
-class XUTConfig:
-    """The architecture. The defaults are the paper's design; `released` is what the public weights need instead."""
-
-    dim: int
-    heads: int
-    mlp_dim: int
-    depth: int  # encoder stages, and as many decoder stages
-    enc_blocks: int = 1  # blocks of an encoder stage
-    dec_blocks: int = 3  # blocks of a decoder stage; the first one reads the skip
-    prev_blocks: int = 1  # N: dense blocks before the routed U
-    post_blocks: int = 3  # M: dense blocks after it
-    in_channels: int = 4  # channels of a latent
-    patch_size: int = 2  # latent pixels along the side of a token
-    text_dim: int = 1024  # width of the text encoder's hidden states (Qwen3-0.6B)
-
-    # How a decoder stage reads its encoder stage. cross is the paper's central claim; the others (UViT's choices, and
-    # none at all) are here to test it.
-    skip: Literal["cross", "concat", "add", "none"] = "cross"
-    # Normalise what cross-attention reads, as encoder-decoder transformers do: a pre-norm stream grows with depth, and
-    # raw keys would grow with it. The paper's figure shows no norm; in the release the stream itself is normalised.
-    skip_norm: bool = True
-    # Which encoder stage a decoder stage reads: the mirrored one, or always the last one.
-    skip_order: Literal["mirrored", "last"] = "mirrored"
-    # RMSNorm of queries and keys: bounds attention logits, which can run away in long bfloat16 trainings. Off, as in
-    # the paper, until such a run is seen: it costs two more passes over queries and keys.
-    qk_norm: bool = False
-    # RMSNorm before the output projection, which otherwise reads a stream whose scale training may change. Off, as in
-    # the paper, until measured to help.
-    final_norm: bool = False
-    # One adaLN for all blocks, the paper's choice (section 3.3; Chroma): 50M parameters of base, where one for every
-    # branch, a single Linear each as in DiT, takes 139M.
-    adaln: Literal["shared", "per_layer"] = "shared"
-    # A block starts as a plain pre-norm block; with True as the identity (adaLN-Zero of DiT).
-    zero_gate: bool = False
-    # What the text encoder gives: its last hidden state, as in the paper and taken as it is, or the average of its
-    # layers' normalised states (arXiv 2506.08210), normalised once more here because averaging shrinks it.
-    text_layers: Literal["last", "average"] = "last"
-    # Pre-norm keeps the residual stream untouched; the release replaces it by the modulated norm at every branch.
-    replace_stream: bool = False
-    # axial: the paper's fixed frequencies on half of each head's dims; learned: those of each layer and head, on all.
-    rotary: Literal["axial", "learned"] = "axial"
-    # What a token knows of its position besides the rotation. none is the paper's design: where a token lies shows only
-    # against the text, which sits at the centre, and is learnt late. waves adds cosines and sines of (y, x) to image
-    # tokens: in the demo's few minutes only so do objects get a place and an end.
-    absolute_position: Literal["none", "waves"] = "none"
-    # Resolution of the position map that the model takes: one pair per token, or per latent pixel as the release does.
-    position_grid: Literal["token", "latent"] = "token"
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value, choices = f"XUTConfig.{field.name}", getattr(self, field.name), get_args(field.type)
-            if choices and value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false: got {value!r}")
-            least = 0 if field.name in ("prev_blocks", "post_blocks") else 1
-            if field.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}: got {value!r}")
-        multiple = self.heads * (8 if self.rotary == "axial" else 4)
-        if self.dim % multiple:
-            raise ValueError(
-                f"XUTConfig.dim={self.dim} does not split into {self.heads} heads of whole rotary pairs: "
-                f"make it a multiple of {multiple}"
-            )
-
-    @classmethod
-    def tiny(cls, **overrides: Any) -> "XUTConfig":
-        """2M parameters, for the demo: trains on two CPU cores in minutes."""
-        shape = {"dim": 128, "heads": 2, "mlp_dim": 256, "depth": 2, "dec_blocks": 1, "post_blocks": 1}
-        return cls(**{**shape, "absolute_position": "waves", **overrides})
-
-    @classmethod
-    def small(cls, **overrides: Any) -> "XUTConfig":
-        """227M parameters. The authors only announce its size; the shape is ours."""
-        return cls(**{"dim": 832, "heads": 13, "mlp_dim": 2496, "depth": 4, **overrides})
-
-    @classmethod
-    def base(cls, **overrides: Any) -> "XUTConfig":
-        """343M parameters, Qwen3-0.6B text (HDM report, section 4.1)."""
-        return cls(**{"dim": 1024, "heads": 8, "mlp_dim": 3072, "depth": 4, **overrides})
-
-    @classmethod
-    def large(cls, **overrides: Any) -> "XUTConfig":
-        """556M parameters, Gemma3-1B text (HDM report, section 4.1)."""
-        return cls(**{"dim": 1280, "heads": 10, "mlp_dim": 4096, "depth": 4, "text_dim": 1152, **overrides})
-
-    @classmethod
-    def released(cls, **overrides: Any) -> "XUTConfig":
-        """The public 340M weights, which differ from their own paper."""
-        shape = {"dim": 1024, "heads": 16, "mlp_dim": 3072, "depth": 4}
-        behaviour = {
-            "skip_norm": False,
-            "skip_order": "last",
-            "replace_stream": True,
-            "rotary": "learned",
-            "position_grid": "latent",
-        }
-        return cls(**{**shape, **behaviour, **overrides})
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "XUTConfig":
-        """The inverse of `to_dict`. Raises ValueError naming unknown and missing fields."""
-        known = dataclasses.fields(cls)
-        unknown = sorted(set(fields) - {field.name for field in known})
-        missing = [f.name for f in known if f.default is dataclasses.MISSING and f.name not in fields]
-        if unknown or missing:
-            raise ValueError(
-                f"model config: unknown fields [{', '.join(unknown)}], missing fields [{', '.join(missing)}]; "
-                f"the fields are {', '.join(field.name for field in known)}"
-            )
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return dataclasses.asdict(self)
+_WAVES = (0.5, 1.0, 2.0)  # cycles per unit of the position map, which is about the side of the picture
+POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine of y and of x
+_BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
+_MAX_GRAPHS = 64  # 512 text tokens in steps of 32 are 16 lengths, in training and in evaluation; torch's limit is 8
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, D): cosines and sines of 1000 t, periods from 2 pi to 10000 * 2 pi, Linear, Mish."""
+    """Maps t (B,) in [0, 1] to (B, D): cosines and sines of 1000 t, then Linear and Mish.
+
+    Periods run geometrically from 2 pi to 10000 * 2 pi.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         frequency_1F = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))[None]
         self.frequency: Tensor
-        self.register_buffer("frequency", frequency_1F)  # saved, because the release saves it, rounded to float16
+        self.register_buffer("frequency", frequency_1F)  # persistent: the release saves it too, rounded to float16
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, t_B: Tensor) -> Tensor:
@@ -178,12 +54,12 @@ class TimeEmbedding(nn.Module):
 
 
 class XUT(nn.Module):
-    """The model. checkpointing: recompute in the backward pass the activations of no block, of every second, of all."""
+    """The model of an `XUTConfig`. Raises ValueError for an unknown `checkpointing`."""
 
-    # The layers whose fan-in, or fan-out, does not grow with the width (trainer.optimization.optimizers).
+    # Roles of the layers under muP (trainer.optimization.optimizers): layers whose fan-in, or whose fan-out, does not
+    # grow with the width, and modules whose layers see one vector per sample instead of one per token.
     INPUT_LAYERS = ("patch_in", "position_in", "text_in", "aspect_in")
     OUTPUT_LAYERS = ("patch_out",)
-    # Modules whose layers see one vector a sample instead of one a token.
     CONDITION_LAYERS = ("time_in", "aspect_out", "adaln")
 
     def __init__(self, config: XUTConfig, checkpointing: Checkpointing = "none") -> None:
@@ -203,26 +79,22 @@ class XUT(nn.Module):
         self.time_in = TimeEmbedding(dim)
         self.aspect_in = nn.Linear(1, dim)
         self.aspect_out = nn.Linear(dim, dim)
-        kinds = [kind for kind in BRANCH_KINDS if kind != "cross" or config.skip == "cross"]
-        self.adaln = (
-            nn.ModuleDict({kind: AdaLN(dim, deep=True, zero_gate=config.zero_gate) for kind in kinds})
-            if config.adaln == "shared"
-            else None
-        )
-        # A constant, not a weight: the config determines it.
+        self.adaln = None
+        if config.adaln == "shared":
+            kinds = [kind for kind in _BRANCH_KINDS if kind != "cross" or config.skip == "cross"]
+            self.adaln = nn.ModuleDict({kind: AdaLN(dim, deep=True, zero_gate=config.zero_gate) for kind in kinds})
+        # Not saved: the config determines it.
         frequency_1F2 = axial_frequencies(dim // config.heads) if config.rotary == "axial" else None
         self.frequency: Tensor | None
         self.register_buffer("frequency", frequency_1F2, persistent=False)
 
-        self.prev = nn.ModuleList(_block(config) for _ in range(config.prev_blocks))
-        self.encoder = nn.ModuleList(
-            nn.ModuleList(_block(config) for _ in range(config.enc_blocks)) for _ in range(config.depth)
-        )
-        self.decoder = nn.ModuleList(
-            nn.ModuleList(_block(config, reads_skip=i == 0) for i in range(config.dec_blocks))
-            for _ in range(config.depth)
-        )
-        self.post = nn.ModuleList(_block(config) for _ in range(config.post_blocks))
+        def stage(blocks: int, *, reads_skip: bool = False) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, reads_skip=reads_skip and i == 0) for i in range(blocks))
+
+        self.prev = stage(config.prev_blocks)
+        self.encoder = nn.ModuleList(stage(config.enc_blocks) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(stage(config.dec_blocks, reads_skip=True) for _ in range(config.depth))
+        self.post = stage(config.post_blocks)
         self.final_norm = RMSNorm(dim) if config.final_norm else nn.Identity()
         self.patch_out = nn.Linear(dim, patch_values)
 
@@ -232,10 +104,10 @@ class XUT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Weights N(0, 1/fan_in), biases 0, so that every activation starts near unit scale at every width (muP).
+        """Draws weights from N(0, 1/fan_in) and sets biases to 0, so activations start near unit scale at any width.
 
-        Zero: the velocity, the modulations and the aspect, so that a fresh model answers 0 to everything. Layers that
-        write into the residual stream are smaller by sqrt(number of writers): the stream keeps its scale at any depth.
+        The velocity, the modulations and the aspect start at zero: a new model predicts 0 for every input. Layers that
+        write into the residual stream are scaled by 1 / sqrt(number of writers), which keeps its scale at any depth.
         """
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             linear.weight.normal_(std=linear.in_features**-0.5)
@@ -262,18 +134,18 @@ class XUT(nn.Module):
         selection_rate: float = 0.0,
         routing_key: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, H, W), noise minus data, at time t (B,) in [0, 1], 1 being pure noise.
+        """Velocity (B, C, H, W), an estimate of noise - data, of latents at time t (B,) in [0, 1]; 1 is pure noise.
 
-        text: (B, T, text_dim) hidden states. text_mask: (B, T), True for a real token; None means that all are, and is
-        faster. position_map: (B, tokens, 2), the (y, x) of every token (`trainer.diffusion.positions`); (B, H * W, 2), of every
-        latent pixel, where the config says position_grid="latent". aspect: (B,) log(W / H) of the whole picture (W / H
-        for the released weights); None adds nothing to the condition.
+        text: (B, T, text_dim), hidden states of the text encoder. text_mask: (B, T), True for real tokens; None if all
+        are, which is faster. position_map: (B, N, 2), the (y, x) of every token (`trainer.diffusion.positions`), or
+        (B, H * W, 2), that of every latent pixel, for configs with position_grid="latent". aspect: (B,), log(width /
+        height) of the whole picture (width / height for the released weights); None adds nothing to the condition.
 
-        selection_rate: TREAD, the share of image tokens that is taken OUT of the routed blocks and passes around them;
-        0 is the dense model, 0.5 the papers' training. routing_key: (B,) int64, which decides what tokens those are,
-        sample by sample; needed where the rate is above 0.
+        selection_rate: the share of image tokens, in [0, 1), that TREAD routes AROUND the U; 0 is the dense model, the
+        papers train with 0.5. routing_key: (B,) int64, required if the rate is above 0. Which tokens a sample keeps is
+        a function of its own key.
 
-        Raises ValueError for latents, a position map, a rate or a routing key that do not fit.
+        Raises ValueError for latents, a position map, a rate or a routing key of the wrong shape, type or range.
         """
         patches_BNV = self._patches(x_BCHW)
         image_tokens, text_tokens = patches_BNV.shape[1], text.shape[1]
@@ -301,6 +173,7 @@ class XUT(nn.Module):
         return self._unpatched(self.patch_out(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
 
     def _u(self, h_BSD: Tensor, context: Context) -> Tensor:
+        """Encoder stages, then decoder stages, each of which reads one encoder stage's output."""
         skips = []
         for stage in self.encoder:
             h_BSD = self._run(stage, h_BSD, context)
@@ -311,7 +184,7 @@ class XUT(nn.Module):
         return h_BSD
 
     def _run(self, blocks: nn.Module, h_BSD: Tensor, context: Context, skip_BSD: Tensor | None = None) -> Tensor:
-        """Blocks in order; the first one is given the skip."""
+        """Blocks in order; the first one receives the skip."""
         for block in blocks.children():
             if block.recompute:
                 h_BSD = checkpoint(block, h_BSD, context, skip_BSD, use_reentrant=False)
@@ -334,7 +207,7 @@ class XUT(nn.Module):
             condition_BD = condition_BD + self.aspect_out(F.mish(self.aspect_in(aspect.float()[:, None])))
         shared = None
         if self.adaln is not None:
-            shared = {kind: self.adaln[kind](condition_BD) for kind in BRANCH_KINDS if kind in self.adaln}
+            shared = {kind: self.adaln[kind](condition_BD) for kind in _BRANCH_KINDS if kind in self.adaln}
         return Context(
             position=position_BS2,
             rotary=None if self.frequency is None else rotary_table(position_BS2, self.frequency),
@@ -344,26 +217,26 @@ class XUT(nn.Module):
         )
 
     def _token_positions(self, position_map: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Positions (B, N, 2) float32 from a map of tokens or, for the release, of latent pixels.
+        """Token positions (B, N, 2), float32, from a map of tokens or, for the release, of latent pixels.
 
-        The release scales its map down with antialiasing, which pulls border tokens slightly inwards: kept as it is.
+        The release downscales its map with antialiasing, which moves border tokens slightly inwards.
         """
         batch, _, height, width = x_BCHW.shape
-        patch, of_latents = self.config.patch_size, self.config.position_grid == "latent"
+        patch, per_latent = self.config.patch_size, self.config.position_grid == "latent"
         rows, columns = height // patch, width // patch
-        wanted = (batch, height * width if of_latents else rows * columns, 2)
-        if position_map.shape != wanted:
+        expected = (batch, height * width if per_latent else rows * columns, 2)
+        if position_map.shape != expected:
             raise ValueError(
-                f"position_map must be {wanted}, one (y, x) per {self.config.position_grid} of latents "
+                f"position_map must be {expected}, one (y, x) per {self.config.position_grid} of latents "
                 f"{tuple(x_BCHW.shape)} in patches of {patch}: got {tuple(position_map.shape)}"
             )
-        if not of_latents:
+        if not per_latent:
             return position_map.float()
         map_B2HW = position_map.float().mT.reshape(batch, 2, height, width)
         return F.interpolate(map_B2HW, size=(rows, columns), mode="bilinear", antialias=True).flatten(2).mT
 
     def _patches(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, V), the values of a patch in the order channel, row, column."""
+        """(B, C, H, W) -> (B, N, V); a patch's values are in the order channel, row, column."""
         patch = self.config.patch_size
         batch, channels, height, width = x_BCHW.shape
         if channels != self.config.in_channels or height % patch or width % patch:
@@ -375,7 +248,7 @@ class XUT(nn.Module):
         return x_BCRPGP.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
 
     def _unpatched(self, patches_BNV: Tensor, like_BCHW: Tensor) -> Tensor:
-        """(B, N, V) -> (B, C, H, W), the values of a patch in the order row, column, channel, as the release has it."""
+        """(B, N, V) -> (B, C, H, W); a patch's values are in the order row, column, channel, as in the release."""
         patch = self.config.patch_size
         batch, channels, height, width = like_BCHW.shape
         x_BRGPPC = patches_BNV.reshape(batch, height // patch, width // patch, patch, patch, channels)
@@ -383,54 +256,24 @@ class XUT(nn.Module):
 
 
 def compiled(model: XUT, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
-    """The forward pass as one graph for each (resolution, text length, selection rate), and nothing left to Python.
+    """The forward pass through torch.compile, one full graph for each (resolution, text length, selection rate).
 
-    Shapes are fixed, which makes the fastest kernels: a run has few, texts being padded to a multiple.
+    Static shapes give the fastest kernels, and a run has few of them because texts are padded to a multiple.
     """
-    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     forward: Callable[..., Tensor] = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     return forward
 
 
-_MOST_GRAPHS = 64  # 512 text tokens in steps of 32 are 16, in training and in evaluation; torch stops at 8
-
-
 def _waves(position_BN2: Tensor) -> Tensor:
-    """(B, N, 2) -> (B, N, 12): cosines and sines of y and x."""
-    # Plain numbers: a tensor made of them here would be a copy to the device, and a wait, in every pass.
+    """(B, N, 2) -> (B, N, POSITION_WAVES): cosines and sines of y and x."""
+    # Python floats: a tensor of them would be copied to the device, and waited for, in every forward pass.
     angle_BN2W = torch.stack([2 * torch.pi * wave * position_BN2 for wave in _WAVES], dim=-1)
     return torch.cat([angle_BN2W.cos(), angle_BN2W.sin()], dim=-1).flatten(2)
 
 
-def _block(config: XUTConfig, reads_skip: bool = False) -> Block:
-    dim, heads, qk_norm = config.dim, config.heads, config.qk_norm
-    skip = config.skip if reads_skip else "none"
-
-    def log_frequency() -> Tensor | None:
-        start = torch.full((heads, dim // heads // 4, 2), math.log(math.pi))
-        return start if config.rotary == "learned" else None
-
-    def branch(kind: BranchKind, function: nn.Module) -> Branch:
-        adaln = AdaLN(dim, deep=False, zero_gate=config.zero_gate) if config.adaln == "per_layer" else None
-        return Branch(kind, dim, function, adaln=adaln, replace_stream=config.replace_stream)
-
-    def cross() -> Branch:
-        frequency, skip_norm = log_frequency(), config.skip_norm
-        return branch(
-            "cross", CrossAttention(dim, heads, qk_norm=qk_norm, log_frequency=frequency, skip_norm=skip_norm)
-        )
-
-    return Block(
-        branch("attn", SelfAttention(dim, heads, qk_norm=qk_norm, log_frequency=log_frequency())),
-        branch("mlp", SwiGLU(dim, config.mlp_dim)),
-        cross=cross() if skip == "cross" else None,
-        concat=nn.Linear(2 * dim, dim) if skip == "concat" else None,
-        add=skip == "add",
-    )
-
-
 def _of_kept_tokens(context: Context, index_BK: Tensor) -> Context:
-    """The same context for the chosen tokens only."""
+    """The context of the selected tokens."""
     return context._replace(
         position=gather_tokens(context.position, index_BK),
         rotary=None if context.rotary is None else gather_tokens(context.rotary, index_BK),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.model.blocks import AdaLN, Branch, Context, Modulation, RMSNorm, SwiGLU
+from trainer.model.config import XUTConfig
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -42,7 +43,7 @@ def test_modulation_is_applied_in_float32_and_rounded_once() -> None:
 
 def test_a_gate_near_one_counts_in_bfloat16() -> None:
     """1.0019 is 1 in bfloat16."""
-    branch = Branch("mlp", 64, torch.nn.Identity(), adaln=None, replace_stream=False)
+    branch = Branch("mlp", XUTConfig(dim=64, heads=1, mlp_dim=64, depth=1), torch.nn.Identity())
     h = torch.randn(2, 5, 64, generator=seeded(0)).bfloat16()
     outputs = []
     for gate in (1.0, 1.0019):

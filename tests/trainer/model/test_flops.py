@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.model.config import XUTConfig
 from trainer.model.flops import products
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.xut import XUT
 
 
 def counted(config: XUTConfig, side: int, text_tokens: int, rate: float) -> tuple[int, int]:

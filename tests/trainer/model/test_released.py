@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from trainer.diffusion.positions import camera, full_position_map
 from trainer.model import released
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
 
 RELEASE = Path(__file__).parents[3].parent / "shared" / "data" / "hdm-release-tiny"
 needs_release = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from trainer.diffusion.positions import full_position_map
 from trainer.model.blocks import Branch
-from trainer.model.xut import XUT, TimeEmbedding, XUTConfig, compiled
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT, TimeEmbedding, compiled
 
 TEXT_DIM = 16
 
