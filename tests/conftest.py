@@ -36,6 +36,23 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Two processes share the tests (`-n 2 --dist loadgroup`): one has all that need Ray, so that Ray starts once.
+
+    Tests of one file stay together because they share fixtures. The group with Ray takes longest and comes first.
+    """
+    if config.getoption("dist", "no") == "no":
+        return
+
+    def needs_ray(item: pytest.Item) -> bool:
+        return "ray_address" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        name = "ray" if needs_ray(item) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: not needs_ray(item))
+
+
 @dataclass(frozen=True)
 class Request:
     method: str
