@@ -10,24 +10,21 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from pipeline.core.errors import ShardsFailed, UsageError
+from pipeline.core.errors import ShardsFailed
 from pipeline.core.jobs import run
 from pipeline.core.records import SCHEMA_VERSION
 from pipeline.ingestion.command import parse_args
+from pipeline.ingestion.preflight import find_raw, plan_shards
+from pipeline.ingestion.validation import downsize_shard, memory_needed, validate_shard
 from pipeline.storage.run_record import versions, write_run_record
-from pipeline.storage.shards import Store, find_parquet
+from pipeline.storage.shards import Store
 
 
 def main() -> None:
     job = parse_args(__doc__)
     started = time.time()
-    raw_files = find_raw(job.raw)
-    # These imports take seconds, which --help and a mistyped path should not cost.
-    from pipeline.ingestion.preflight import plan_shards
-    from pipeline.ingestion.validation import downsize_shard, memory_needed, validate_shard
-
-    dataset, rules = Store(job.dataset), job.rules()
-    plan = plan_shards(raw_files, job.source, job.rows_per_shard, dataset, rules)
+    dataset, rules = Store(job.dataset), job.rules
+    plan = plan_shards(find_raw(job.raw), job.source, job.rows_per_shard, dataset, rules)
     for line in plan.lines(dataset):
         print(f"ingest: {line}", flush=True)
     if job.plan:
@@ -35,7 +32,7 @@ def main() -> None:
 
     failed: dict[str, str] = {}  # error by shard
     if plan.todo or plan.tiers:
-        from pipeline.core.cluster import cluster
+        from pipeline.core.cluster import cluster  # Ray takes seconds to import
         from pipeline.core.dataflow import map_shards
 
         if not dataset.exists("dataset.json"):
@@ -60,15 +57,6 @@ def main() -> None:
     write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=not_done)
     if not_done:
         raise ShardsFailed(not_done)
-
-
-def find_raw(paths: tuple[str, ...]) -> list[str]:
-    """Every raw parquet file at these paths. Raises UsageError for a path without any."""
-    found = {path: find_parquet(path) for path in paths}
-    for path, files in found.items():
-        if not files:
-            raise UsageError(f"no parquet file at {path}; give a .parquet file or a folder that holds some")
-    return sorted({file for files in found.values() for file in files})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, run
-from pipeline.core.progress import progress
+from pipeline.core.progress import progress_bar
 from pipeline.drawings.sample_posts import DrawnPost, count_planted, plan, shards
 from pipeline.drawings.sample_rows import SITES
 from pipeline.storage.run_record import write_run_record
@@ -65,7 +65,7 @@ def write_samples(job: SampleDataJob, rows: dict[str, list[DrawnPost]], workers:
         context = get_context("spawn")  # forking a process that has threads can deadlock
         with ProcessPoolExecutor(max(1, min(workers, len(todo))), mp_context=context) as pool:
             drawing = [pool.submit(draw_shard, store, name, job.seed, posts) for name, posts in todo]
-            for shard in progress(as_completed(drawing), len(drawing), "sample_data", "shard"):
+            for shard in progress_bar(as_completed(drawing), len(drawing), "sample_data", "shard"):
                 shard.result()
         write_run_record(store.root, "sample_data", started, job.images, job.images, {}, seed=job.seed, planted=planted)
     for site, kinds in planted.items():

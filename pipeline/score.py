@@ -1,78 +1,45 @@
-"""JOB: image shards -> scores of any image classifier (aesthetic, watermark ...); images are never rewritten.
+"""Score a dataset's images with any image classifier (aesthetic, watermark ...). Images are never rewritten.
 
-The classifier is a folder on this machine, in transformers' layout or ONNX: the head of pipeline/pictures/classifiers.py says
-what it must hold. Nothing is downloaded.
+The classifier is a folder on this machine, in the layout of transformers or with an ONNX graph; see
+pipeline/pictures/classifiers.py. Nothing is downloaded.
 """
 
-import re
 import time
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import ShardsFailed, UsageError
-from pipeline.core.jobs import Parser, default_dataset, local_path, run
-from pipeline.storage.fingerprints import changes, described, image_footers, made_from
+from pipeline.core.jobs import run
+from pipeline.scores.command import parse_args
+from pipeline.storage.fingerprints import changes, describe_changes, image_identities, read_provenance
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    dataset: str
-    model: str  # folder
-    name: str | None  # of the scores; None: the folder's, which must not replace another model's
-    batch_size: int  # pictures per forward pass
-    actors: int | None  # copies of the model; None: as many as the cluster has room for
-    plan: bool
-
-
-def parse_args() -> ScoreJob:
-    parser = Parser(prog="score.py", description=__doc__)
-    parser.add_argument("--dataset", default=default_dataset(), metavar="ROOT", help="folder or s3://bucket/prefix")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json + *.safetensors, or model.onnx")
-    parser.add_argument("--name", help="scores/<name>/ is written, over another model's too; default: as FOLDER")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time; default 32")
-    parser.add_argument(
-        "--actors", type=int, metavar="N",
-        help="copies of the model; default: one per GPU, without GPUs one per CPU",
-    )  # fmt: skip
-    parser.add_argument("--plan", action="store_true", help="say what would be done and why, and write nothing")
-    args = parser.parse_args()
-    folder = local_path("--model", args.model).absolute()
-    job = ScoreJob(**vars(args) | {"model": str(folder)})
-    if not re.fullmatch(r"\w[\w.-]*", name := job.name or folder.name):
-        raise UsageError(f"--name {name!r} names a folder of the dataset: letters, digits, _ . - only")
-    if job.batch_size < 1 or (job.actors is not None and job.actors < 1):
-        raise UsageError("--batch-size and --actors must be at least 1")
-    return job
-
-
 def main() -> None:
-    job = parse_args()
+    job = parse_args(__doc__)
     started = time.time()
-    name = job.name or Path(job.model).name
-    dataset, folder = Store(job.dataset), f"scores/{name}"
-    images = image_footers(dataset)
-    # Here and not above: this takes seconds to import, which --help and a mistyped path should not cost.
+    dataset, folder, model = Store(job.dataset), f"scores/{job.name}", Path(job.model)
+    images = image_identities(dataset)
+    # These imports take seconds, which --help and a mistyped path should not cost.
     from pipeline.pictures.classifiers import digest, load_classifier, uses_gpu
     from pipeline.scores.scoring import Scorer, plan_scores
 
-    # Loaded here too, for a moment: a folder that cannot be used is refused in one line, before Ray starts.
-    classifier = load_classifier(Path(job.model), device="cpu", threads=1)
+    # Loaded here as well, so that an unusable folder is refused in one line before Ray starts.
+    classifier = load_classifier(model, device="cpu", threads=1)
     labels, preprocessing = classifier.labels, classifier.describe()
     del classifier
-    model_digest = digest(Path(job.model))
+    model_digest = digest(model)
     plan = plan_scores(images, model_digest, preprocessing)
-    before = made_from(dataset, folder, plan)
-    if not job.name and any(made.get("model") != model_digest for made in before.values()):
+    before = read_provenance(dataset, folder, plan)
+    if not job.replace and any(provenance.get("model") != model_digest for provenance in before.values()):
         raise UsageError(
-            f"{dataset.path(folder)} has scores of another model; give --name {name} to replace them, or another "
-            "--name to keep both"
+            f"{dataset.path(folder)} has scores of another model. Give --name {job.name} to replace them, or another "
+            "--name to keep both."
         )
-    why = changes(before, {shard: planned.made_from for shard, planned in plan.items()})
-    print(f"score: {'would do: ' if job.plan else ''}{described('scoring', why, len(plan))}", flush=True)
+    why = changes(before, {shard: planned.provenance for shard, planned in plan.items()})
+    print(f"score: {'would do: ' if job.plan else ''}{describe_changes('scoring', why, len(plan))}", flush=True)
     if job.plan:
         return
     failed: dict[str, str] = {}
@@ -81,7 +48,7 @@ def main() -> None:
         from pipeline.core.dataflow import map_shards_with, plan_pool
 
         with cluster("score"):
-            pool = plan_pool(job.actors, len(why), uses_gpu(Path(job.model)))
+            pool = plan_pool(job.actors, len(why), uses_gpu(model))
             print(f"score: {len(labels)} labels; {pool}", flush=True)
             scorer = partial(
                 Scorer, model=job.model, model_digest=model_digest, dataset=dataset.root, folder=folder,
@@ -90,7 +57,7 @@ def main() -> None:
             todo = {shard: plan[shard] for shard in why}
             failed = map_shards_with(scorer, todo, lambda planned: planned.rows, "score", pool)
 
-    done = [planned for planned in plan.values() if planned.shard not in failed]
+    done = [planned for shard, planned in plan.items() if shard not in failed]
     rejected = (dataset.tally(f"{folder}/rejected/{planned.shard}.parquet", "reason") for planned in done)
     reasons = sum(rejected, Counter[str]())
     total = sum(planned.rows for planned in done)

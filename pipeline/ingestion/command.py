@@ -1,40 +1,22 @@
 """The command line of pipeline/ingest.py."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, default_dataset
+from pipeline.ingestion.rules import IngestRules
+from pipeline.pictures.decoder import DecodeLimits
 from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
-
-if TYPE_CHECKING:
-    from pipeline.ingestion.rules import IngestRules
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestJob:
-    raw: tuple[str, ...]  # files, folders or s3:// prefixes
+    raw: list[str]  # files, folders or s3:// prefixes
     source: str  # danbooru | pixiv | auto
     dataset: str
-    renamed: tuple[tuple[str, str], ...]  # raw column, field
-    admit: tuple[str, ...]
-    max_megapixels: float
     rows_per_shard: int | None
-    downsize: int | None
-    downsize_format: Literal["JPEG", "WEBP"]
     plan: bool
-
-    def rules(self) -> "IngestRules":
-        from pipeline.ingestion.rules import IngestRules  # the decoder takes a second to import
-        from pipeline.pictures.decoder import DecodeLimits
-
-        return IngestRules(
-            admit=self.admit,
-            renamed=self.renamed,
-            limits=DecodeLimits(max_pixels=int(self.max_megapixels * 1e6)),
-            downsize=self.downsize,
-            downsize_format=self.downsize_format,
-        )
+    rules: IngestRules
 
 
 def parse_args(description: str | None) -> IngestJob:
@@ -71,9 +53,21 @@ def parse_args(description: str | None) -> IngestJob:
             raise UsageError(f"{flag} must be at least 1: got {value}")
     if not 0 < args.max_megapixels <= 100:  # the trainer has the same limit
         raise UsageError(f"--max-megapixels must be above 0 and at most 100: got {args.max_megapixels:g}")
-    given = vars(args)
-    renamed = tuple(sorted(map(_renamed, given.pop("map"))))
-    return IngestJob(**given | {"raw": tuple(args.raw), "admit": tuple(sorted(set(args.admit))), "renamed": renamed})
+    rules = IngestRules(
+        admit=tuple(sorted(set(args.admit))),
+        renamed=tuple(sorted(map(_renamed, args.map))),
+        limits=DecodeLimits(max_pixels=int(args.max_megapixels * 1e6)),
+        downsize=args.downsize,
+        downsize_format=args.downsize_format,
+    )
+    return IngestJob(
+        raw=args.raw,
+        source=args.source,
+        dataset=args.dataset,
+        rows_per_shard=args.rows_per_shard,
+        plan=args.plan,
+        rules=rules,
+    )
 
 
 def _renamed(pair: str) -> tuple[str, str]:

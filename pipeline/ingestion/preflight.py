@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import UsageError
-from pipeline.core.progress import progress
+from pipeline.core.progress import progress_bar
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
-from pipeline.sources import describe, id_columns, recognise, row_id
+from pipeline.sources import SITES, describe, recognise
 from pipeline.storage.fingerprints import footer_digest
-from pipeline.storage.shards import Store
+from pipeline.storage.shards import Store, find_parquet
 
 _THREADS = 8
 
@@ -65,6 +65,15 @@ class IngestPlan:
         return f", about {_size(needed)} to write, {_size(shutil.disk_usage(folder).free)} free"
 
 
+def find_raw(paths: list[str]) -> list[str]:
+    """Every raw parquet file at these paths. Raises UsageError for a path without any."""
+    found = {path: find_parquet(path) for path in paths}
+    for path, files in found.items():
+        if not files:
+            raise UsageError(f"no parquet file at {path}; give a .parquet file or a folder that holds some")
+    return sorted({file for files in found.values() for file in files})
+
+
 def plan_shards(
     paths: list[str], source: str, rows_per_shard: int | None, dataset: Store, rules: IngestRules
 ) -> IngestPlan:
@@ -100,7 +109,7 @@ def _inspect_all(paths: list[str], source: str, rules: IngestRules) -> tuple[lis
             raise UsageError(f"{path} is {error}") from error
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(progress(threads.map(inspect, paths), len(paths), "reading footers", "files"))
+        found = list(progress_bar(threads.map(inspect, paths), len(paths), "reading footers", "files"))
     for pair in rules.renamed:
         if not any(isinstance(raw, RawShard) and pair in raw.renamed for raw in found):
             raise UsageError(f"--map {'='.join(pair)}: no file has a column {pair[0]!r}. Correct or remove it.")
@@ -203,7 +212,7 @@ def _changed_settings(before: str, now: str) -> str:
 def _repeated_ids(files: list[RawShard], rules: IngestRules) -> tuple[int, str]:
     """Number of rows whose id occurred before, and an example."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        hashes = list(progress(threads.map(lambda raw: _hashes(raw, rules), files), len(files), "reading ids", "files"))
+        hashes = list(progress_bar(threads.map(lambda raw: _hashes(raw, rules), files), len(files), "reading ids", "files"))
     ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(repeated):
@@ -226,12 +235,13 @@ def _ids(raw: RawShard, rules: IngestRules) -> Iterator[str]:
         parquet = pq.ParquetFile(file)
         columns = rules.columns(parquet.schema_arrow.names)
         fields = {field: column for column, field in columns.items()}
-        wanted = id_columns(fields, raw.source)
-        read = [name.replace(name.partition(".")[0], fields[name.partition(".")[0]], 1) for name in wanted]
+        site = SITES[raw.source]
+        parts = [name.partition(".") for name in site.ID_COLUMNS]
+        read = [f"{fields[field]}{dot}{rest}" for field, dot, rest in parts if field in fields]
         for batch in parquet.iter_batches(columns=read):
             for row in rules.named(batch).to_pylist():
                 try:
-                    yield row_id(row, raw.source)
+                    yield site.row_id(row)
                 except ValueError:
                     continue
 

@@ -20,7 +20,7 @@ from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.pictures.crops import downsize
 from pipeline.pictures.decoder import Picture, Refused, decode
 from pipeline.pictures.perceptual_hash import perceptual_hash
-from pipeline.sources import read_row
+from pipeline.sources import SITES
 from pipeline.sources.fields import image_bytes
 from pipeline.storage.shards import Store
 
@@ -32,6 +32,8 @@ _MOST_ROWS = 256
 _BUFFER_BYTES = 4 << 20
 # A page is always read whole, and most writers check its size only after this many values.
 _PAGE_ROWS = 1024
+
+Row = dict[str, Any] | Exception  # the exception if a value cannot be represented, such as a date in the year 10000
 
 
 def memory_needed(raw: RawShard) -> int:
@@ -84,7 +86,7 @@ def downsize_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[s
     """Write the smaller tier of a shard from its finished images. Returns the number of rows "downsized"."""
     store, count = Store(dataset), 0
     with _tier(store, raw, rules) as append:
-        for row in _rows(store.path(f"images/{raw.shard}.parquet"), columns=TIER.names):
+        for row in _rows(store.path(f"images/{raw.shard}.parquet")):
             assert not isinstance(row, Exception), row  # written by this module
             picture = decode(row["image"], rules.limits)
             assert isinstance(picture, Picture), (row["id"], picture)  # decoded before, within the same limits
@@ -111,20 +113,12 @@ def _tier(store: Store, raw: RawShard, rules: IngestRules) -> Iterator[Callable[
         yield append_smaller
 
 
-def _rows(
-    path: str,
-    first: int = 0,
-    last: int | None = None,
-    rules: IngestRules | None = None,
-    columns: list[str] | None = None,
-) -> Iterator[dict[str, Any] | Exception]:
-    """Rows `first` to `last` of a parquet file, a few at a time; for a raw file with columns named by the rules.
-
-    A row with a value that Python cannot represent, such as a date after the year 9999, is yielded as its exception.
-    """
+def _rows(path: str, first: int = 0, last: int | None = None, rules: IngestRules | None = None) -> Iterator[Row]:
+    """Rows `first` to `last` of a parquet file, a few at a time: the fields of a raw file under the rules, or, without
+    rules, the columns of TIER."""
     with Store(path).open() as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        columns = list(rules.columns(parquet.schema_arrow.names)) if rules else columns
+        columns = list(rules.columns(parquet.schema_arrow.names)) if rules else TIER.names
         last = parquet.metadata.num_rows if last is None else last
         end = 0
         for group in range(parquet.metadata.num_row_groups):
@@ -139,9 +133,9 @@ def _rows(
                 yield from _as_rows(rules.named(wanted) if rules else wanted)
 
 
-def _as_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+def _as_rows(batch: pa.RecordBatch) -> list[Row]:
     try:
-        rows: list[dict[str, Any] | Exception] = batch.to_pylist()
+        rows: list[Row] = batch.to_pylist()
         return rows
     except Exception as error:  # of many types, from invalid UTF-8 to times out of range
         if batch.num_rows == 1:
@@ -150,14 +144,14 @@ def _as_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
 
 
 def _check(
-    row: Mapping[str, Any] | Exception, raw: RawShard, index: int, seen: Collection[str], rules: IngestRules
+    row: Row, raw: RawShard, index: int, seen: Collection[str], rules: IngestRules
 ) -> tuple[dict[str, Any], Picture] | Rejected:
     """The row of IMAGES with its decoded picture, or the reason for rejecting it."""
     where = f"{raw.path}#{index}"
     if isinstance(row, Exception):
         return Rejected(where, "unreadable row", f"{type(row).__name__}: {row}")
     try:
-        post = read_row(row, raw.source, rules.admit)
+        post: Post | Rejected = SITES[raw.source].read_row(row, rules.admit)
     except ValueError as error:
         return Rejected(where, "no id", str(error))
     except Exception as error:  # a field of an unexpected type: one row must not cost its shard

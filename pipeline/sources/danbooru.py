@@ -25,9 +25,9 @@ TELLTALE_COLUMNS = {
 }  # fmt: skip
 _CATEGORISED = tuple((f"tag_string_{category}", f"tags_{category}") for category in TAG_CATEGORIES)
 _UNCATEGORISED = ("tag_string", "tags")
-_TAG_COLUMNS = ("tag_string_general", "tags_general", *_UNCATEGORISED)
-ID_COLUMNS = ("id",)
-ADMISSIBLE = ("deleted", "banned", "unknown rating")
+REQUIRED = (("id",), IMAGE_COLUMNS, ("tag_string_general", "tags_general", *_UNCATEGORISED))  # alternatives of each
+ID_COLUMNS = ("id",)  # what row_id reads
+ADMISSIBLE = ("deleted", "banned", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset(
     {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext"}
     | {"is_deleted", "is_banned", *_UNCATEGORISED}
@@ -46,16 +46,6 @@ _RATINGS = {
 _UNUSABLE_FILES = {"mp4", "webm", "swf", "zip"}
 
 
-def missing_columns(found: set[str]) -> list[str]:
-    """Required columns that are absent, each with its alternatives."""
-    missing = [] if "id" in found else ["id"]
-    if not found & set(IMAGE_COLUMNS):
-        missing.append(" or ".join(IMAGE_COLUMNS))
-    if not found & set(_TAG_COLUMNS):
-        missing.append(" or ".join(_TAG_COLUMNS))
-    return missing
-
-
 def variant(schema: pa.Schema) -> list[str]:
     """Describes how this file stores tags and ratings, for the printed plan."""
     columns = set(schema.names)
@@ -67,6 +57,7 @@ def variant(schema: pa.Schema) -> list[str]:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
+    """Stable id of a raw row, "danbooru:ID". Raises ValueError if the row has no id."""
     post = parse_int(row.get("id"))
     if post is None:
         raise ValueError(f"id is {row.get('id')!r}")
@@ -74,7 +65,10 @@ def row_id(row: Mapping[str, Any]) -> str:
 
 
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
-    """See `pipeline.sources.read_row`."""
+    """The row as a Post, or the reason why it has no usable image. `admit` lists reasons of ADMISSIBLE to ignore.
+
+    Raises ValueError if the row has no id.
+    """
     key = row_id(row)
     for flag in ("is_deleted", "is_banned"):
         reason = flag.removeprefix("is_")

@@ -27,8 +27,9 @@ TELLTALE_COLUMNS = {
 
 _APP_API = {"x_restrict", "illust_ai_type", "total_bookmarks", "total_view", "create_date", "sanity_level"}
 _WEB_API = {"xRestrict", "aiType", "bookmarkCount", "viewCount", "createDate", "sl", "illustType", "userName"}
-ID_COLUMNS = ("id", "page", "image.path")
-ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")
+REQUIRED = (("id",), ("tags",), IMAGE_COLUMNS)  # alternatives of each
+ID_COLUMNS = ("id", "page", "image.path")  # what row_id reads
+ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", *_APP_API, *_WEB_API})
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. A sanity_level above 2 marks all-ages works that are suggestive.
@@ -37,14 +38,6 @@ _MADE_BY_AI = 2
 
 # Page number in names such as 12345678_p3.png and 12345678_p3_master1200.jpg.
 _PAGE_IN_NAME = re.compile(r"_p(\d+)(?!\d)")
-
-
-def missing_columns(found: set[str]) -> list[str]:
-    """Required columns that are absent, each with its alternatives."""
-    missing = [name for name in ("id", "tags") if name not in found]
-    if not found & set(IMAGE_COLUMNS):
-        missing.append(" or ".join(IMAGE_COLUMNS))
-    return missing
 
 
 def variant(schema: pa.Schema) -> list[str]:
@@ -58,6 +51,7 @@ def variant(schema: pa.Schema) -> list[str]:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
+    """Stable id of a raw row, "pixiv:ID_pPAGE". Raises ValueError if the row has no id."""
     work = parse_int(row.get("id"))
     if work is None:
         raise ValueError(f"id is {row.get('id')!r}")
@@ -76,7 +70,10 @@ def _page(row: Mapping[str, Any]) -> int:
 
 
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
-    """See `pipeline.sources.read_row`."""
+    """The row as a Post, or the reason why it has no usable image. `admit` lists reasons of ADMISSIBLE to ignore.
+
+    Raises ValueError if the row has no id.
+    """
     key, page = row_id(row), _page(row)
     if first(row, "type", "illustType") in ("ugoira", 2):
         return Rejected(key, "not a still picture", "type ugoira")

@@ -1,13 +1,10 @@
-"""Scores of image classifiers: equal to a forward pass written here, bound to the ids, made again only where needed.
-
-The models are tiny and random; each folder has the layout in which such models are delivered.
+"""Scores of image classifiers equal a forward pass written here, carry the ids of the images, and are updated only when
+needed. The models are tiny and random, in the folder layouts in which such models are published.
 """
 
 import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from transformers import (
-    ConvNextImageProcessorPil,
+    CLIPImageProcessorPil,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -40,22 +37,24 @@ from transformers import (
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, scores_schema
 from pipeline.pictures.classifiers import digest, load_classifier
+from pipeline.scores.scoring import Scorer, plan_scores
+from pipeline.storage.fingerprints import image_identities
 from pipeline.storage.shards import Store
 
-ROOT = Path(__file__).parents[2]
 SIDE = 32  # pixels
 WORDS = ("plain", "watermark", "signature")
 BROKEN = b"\xff\xd8\xff no longer a JPEG"
 
 Finished = subprocess.CompletedProcess[str]
 RunJob = Callable[..., Finished]
+StartJob = Callable[..., "subprocess.Popen[str]"]
 
 
 # --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
 def picture(number: int) -> bytes:
-    """A PNG: noise around a colour of its own, of a size of its own."""
+    """A PNG of noise around a colour. Colour and size depend on the number."""
     rng = np.random.default_rng(number)
     colour = rng.integers(0, 256, 3)
     pixels = np.clip(colour + rng.normal(0, 40, (50 + number % 7, 40 + number % 11, 3)), 0, 255)
@@ -83,8 +82,8 @@ def write_images(root: Path, shards: dict[str, Sequence[Sequence[dict[str, Any]]
                 write(pa.RecordBatch.from_pylist(list(group), IMAGES))
 
 
-# Two shards: one of three row groups, the first of which is no multiple of a batch and holds a broken picture and the
-# last nothing else; the other one empty.
+# Two shards, the second one empty. The first has three row groups: one that is not a multiple of a batch and has a
+# broken image, one of a single image, and one of a single broken image.
 NUMBERS = (11, 5, 7, 2, 9, 30, 4)
 BROKEN_NUMBERS = (7, 4)
 
@@ -111,7 +110,7 @@ def vit_config(**settings: Any) -> ViTConfig:
 
 
 def save_vit(folder: Path, **settings: Any) -> ViTForImageClassification:
-    """A random classifier in transformers' layout; `settings` are its config's."""
+    """A random classifier in the layout of transformers; `settings` go into its config."""
     torch.manual_seed(0)
     model = ViTForImageClassification(vit_config(**settings)).eval()
     model.save_pretrained(folder)
@@ -127,8 +126,8 @@ def save_onnx(
     path: Path, weights_CL: NDArray[np.float32], *, channels_last: bool, batch: int | str = "N", end: str | None = None,
     output: str = "logits", kind: int = TensorProto.FLOAT,
 ) -> None:  # fmt: skip
-    """A graph of (N, 3, SIDE, SIDE) or (N, SIDE, SIDE, 3) -> (N, L): mean over the pixels, times `weights_CL`, and
-    the operator `end`."""
+    """A graph (N, 3, SIDE, SIDE) or (N, SIDE, SIDE, 3) -> (N, L): the mean over all pixels times `weights_CL`, followed
+    by the operator `end`."""
     shape = [batch, SIDE, SIDE, 3] if channels_last else [batch, 3, SIDE, SIDE]
     axes = [1, 2] if channels_last else [2, 3]
     last = "made" if end else output
@@ -152,7 +151,7 @@ WEIGHTS_CL = np.float32([[1, -2, 0.5], [0, 3, -1], [2, 1, 1]])
 
 
 def save_onnx_folder(folder: Path, *, config: dict[str, Any] | None = None, **settings: Any) -> Path:
-    """With its preprocessor_config.json: 0 to 1, not normalised."""
+    """An ONNX model whose preprocessor_config.json scales to [0, 1] without normalising."""
     save_onnx(folder / "model.onnx", WEIGHTS_CL, **{"channels_last": False} | settings)
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_normalize=False)
     processor.save_pretrained(folder)
@@ -195,7 +194,7 @@ def test_a_single_label_classifier_gives_its_softmax(tmp_path: Path) -> None:
     model = save_vit(tmp_path, **labelled(*WORDS))
     expected = logits_of(model, ViTImageProcessorPil.from_pretrained(tmp_path), opened(1), opened(2)).softmax(1)
     assert load(tmp_path).labels == WORDS
-    assert expected.std(0).max() > 0.01  # the pictures are told apart
+    assert expected.std(0).max() > 0.01  # the outputs depend on the picture
     np.testing.assert_allclose(scores(tmp_path, opened(1), opened(2)), expected, atol=1e-5)
 
 
@@ -206,7 +205,7 @@ def test_a_multi_label_classifier_gives_a_sigmoid_for_each_label(tmp_path: Path)
 
 
 @pytest.mark.parametrize("problem", [None, "regression"])
-def test_a_regression_of_one_output_gives_its_raw_value_called_score(tmp_path: Path, problem: str | None) -> None:
+def test_a_regression_with_one_output_gives_its_raw_value_as_score(tmp_path: Path, problem: str | None) -> None:
     model = save_vit(tmp_path, problem_type=problem, num_labels=1)
     expected = logits_of(model, ViTImageProcessorPil.from_pretrained(tmp_path), opened(1))
     assert load(tmp_path).labels == ("score",)
@@ -218,21 +217,21 @@ def test_a_resnet_is_cropped_as_its_processor_says(tmp_path: Path) -> None:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **labelled(*WORDS))
     model = ResNetForImageClassification(config).eval()
     model.save_pretrained(tmp_path)
-    processor = ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=0.875)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE + 8}, crop_size={"height": SIDE, "width": SIDE})
     processor.save_pretrained(tmp_path)
     expected = logits_of(model, processor, opened(1), opened(2)).softmax(1)
     np.testing.assert_allclose(scores(tmp_path, opened(1), opened(2)), expected, atol=1e-5)
 
 
 def mean_colours(*images: Image.Image) -> torch.Tensor:
-    """(N, C) of the pictures resized as the ONNX folder's preprocessor says, 0 to 1."""
+    """(N, C) in [0, 1], of the pictures resized as in the ONNX folder's preprocessor."""
     resized = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for image in images]
     return torch.from_numpy(np.stack(resized).mean((1, 2)).astype(np.float32) / 255)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("batch", ["N", 1])
-def test_onnx_takes_either_order_of_axes_and_one_picture_or_many(
+def test_onnx_models_may_have_either_order_of_axes_and_a_fixed_batch_of_one(
     tmp_path: Path, channels_last: bool, batch: int | str
 ) -> None:
     folder = save_onnx_folder(tmp_path / "m", channels_last=channels_last, batch=batch)
@@ -249,7 +248,7 @@ def test_onnx_takes_either_order_of_axes_and_one_picture_or_many(
         ("Sigmoid", "sigmoid_output", {"problem_type": "multi_label_classification"}),
     ],
 )
-def test_a_graph_that_ends_in_probabilities_is_not_squashed_twice(
+def test_a_graph_that_outputs_probabilities_gets_no_second_activation(
     tmp_path: Path, end: str, output: str, config: dict[str, Any]
 ) -> None:
     named = {"id2label": dict(enumerate(WORDS))} | config
@@ -259,7 +258,7 @@ def test_a_graph_that_ends_in_probabilities_is_not_squashed_twice(
     np.testing.assert_allclose(scores(folder, opened(1)), expected, atol=1e-5)
 
 
-def test_onnx_of_one_output_needs_no_config(tmp_path: Path) -> None:
+def test_onnx_with_one_output_needs_no_config(tmp_path: Path) -> None:
     folder = save_onnx_folder(tmp_path / "m")
     save_onnx(folder / "model.onnx", WEIGHTS_CL[:, :1], channels_last=False)
     (folder / "config.json").unlink()
@@ -268,7 +267,7 @@ def test_onnx_of_one_output_needs_no_config(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores(folder, opened(1)), expected, atol=1e-5)
 
 
-def test_a_wd_tagger_gives_its_tags_probabilities_from_bgr(tmp_path: Path) -> None:
+def test_a_wd_tagger_reads_bgr_and_gives_the_probability_of_each_tag(tmp_path: Path) -> None:
     folder = save_wd_tagger(tmp_path / "tagger")
     square = Image.new("RGB", (SIDE, SIDE), (200, 100, 0))
     expected = (torch.tensor([[0.0, 100, 200]]) / 255 @ torch.from_numpy(WEIGHTS_CL)).sigmoid()
@@ -290,7 +289,7 @@ def only_pickle(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def spoilt_weights(folder: Path) -> None:
+def corrupt_weights(folder: Path) -> None:
     save_vit(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
 
@@ -305,7 +304,7 @@ def without_preprocessor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
 
 
-def code_of_its_own(folder: Path) -> None:
+def with_remote_code(folder: Path) -> None:
     save_vit(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoModelForImageClassification": "mine.Mine"}}
@@ -313,7 +312,7 @@ def code_of_its_own(folder: Path) -> None:
     (folder / "mine.py").write_text("raise SystemExit('code of the folder ran')")
 
 
-def of_another_size(folder: Path) -> None:
+def with_another_size(folder: Path) -> None:
     save_vit(folder)
     ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder)
 
@@ -323,34 +322,34 @@ def not_json(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text("{")
 
 
-def onnx_of_no_labels(folder: Path) -> None:
+def onnx_without_labels(folder: Path) -> None:
     save_onnx_folder(folder, config={})
 
 
-def onnx_of_too_few_labels(folder: Path) -> None:
+def onnx_with_too_few_labels(folder: Path) -> None:
     save_onnx_folder(folder, config={"id2label": {"0": "one", "1": "two"}})
 
 
-def onnx_of_one_class(folder: Path) -> None:
+def onnx_with_one_class(folder: Path) -> None:
     save_onnx_folder(folder, config={"id2label": {"0": "only"}, "problem_type": "single_label_classification"})
     save_onnx(folder / "model.onnx", WEIGHTS_CL[:, :1], channels_last=False)
 
 
-def onnx_of_another_size(folder: Path) -> None:
+def onnx_with_another_size(folder: Path) -> None:
     save_onnx_folder(folder)
     ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder)
 
 
-def spoilt_onnx(folder: Path) -> None:
+def corrupt_onnx(folder: Path) -> None:
     save_onnx_folder(folder)
     (folder / "model.onnx").write_bytes(b"no graph")
 
 
-def tagger_of_a_label_called_id(folder: Path) -> None:
+def tagger_with_a_label_called_id(folder: Path) -> None:
     save_wd_tagger(folder, ["id", "two", "three"])
 
 
-def tagger_of_logits(folder: Path) -> None:
+def tagger_that_outputs_logits(folder: Path) -> None:
     save_wd_tagger(folder)
     save_onnx(folder / "model.onnx", WEIGHTS_CL, channels_last=True)
 
@@ -361,22 +360,22 @@ def tagger_of_logits(folder: Path) -> None:
         (Path.mkdir, "neither model.onnx nor config.json"),
         (without_weights, "no *.safetensors"),
         (only_pickle, "pytorch_model.bin"),
-        (spoilt_weights, "cannot be used"),
+        (corrupt_weights, "cannot be used"),
         (without_a_head, "classifier.bias"),
         (without_preprocessor, "no preprocessor_config.json"),
-        (code_of_its_own, "cannot be used"),
-        (of_another_size, "48"),
+        (with_remote_code, "cannot be used"),
+        (with_another_size, "48"),
         (not_json, "preprocessor_config.json is not JSON"),
-        (onnx_of_one_class, "problem_type"),
+        (onnx_with_one_class, "problem_type"),
         (partial(save_vit, **labelled("id", "other")), "'id'"),
         (partial(save_onnx_folder, kind=TensorProto.DOUBLE), "tensor(double)"),
         (partial(save_onnx_folder, batch=4), "4 pictures at a time"),
-        (onnx_of_no_labels, "id2label"),
-        (onnx_of_too_few_labels, "(1, 3), its labels say (1, 2)"),
-        (onnx_of_another_size, "(48, 48)"),
-        (spoilt_onnx, "cannot be used"),
-        (tagger_of_a_label_called_id, "'id'"),
-        (tagger_of_logits, "not in [0, 1]"),
+        (onnx_without_labels, "id2label"),
+        (onnx_with_too_few_labels, "(1, 3), its labels say (1, 2)"),
+        (onnx_with_another_size, "(48, 48)"),
+        (corrupt_onnx, "cannot be used"),
+        (tagger_with_a_label_called_id, "'id'"),
+        (tagger_that_outputs_logits, "not in [0, 1]"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
@@ -404,7 +403,7 @@ def test_labels_that_cannot_be_columns_are_refused(labels: list[str]) -> None:
         scores_schema(labels)
 
 
-def test_any_file_of_the_model_is_part_of_its_identity_but_not_its_read_me(tmp_path: Path) -> None:
+def test_the_digest_of_a_model_covers_every_file_but_the_readme(tmp_path: Path) -> None:
     save_onnx_folder(tmp_path / "m")
     before = digest(tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text("how nice")
@@ -436,32 +435,46 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
+def score_here(root: Path, model: Path, batch_size: int) -> Path:
+    """Score every shard without a job or Ray; returns the folder of the scores."""
+    plan = plan_scores(image_identities(Store(str(root))), digest(model), load(model).describe())
+    scorer = Scorer(
+        model=str(model), model_digest=digest(model), dataset=str(root), folder="scores/marks", batch_size=batch_size,
+        device="cpu", threads=2,
+    )  # fmt: skip
+    for planned in plan.values():
+        scorer(planned)
+    return root / "scores" / "marks"
+
+
 @dataclass(frozen=True)
 class Scored:
-    """The dataset with scores/marks, by the model of that name, which is in ONNX."""
+    """A dataset whose scores/marks the job wrote with an ONNX model."""
 
     root: Path
     model: Path
     printed: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "scores" / "marks"
 
 
 @pytest.fixture(scope="module")
 def scored(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     folder = tmp_path_factory.mktemp("scored")
     root, model = write_dataset(folder / "dataset"), save_onnx_folder(folder / "marks")
-    return Scored(root, model, succeeded(run_job("pipeline/score.py", "--dataset", root, "--model", model)))
+    before = times(root)
+    printed = succeeded(run_job("pipeline/score.py", "--dataset", root, "--model", model))
+    assert times(root).items() >= before.items(), "images are not rewritten"
+    return Scored(root, model, printed)
 
 
-def test_scores_are_bound_to_the_ids_and_a_broken_picture_has_none_and_a_reason(
-    run_job: RunJob, dataset: Path, tmp_path: Path
+def test_scores_have_the_ids_of_the_images_and_broken_images_have_a_reason_instead(
+    dataset: Path, tmp_path: Path
 ) -> None:
     model = save_vit(tmp_path / "model", **labelled(*WORDS))
-    command = ("pipeline/score.py", "--dataset", dataset, "--model", tmp_path / "model", "--name", "marks")
-    before = times(dataset)
-    succeeded(run_job(*command, "--batch-size", 2, "--actors", 1))
-    folder = dataset / "scores" / "marks"
-    assert times(dataset).items() >= before.items()
-
+    folder = score_here(dataset, tmp_path / "model", batch_size=2)
     table = pq.read_table(folder / "a.parquet")
     assert table.schema.equals(scores_schema(WORDS))
     assert table["id"].to_pylist() == [f"danbooru:{number}" for number in NUMBERS]
@@ -475,22 +488,26 @@ def test_scores_are_bound_to_the_ids_and_a_broken_picture_has_none_and_a_reason(
     refusals = pq.read_table(folder / "rejected" / "a.parquet").to_pylist()
     assert [row["key"] for row in refusals] == [f"danbooru:{number}" for number in BROKEN_NUMBERS]
     assert [row["sha256"] for row in refusals] == [f"{number:064x}" for number in BROKEN_NUMBERS]
-    record = json.loads((folder / "run.json").read_text())
-    assert (record["rows_in"], record["rows_out"]) == (len(NUMBERS), len(good))
-    assert record["rejected"] == {refusals[0]["reason"]: len(BROKEN_NUMBERS)}
-    assert record["rows_in"] == record["rows_out"] + sum(record["rejected"].values())
     empty = pq.read_table(folder / "b.parquet")
     assert empty.num_rows == 0
     assert empty.schema.equals(table.schema)
 
 
-def test_only_what_another_model_or_other_images_change_is_scored_again(
+def test_the_job_writes_what_the_scorer_writes_and_counts_every_row(scored: Scored, dataset: Path) -> None:
+    assert written(scored.folder) == written(score_here(dataset, scored.model, batch_size=32))
+    assert "2 actors, each with 1 CPU" in scored.printed
+    record = json.loads((scored.folder / "run.json").read_text())
+    (reason,) = {row["reason"] for row in pq.read_table(scored.folder / "rejected" / "a.parquet").to_pylist()}
+    assert record["rejected"] == {reason: len(BROKEN_NUMBERS)}
+    assert (record["rows_in"], record["rows_out"]) == (len(NUMBERS), len(NUMBERS) - len(BROKEN_NUMBERS))
+
+
+def test_only_shards_with_another_model_or_other_images_are_scored_again(
     run_job: RunJob, call_job: RunJob, dataset: Path, scored: Scored, tmp_path: Path
 ) -> None:
     planned = call_job("pipeline/score.py", "--dataset", dataset, "--model", scored.model, "--plan")
     assert "would do: scoring 2 of 2 shards: 2 new (a, b)" in succeeded(planned)
     assert not (dataset / "scores").exists()
-    assert "2 actors, each with 1 CPU" in scored.printed
 
     root, model = shutil.copytree(scored.root, tmp_path / "scored"), shutil.copytree(scored.model, tmp_path / "marks")
     command, folder = ("pipeline/score.py", "--dataset", root, "--model", model), root / "scores" / "marks"
@@ -501,90 +518,76 @@ def test_only_what_another_model_or_other_images_change_is_scored_again(
     write_images(root, {"b": [[image_row(50, picture(50))]]})
     assert "would do: scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(call_job(*command, "--plan"))
     assert times(folder) == first
-    assert "scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(run_job(*command))
+    again = succeeded(run_job(*command, "--actors", 1))
+    assert "scoring 1 of 2 shards: 1 changed: images (b)" in again
+    assert "1 actors, each with" in again
     second = times(folder)
     assert second[folder / "a.parquet"] == first[folder / "a.parquet"]
     assert pq.read_table(folder / "b.parquet")["id"].to_pylist() == ["danbooru:50"]
 
     save_onnx_folder(model, config={"id2label": {"0": "x", "1": "y", "2": "z"}})
     for asked in ((), ("--plan",)):
-        assert "scores of another model; give --name marks to replace them" in refused(call_job(*command, *asked))
+        assert "has scores of another model. Give --name marks to replace them" in refused(call_job(*command, *asked))
+    planned = call_job(*command, "--name", "marks", "--plan")
+    assert "scoring 2 of 2 shards: 2 changed: model" in succeeded(planned)
     assert times(folder) == second
-    replaced = succeeded(run_job(*command, "--name", "marks", "--actors", 1))
-    assert "scoring 2 of 2 shards: 2 changed: model" in replaced
-    assert all(pq.read_schema(path).names == ["id", "x", "y", "z"] for path in folder.glob("*.parquet"))
-    assert all(later > second[path] for path, later in times(folder).items())
 
 
-def test_scores_of_another_model_are_there_until_theirs_takes_their_place(
+def test_scores_of_another_model_stay_until_the_new_ones_replace_them(
     run_job: RunJob, scored: Scored, tmp_path: Path
 ) -> None:
-    """Two folders of one name, and a second model that cannot score the first shard."""
+    """Two model folders with the same name, where the second model cannot score the first shard."""
     root = shutil.copytree(scored.root, tmp_path / "scored")
-    before = written(root / "scores" / "marks")
+    folder = root / "scores" / "marks"
+    before = written(folder)
     other = save_onnx_folder(tmp_path / "marks", config={"id2label": {"0": "x", "1": "y", "2": "z"}})
     images = root / "images" / "a.parquet"
     content = bytearray(images.read_bytes())
-    content[4:2000] = bytes(1996)  # the first pictures; the footer stays
+    content[4:2000] = bytes(1996)  # the first images; the footer is intact
     images.write_bytes(content)
     command = ("pipeline/score.py", "--dataset", root, "--name", "marks", "--model", other)
     assert run_job(*command).returncode == 1
-    after = written(root / "scores" / "marks")
-    assert after["a.parquet"] == before["a.parquet"]
-    assert after["b.parquet"] != before["b.parquet"]
+    assert written(folder)["a.parquet"] == before["a.parquet"]
+    assert pq.read_schema(folder / "b.parquet").names == ["id", "x", "y", "z"]
 
 
-def test_killed_and_run_again_it_writes_the_same_files(run_job: RunJob, ray_address: str, tmp_path: Path) -> None:
+def test_a_job_that_is_killed_and_run_again_writes_the_same_files(
+    run_job: RunJob, start_job: StartJob, tmp_path: Path
+) -> None:
     model, shards = save_onnx_folder(tmp_path / "marks"), 20
+    pictures = [picture(number) for number in range(40)]
     for root in (tmp_path / "killed", tmp_path / "whole"):
-        pictures = [picture(number) for number in range(60)]
-        write_images(
-            root,
-            {
-                f"{shard:02}": [[image_row(1000 * shard + number, data) for number, data in enumerate(pictures)]]
-                for shard in range(shards)
-            },
-        )
-    succeeded(run_job("pipeline/score.py", "--dataset", tmp_path / "whole", "--model", model))
-
-    command = [
-        sys.executable,
-        str(ROOT / "pipeline/score.py"),
-        "--dataset",
-        str(tmp_path / "killed"),
-        "--model",
-        str(model),
-        "--actors",
-        "1",
-    ]
-    job = subprocess.Popen(
-        command, env=os.environ | {"RAY_ADDRESS": ray_address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    scored = tmp_path / "killed" / "scores" / "marks"
+        for shard in range(shards):
+            rows = [image_row(1000 * shard + number, data) for number, data in enumerate(pictures)]
+            write_images(root, {f"{shard:02}": [rows]})
+    whole = score_here(tmp_path / "whole", model, batch_size=32)
+    command = ("pipeline/score.py", "--dataset", tmp_path / "killed", "--model", model)
+    job = start_job(*command, "--actors", 1)
+    killed = tmp_path / "killed" / "scores" / "marks"
     deadline = time.monotonic() + 120
-    while not list(scored.glob("*.parquet")) and time.monotonic() < deadline:
+    while not list(killed.glob("*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(job.pid, signal.SIGKILL)
+    job.kill()
     job.wait()
-    assert 0 < len(list(scored.glob("*.parquet"))) < shards
-    again = succeeded(run_job("pipeline/score.py", "--dataset", tmp_path / "killed", "--model", model))
+    assert 0 < len(list(killed.glob("*.parquet"))) < shards
+    again = succeeded(run_job(*command))
     assert f"of {shards} shards: " in again
     assert f"scoring {shards} of " not in again
-    assert written(scored) == written(tmp_path / "whole" / "scores" / "marks")
+    assert written(killed) == written(whole)
 
 
-def test_on_s3_it_writes_the_same_files(run_job: RunJob, dataset: Path, scored: Scored, bucket: str) -> None:
+def test_on_s3_the_job_writes_the_same_files(run_job: RunJob, dataset: Path, scored: Scored, bucket: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).put(str(dataset), f"{bucket}/scored", recursive=True)
     succeeded(run_job("pipeline/score.py", "--dataset", f"{bucket}/scored", "--model", scored.model))
-    here, there = Store(str(scored.root)), Store(f"{bucket}/scored")
+    there = Store(f"{bucket}/scored")
     for name in ("a.parquet", "b.parquet", "rejected/a.parquet"):
-        assert there.read(f"scores/marks/{name}") == here.read(f"scores/marks/{name}")
+        assert there.read(f"scores/marks/{name}") == (scored.folder / name).read_bytes()
 
 
 def test_a_wrong_command_is_refused_in_one_line_and_writes_nothing(
-    run_job: RunJob, call_job: RunJob, dataset: Path, tmp_path: Path
+    call_job: RunJob, dataset: Path, tmp_path: Path
 ) -> None:
     only_pickle(tmp_path / "pickle")
     model = save_onnx_folder(tmp_path / "m")
@@ -594,10 +597,9 @@ def test_a_wrong_command_is_refused_in_one_line_and_writes_nothing(
         (("--model", "s3://bucket/model"), "--model s3://bucket/model must be a path"),
         (("--model", model, "--name", "../images"), "--name '../images'"),
         (("--model", model, "--batch-size", 0), "--batch-size"),
+        (("--model", model, "--actors", 0), "--actors"),
         ((), "--model"),
     ]:
         assert named in refused(call_job("pipeline/score.py", "--dataset", dataset, *arguments))
     assert "ingest.py" in refused(call_job("pipeline/score.py", "--dataset", tmp_path / "none", "--model", model))
-    # Ray would wait for the fourth CPU for ever.
-    assert "Ray has 3" in refused(run_job("pipeline/score.py", "--dataset", dataset, "--model", model, "--actors", 4))
     assert not (dataset / "scores").exists()
