@@ -21,8 +21,10 @@ from pipeline.curation.quality import POST_COLUMNS, RATING_WORDS, QualityTable, 
 from pipeline.curation.stage_rules import Rules
 from pipeline.storage.fingerprints import Provenance
 from pipeline.storage.shards import Store
-from pipeline.tagging.tag_columns import TagColumn, captions_without_separators, text_columns
-from pipeline.tagging.tags import TagRules, reader_of
+from pipeline.tagging.tag_columns import TagColumn, text_columns
+from pipeline.tagging.tag_columns import remove_caption_separators
+from pipeline.tagging.tags import TagRules
+from pipeline.tagging.tags import cached_reader
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def apply_rules(part: ShardWork, curation: Curation) -> None:
     store = Store(curation.dataset)
     images = store.read_table(f"images/{part.shard}.parquet", ["id", *RULE_COLUMNS])
     scores = read_scores(store, part.shard, images["id"], curation.rules)
-    results = checks(images, scores, curation.rules, curation.quality, reader_of(curation.tags))
+    results = checks(images, scores, curation.rules, curation.quality, cached_reader(curation.tags))
     refusals = first_refusals(results, images.num_rows)
     columns = [pa.array([refusal and refusal[at] for refusal in refusals], pa.string()) for at in (0, 1)]
     table = pa.Table.from_arrays(columns, schema=JUDGED)
@@ -136,8 +138,8 @@ def _texts(images: pa.Table, captions: pa.ChunkedArray, curation: Curation) -> d
     }
     tags = {category: TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES}
     return {
-        **text_columns(tags, reader_of(curation.tags)),
-        "caption": captions_without_separators(captions),
+        **text_columns(tags, cached_reader(curation.tags)),
+        "caption": remove_caption_separators(captions),
         **{part: pa.array(column, pa.string()) for part, column in words.items()},
     }
 

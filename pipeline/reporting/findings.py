@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.curation.command import curate_command
-from pipeline.pictures.thumbnails import data_uri
+from pipeline.pictures.crops import thumbnail_uri
 from pipeline.reporting.census import Census, Place, take_census
 from pipeline.reporting.examples import PAIRS, Example, Rejections, choose_ids, survey_rejections
 from pipeline.reporting.score_charts import ScoreChart, score_charts
@@ -129,7 +129,7 @@ def _thumbnails(store: Store, places: Mapping[str, Place]) -> dict[str, str]:
     def draw(shard: str) -> dict[str, str | None]:
         folder, names = smallest if store.exists(f"{smallest}/{shard}.parquet") else "images", by_shard[shard]
         pictures = read_pictures(store, f"{folder}/{shard}.parquet", sorted(names))
-        return {names[row]: data_uri(picture) for row, picture in pictures}
+        return {names[row]: thumbnail_uri(picture) for row, picture in pictures}
 
     drawn = map_in_order(draw, sorted(by_shard), _PICTURE_READERS)
     return {name: uri for part in drawn for name, uri in part.items() if uri}

@@ -1,5 +1,5 @@
 "use strict";
-// Texts of the dataset only ever become textContent.
+// Texts of the dataset are untrusted: they are only ever assigned to textContent.
 const data = JSON.parse(document.getElementById("tag-data").textContent);
 const PAGE = 50;
 let shown = PAGE;
@@ -52,7 +52,7 @@ function showTags() {
   const atLeast = tables.some((table) => table.forgotten) ? "at least " : "";
   const scope = listed < known ? `the ${format(listed)} most frequent of ${atLeast}${format(known)} tags` :
     `${format(known)} tags`;
-  note.textContent = `${format(found.length)} among ${scope}, by the number of their pictures.`;
+  note.textContent = `${format(found.length)} matches among ${scope}, sorted by number of pictures.`;
 }
 
 for (const control of [search, category]) {
