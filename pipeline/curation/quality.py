@@ -95,8 +95,8 @@ class QualityTable:
             pools: dict[Cell, list[NDArray[np.float64]]] = defaultdict(list)
             for cell, popularity in zip(cells, votes, strict=False):  # without cells there is one empty part
                 if None not in cell[:known]:
-                    source, rating, year = (*cell[:known], None, None)[:3]
-                    pools[source, rating, year].append(popularity)
+                    source, rating, year = cell
+                    pools[source, rating if known > 1 else None, year if known > 2 else None].append(popularity)
             for pool, parts in pools.items():
                 lowest_first = np.sort(np.concatenate(parts))
                 if len(lowest_first) >= needed:

@@ -21,10 +21,8 @@ from pipeline.curation.quality import POST_COLUMNS, RATING_WORDS, QualityTable, 
 from pipeline.curation.stage_rules import Rules
 from pipeline.storage.fingerprints import Provenance
 from pipeline.storage.shards import Store
-from pipeline.tagging.tag_columns import TagColumn, text_columns
-from pipeline.tagging.tag_columns import remove_caption_separators
-from pipeline.tagging.tags import TagRules
-from pipeline.tagging.tags import cached_reader
+from pipeline.tagging.tag_columns import TagColumn, remove_caption_separators, text_columns
+from pipeline.tagging.tags import TagRules, cached_reader
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,13 @@ def select_shard(part: ShardWork, curation: Curation) -> None:
     kept, refused = np.flatnonzero(~out), np.flatnonzero(out)
 
     picked = _with_danbooru_tags(images.take(pa.array(kept)), kept, part.copies)
-    numbers = _pixiv_numbers(picked, kept, part.copies)
+    bookmarks, views = _pixiv_numbers(picked, kept, part.copies)
     columns = {
         "id": picked["id"],
         "row": pa.array(kept, pa.int32()),
         **_texts(picked, captions["caption"].take(pa.array(kept)), curation),
-        "bookmarks": pa.array([each[0] for each in numbers], pa.int32()),
-        "views": pa.array([each[1] for each in numbers], pa.int32()),
+        "bookmarks": bookmarks,
+        "views": views,
     }
     selected = pa.table([columns[name] for name in SELECTION.names], schema=SELECTION)
     rejected = pa.table(
@@ -162,12 +160,13 @@ def _with_danbooru_tags(images: pa.Table, kept: NDArray[np.int64], copies: Copie
     return images
 
 
-def _pixiv_numbers(images: pa.Table, kept: NDArray[np.int64], copies: Copies) -> list[tuple[int | None, int | None]]:
+def _pixiv_numbers(images: pa.Table, kept: NDArray[np.int64], copies: Copies) -> list[pa.Array]:
     """Bookmarks and views of each row: its own if it is from Pixiv, else those of its copy on Pixiv."""
-    own = zip(*(images[column].to_pylist() for column in ("source", "favourites", "score")), strict=True)
+    copied = [copies.numbers.get(row, (None, None)) for row in kept.tolist()]
+    of_pixiv = pc.equal(images["source"], "pixiv")
     return [
-        (favourites, score) if source == "pixiv" else copies.numbers.get(row, (None, None))
-        for row, (source, favourites, score) in zip(kept.tolist(), own, strict=True)
+        pc.if_else(of_pixiv, images[own], pa.array([numbers[at] for numbers in copied], pa.int32()))
+        for at, own in enumerate(("favourites", "score"))
     ]
 
 

@@ -1,16 +1,18 @@
 """What the folders of a dataset hold. Each scan costs one listing: only new and changed shards are opened."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.storage.shards import FileInfo, Store
+from pipeline.storage.shards import Store
 
 _READERS = 8  # on S3 they mostly wait
-_NAMED = ("captions", "scores", "selections")  # have a folder per name
+# The folder of the dataset that a file belongs to, and the file in it. captions/, scores/ and selections/ have a folder
+# per name; captions/partial/ belongs to captions/.
+_FILE = re.compile(r"(captions/(?!partial/)[^/]+|scores/[^/]+|selections/[^/]+|[^/]+)/(.+)")
 
 
 @dataclass
@@ -42,57 +44,35 @@ class Inventory:
         if "dataset.json" not in listing:
             return None
         found: dict[str, Holding] = {}
-        shards: dict[str, FileInfo] = {}
-        for name, listed in listing.items():
-            if folder := folder_of(name):
+        shards: dict[tuple[str, str], Holding] = {}  # by (file, stamp)
+        for name, info in listing.items():
+            if matched := _FILE.fullmatch(name):
+                folder, file = matched.groups()
                 holding = found.setdefault(folder, Holding())
-                holding.bytes += listed.size
-                if is_shard(name, folder):
-                    shards[name] = listed
+                holding.bytes += info.size
+                # Files in folders below, such as judged/ and partial/, are no shards of their own.
+                if "/" not in file and file.endswith(".parquet") and not file.startswith("."):
+                    shards[name, info.stamp] = holding
                     holding.shards += 1
-                    holding.newest = max(holding.newest or 0.0, listed.modified)
-        self._read(shards)
-        for name, listed in shards.items():
-            holding, content = found[folder_of(name)], self._known.get((name, listed.stamp))
-            if content is None:
-                holding.unreadable += 1
-            else:
-                holding.rows += content[0]
-                holding.reasons += content[1]
+                    holding.newest = max(holding.newest or 0.0, info.modified)
+        self._known = {key: self._known[key] for key in shards if key in self._known}
+        with ThreadPoolExecutor(_READERS) as readers:
+            list(readers.map(self._read, [key for key in shards if key not in self._known]))
+        for key, holding in shards.items():
+            rows, reasons = self._known.get(key, (0, Counter[str]()))
+            holding.unreadable += key not in self._known
+            holding.rows += rows
+            holding.reasons += reasons
         return found
 
-    def _read(self, shards: Mapping[str, FileInfo]) -> None:
-        """Reads shards that are new or were written again. An unreadable one is tried again in the next scan."""
-        keys = [(name, listed.stamp) for name, listed in shards.items()]
-        self._known = {key: self._known[key] for key in keys if key in self._known}
-
-        def read(key: tuple[str, str]) -> None:
-            try:
-                self._known[key] = self._content(key[0])
-            except (pa.ArrowException, OSError, KeyError):
-                return
-
-        with ThreadPoolExecutor(_READERS) as readers:
-            list(readers.map(read, [key for key in keys if key not in self._known]))
-
-    def _content(self, name: str) -> tuple[int, Counter[str]]:
-        """Reads the footer of a shard, or its column of reasons, which is small."""
-        if folder_of(name).partition("/")[0] not in ("captions", "rejected"):
-            return self.store.rows(name), Counter()
-        reasons = self.store.read_table(name, ["reason"])["reason"]
-        return len(reasons), Counter(reasons.drop_null().to_pylist())
-
-
-def folder_of(name: str) -> str:
-    """The dataset's folder that a file belongs to, at any depth; "" for files of the dataset itself."""
-    first, *more = name.split("/")
-    if not more:
-        return ""
-    named = first in _NAMED and len(more) > 1 and not (first == "captions" and more[0] == "partial")
-    return f"{first}/{more[0]}" if named else first
-
-
-def is_shard(name: str, folder: str) -> bool:
-    """True for a finished shard of the folder itself, not of a folder below such as judged/ or partial/."""
-    file = name.removeprefix(f"{folder}/")
-    return "/" not in file and file.endswith(".parquet") and not file.startswith(".")
+    def _read(self, key: tuple[str, str]) -> None:
+        """Reads the footer of a shard or, for reasons, one small column. The next scan retries an unreadable shard."""
+        name = key[0]
+        try:
+            if name.startswith(("captions/", "rejected/")):
+                reasons = self.store.read_table(name, ["reason"])["reason"]
+                self._known[key] = len(reasons), Counter(reasons.drop_null().to_pylist())
+            else:
+                self._known[key] = self.store.rows(name), Counter()
+        except (pa.ArrowException, OSError, KeyError):
+            return

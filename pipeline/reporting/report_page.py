@@ -9,7 +9,7 @@ import hashlib
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pipeline.core.records import TAG_CATEGORIES, Rating
 from pipeline.reporting.census import IMAGE_WORDS, SELECTION_WORDS, SOURCES
 from pipeline.reporting.counts import NONE
-from pipeline.reporting.examples import Example
 from pipeline.reporting.findings import REASONS_SHOWN, Findings, duplicate_pairs, shown_reasons
 from pipeline.reporting.measures import CAPTION_WORDS, MEASURES, Measure
 
@@ -86,52 +85,44 @@ class ReportView:
     words: dict[str, list[Share]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Figure:
     key: str
     detail: str
     size: str
     covered: bool  # blurred until the reader uncovers it
-    uri: str | None
-
-
-@dataclass
-class Album:
-    """Makes figures. Pictures are left out once the page has _MAX_PICTURE_BYTES of them."""
-
-    findings: Findings
-    picture_bytes: int = 0
-
-    def figure(self, key: str, detail: str = "") -> Figure:
-        place, uri = self.findings.census.places.get(key), self.findings.pictures.get(key)
-        self.picture_bytes += len(uri or "")
-        fits = self.picture_bytes <= _MAX_PICTURE_BYTES
-        covered = place is not None and place.rating in (Rating.QUESTIONABLE, Rating.EXPLICIT)
-        return Figure(clip(key), clip(detail), place.size if place else "", covered, uri if fits else None)
-
-    def figures(self, examples: Iterable[Example]) -> list[Figure]:
-        return [self.figure(example.key, example.detail) for example in examples]
+    uri: str | None  # None: no picture
 
 
 def render(findings: Findings) -> str:
     """The page, without references to other files."""
-    folder, album, census = Path(__file__).parent, Album(findings), findings.census
+    folder, census, picture_bytes = Path(__file__).parent, findings.census, 0
+
+    def figure(key: str, detail: str = "") -> Figure:
+        """Has no picture once the page has _MAX_PICTURE_BYTES of them."""
+        nonlocal picture_bytes
+        place, uri = census.places.get(key), findings.pictures.get(key)
+        picture_bytes += len(uri or "")
+        covered = place is not None and place.rating in (Rating.QUESTIONABLE, Rating.EXPLICIT)
+        shown = uri if picture_bytes <= _MAX_PICTURE_BYTES else None
+        return Figure(clip(key), clip(detail), place.size if place else "", covered, shown)
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"clip": clip, "number": "{:,}".format}
     script = (folder / "report.js").read_text()
     # The most important pictures come first, because the number of bytes is limited.
-    kept = {selection.name: [album.figure(key) for key in selection.kept] for selection in findings.selections}
-    ingested = [album.figure(key) for key in findings.ingested]
+    kept = {selection.name: [figure(key) for key in selection.kept] for selection in findings.selections}
+    ingested = [figure(key) for key in findings.ingested]
     duplicates = [
-        (album.figure(rejected), album.figure(keeper), ", ".join(names))
+        (figure(rejected), figure(keeper), ", ".join(names))
         for (rejected, keeper), names in duplicate_pairs(findings.selections).items()
     ]
-    # Pictures of duplicates are shown beside the kept ones.
     refused = {
         selection.name: [
-            (clip(reason), count, [] if reason == "duplicate" else album.figures(examples))
+            # Pictures of duplicates are shown beside the kept ones.
+            (clip(reason), count, [figure(e.key, e.detail) for e in examples if reason != "duplicate"])
             for reason, count, examples in shown_reasons(selection.rejections)
         ]
         for selection in findings.selections
