@@ -36,12 +36,13 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups afterwards
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Two processes share the tests (`-n 2 --dist loadgroup`): one has all that need Ray, so that Ray starts once.
 
     Tests of one file stay together because they share fixtures. The group with Ray takes longest and comes first.
     """
-    if config.getoption("dist", "no") == "no":
+    if not config.getoption("loadgroup", False):  # set in the processes of `--dist loadgroup`
         return
 
     def needs_ray(item: pytest.Item) -> bool:
