@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+# `make demo` and `make test` set up .venv if needed.
 SHELL := /bin/sh
 PYTHON ?= python3
 DEMO ?= demo
@@ -9,13 +9,13 @@ export DATA DEMO SEED STEPS
 
 setup: .venv/.ready
 
-# Anything that decides what is installed is named here, so that nothing else causes a reinstall.
+# Every file that decides what is installed, and nothing else, so that no other change causes a reinstall.
 .venv/.ready: deploy/setup.sh deploy/venv.sh deploy/constraints.txt pyproject.toml
 	@sh deploy/setup.sh "$(PYTHON)"
 	@touch .venv/.ready
 	@echo "setup: .venv is ready"
 
-# vLLM has an environment of its own: .venv-captioner/bin/python pipeline/caption.py --engine vllm ...
+# vLLM has a separate environment: .venv-captioner/bin/python pipeline/caption.py --engine vllm ...
 captioner: .venv-captioner/.ready
 
 .venv-captioner/.ready: deploy/setup-captioner.sh deploy/venv.sh deploy/constraints-captioner.txt \
@@ -30,9 +30,9 @@ test: setup lint
 	@.venv/bin/python -m pytest
 	@.venv/bin/python -m pytest -m cluster
 	@if $(MAKE) --no-print-directory captioner; then \
-		.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py tests/pipeline/test_caption_vllm.py; \
+		.venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py tests/pipeline/test_caption_vllm.py; \
 	else \
-		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see above"; \
+		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see the error above"; \
 	fi
 
 lint: setup

@@ -1,14 +1,14 @@
 #!/bin/sh
-# The whole chain, through the job files that users run. Called by `make demo`.
-#   DATA   raw shards to use instead of the drawn sample dataset (a folder of danbooru/ and pixiv/ parquet files)
-#   DEMO   folder for everything that is made (default: demo)
-#   STEPS  training steps (default: the stage's own number; 300 with DATA)
+# Runs the whole chain through the job files. Called by `make demo`.
+#   DATA   raw parquet shards to use instead of the drawn sample dataset
+#   DEMO   output folder (default: demo; with DATA, the name of that folder is appended)
+#   STEPS  training steps (default: those of the stage; 300 with DATA)
 set -eu
 DEMO=${DEMO:-demo}
 python() { .venv/bin/python "$@"; }
 
 if [ -n "${DATA:-}" ]; then
-    # A folder of its own: pictures of two datasets must not mix, whatever their folders are called.
+    # The checksum keeps apart datasets whose folders have the same name.
     DEMO="$DEMO-$(basename "$DATA")-$(realpath "$DATA" | cksum | cut -d ' ' -f 1)"
     raw=$DATA
     STEPS=${STEPS:-300}

@@ -1,6 +1,7 @@
 #!/bin/sh
-# What pyproject.toml asks for, without the project itself, so that an image's layer of it outlives changes of the code.
-#   install-dependencies.sh CONSTRAINTS [EXTRA...]      /wheels may hold a pillow-simd
+# Installs the dependencies in pyproject.toml without the project, so that code changes do not invalidate the image layer.
+#   install-dependencies.sh CONSTRAINTS [EXTRA...]
+# Wheels in /wheels (pillow-simd) are installed last.
 set -eu
 constraints=$1
 shift
@@ -13,7 +14,7 @@ print(*project["dependencies"], *sum(asked, []), sep="\n")
 PYTHON
 pip install --quiet -c "$constraints" -r /tmp/requirements.txt
 rm /tmp/requirements.txt
-# It owns the same PIL folder as pillow, which other packages require by name: so it goes over it.
+# pillow-simd overwrites the PIL folder of pillow, which other packages require by name.
 for wheel in /wheels/*.whl; do
     [ ! -e "$wheel" ] || pip install --quiet --no-deps --force-reinstall "$wheel"
 done

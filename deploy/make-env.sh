@@ -1,13 +1,13 @@
 #!/bin/sh
-# Makes .env for docker-compose.yml from .env.example, with credentials of its own. In one that is there nothing changes,
-# but a credential that a newer version asks for is added.
+# Creates .env for docker-compose.yml from .env.example, with new random credentials. An existing file is kept; only
+# credentials that it lacks are added.
 #   make-env.sh [FILE]
 set -eu
 top=$(cd "$(dirname "$0")/.." && pwd)
 file=${1:-$top/.env}
 
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
-with_credential() {  # a line of .env.example; not by sed: everybody sees the arguments of a process
+with_credential() {  # prints a line of .env.example, filled in. Not by sed, whose arguments every user can see
     case $1 in
     AWS_ACCESS_KEY_ID=) printf '%s\n' "$1$(random 10)" ;;
     AWS_SECRET_ACCESS_KEY=) printf '%s\n' "$1$(random 32)" ;;
@@ -17,14 +17,14 @@ with_credential() {  # a line of .env.example; not by sed: everybody sees the ar
 }
 umask 077
 if [ -e "$file" ]; then
-    for name in GRAFANA_PASSWORD PAGE_PASSWORD; do  # not those of a store, which may take them from elsewhere
+    for name in GRAFANA_PASSWORD PAGE_PASSWORD; do  # not the S3 keys, which may come from elsewhere
         grep -q "^$name=" "$file" || { with_credential "$name=" >>"$file" && echo "make-env: $name added to $file"; }
     done
-    echo "make-env: $file is there already"
+    echo "make-env: $file already exists"
     exit 0
 fi
 while IFS= read -r line; do
     with_credential "$line"
 done <"$top/.env.example" >"$file.new"
 mv "$file.new" "$file"
-echo "make-env: made $file"
+echo "make-env: created $file"

@@ -1,4 +1,4 @@
-"""Makes the bucket of an s3:// path in a store that has just been started.
+"""Create the bucket of an s3:// path, waiting for a store that is still starting.
 
 python deploy/make_bucket.py s3://bucket/prefix
 """
@@ -10,29 +10,29 @@ from pipeline.core.errors import S3Unavailable, UsageError
 from pipeline.core.jobs import run
 from pipeline.storage import s3
 
-_PATIENCE = 120.0  # seconds for the store to come up
+_TIMEOUT = 120.0  # seconds for the store to start
 
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise UsageError("give one path s3://bucket/prefix")
-    if not sys.argv[1].startswith("s3://"):  # no failure, after which it would be started again for ever
+        raise UsageError("give one path, s3://bucket/prefix")
+    if not sys.argv[1].startswith("s3://"):  # not an error: Compose restarts this service when it fails
         print(f"make_bucket: {sys.argv[1]} needs no bucket", flush=True)
         return
     bucket = "s3://" + sys.argv[1].removeprefix("s3://").split("/")[0]
-    patient_until = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while True:
         try:
-            made = make_bucket(bucket)
+            created = create_bucket(bucket)
             break
         except S3Unavailable:
-            if time.monotonic() > patient_until:
+            if time.monotonic() > deadline:
                 raise
-    print(f"make_bucket: {bucket}", "made" if made else "is there already", flush=True)
+    print(f"make_bucket: {bucket}", "created" if created else "already exists", flush=True)
 
 
-def make_bucket(bucket: str) -> bool:
-    """Whether it was not there yet."""
+def create_bucket(bucket: str) -> bool:
+    """Returns False if the bucket already exists."""
     files = s3.connect(bucket)
     with s3.named_errors(bucket):
         if files.exists(bucket):

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes the token of a Ray cluster at its first start: 256 random bits that only this user may read.
+# Creates the token of a Ray cluster: 256 random bits that only this user may read.
 #   ray-token.sh FILE
-# A file that is there stays, whoever wrote it. Head and workers that start at once on a shared folder agree on one.
+# An existing token is kept. Nodes that start at the same time on a shared folder agree on one token.
 set -eu
 file=$1
 
@@ -14,6 +14,6 @@ if [ ! -e "$file" ]; then
     new=$(mktemp "$file.XXXXXX")
     trap 'rm -f "$new"' EXIT
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$new"
-    ln "$new" "$file" 2>/dev/null || [ -s "$file" ]  # by now another one's
+    ln "$new" "$file" 2>/dev/null || [ -s "$file" ]  # another process was first
 fi
 chmod 600 "$file"

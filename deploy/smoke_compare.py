@@ -1,4 +1,4 @@
-"""Compares what two runs of the demo's jobs made, for deploy/smoke.sh: every row, and the counts of every job.
+"""Compare every row and the counts of every job of two runs of the demo, for deploy/smoke.sh.
 
 python deploy/smoke_compare.py DATASET RUN DATASET RUN
 """
@@ -21,12 +21,12 @@ def main() -> None:
     for folder in _FOLDERS:
         names, others = (dataset.shards(folder) for dataset in datasets)
         if names != others:
-            raise JobFailed(f"{folder}: other shards: {sorted(set(names) ^ set(others))}")
+            raise JobFailed(f"{folder}: shards in only one dataset: {sorted(set(names) ^ set(others))}")
         rows = 0
         for name in names:
             one, other = (pq.read_table(dataset.open(f"{folder}/{name}.parquet")) for dataset in datasets)
             if not one.equals(other):
-                raise JobFailed(f"{folder}/{name}.parquet: other rows ({one.num_rows} and {other.num_rows})")
+                raise JobFailed(f"{folder}/{name}.parquet: different rows ({one.num_rows} and {other.num_rows})")
             rows += one.num_rows
         print(f"smoke: {folder}: {len(names)} shards, {rows} rows in both, every value equal")
     for folder in _COUNTED:
@@ -42,7 +42,7 @@ def record(store: Store, folder: str) -> dict:
 
 def same(what: str, one: dict, other: dict) -> None:
     if one != other:
-        raise JobFailed(f"{what}: {one} and {other}")
+        raise JobFailed(f"{what} differs: {one} and {other}")
     print(f"smoke: {what}: {json.dumps(one)} in both")
 
 

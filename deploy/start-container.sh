@@ -1,21 +1,21 @@
 #!/bin/sh
-# A node of docker-compose.yml's cluster: start-ray.sh with what Ray would misjudge in a container.
+# Starts a node of docker-compose.yml's cluster: start-ray.sh with the values that Ray gets wrong in a container.
 #   start-container.sh head|worker [options of `ray start`]
-#   HDM_CPUS   that Ray may give to tasks here; 0 for the head, where the drivers run
-#   HDM_GPUS   numbers of the GPUs to use, as 0,1; empty: all that the container has
+#   HDM_CPUS   CPUs for tasks on this node; 0 on the head, where the drivers run
+#   HDM_GPUS   indices of the GPUs to use, such as 0,1; empty: all GPUs of the container
 set -eu
 role=$1
 shift
 token="$HOME/.ray/auth_token"
-# Of several networks the first: Ray would look for the one that leads to the internet.
+# The first of several networks. Ray would choose the one that leads to the internet.
 address=$(hostname -i | cut -d ' ' -f 1)
-# Ray would take a share of the memory, and fall back to a folder on disk where shared memory is smaller.
+# Ray would take a share of the memory and fall back to a folder on disk if shared memory is smaller.
 shared=$(df --output=size -B1 /dev/shm | tail -n 1)
 set -- --node-ip-address "$address" --num-cpus "$HDM_CPUS" --object-store-memory $((shared * 9 / 10)) "$@"
 [ -z "${HDM_GPUS:-}" ] || export CUDA_VISIBLE_DEVICES="$HDM_GPUS"
 
 if [ "$role" = head ]; then
-    # Within the compose network; docker-compose.yml publishes it on 127.0.0.1 alone.
+    # Only within the compose network: docker-compose.yml publishes the port on 127.0.0.1.
     exec sh /app/deploy/start-ray.sh head --port 6379 --dashboard-host 0.0.0.0 "$@"
 fi
 listens() { python -c 'import socket; socket.create_connection(("head", 6379), 5)' 2>/dev/null; }

@@ -1,10 +1,9 @@
 """Declares two operators of torchvision just before it is imported, in every process of an environment.
 
-torchvision's general wheel is built for CUDA: against a CPU build of torch its operators do not load, and its import
-fails at the first that it describes. Declared by name and types, without code, they can be described; nothing calls
-them. deploy/setup-captioner.sh puts this file and a .pth file that imports it into the environment, only where the
-import fails, because a second declaration of an operator is an error too. torch itself is not imported before it is
-needed: this runs at the start of every Python.
+torchvision's general wheel is built for CUDA. With a CPU build of torch its operators do not load, and its import fails
+at the first operator it refers to. Declaring their names and types is enough, because nothing calls them.
+deploy/setup-captioner.sh installs this file, and a .pth file that imports it, only where the import fails: declaring an
+operator twice is an error. torch is not imported before it is needed, because this runs at the start of every Python.
 """
 
 import sys

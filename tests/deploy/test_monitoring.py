@@ -25,7 +25,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from pipeline.captions.stats import CaptionMeter, CaptionStats
-from pipeline.core.progress import Idle
+from pipeline.core.progress import StallDetector
 from pipeline.reporting.dataset_metrics import DatasetMetrics
 from pipeline.storage.shards import Store
 from trainer.training.metrics import GAUGE_PREFIX, METRICS
@@ -108,7 +108,7 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (
         {"up", "ray_hdm_rows_left", "ray_hdm_train_disk_used_share"}
-        | {f"ray_{prefix}{name}" for prefix in ("hdm_", GAUGE_PREFIX) for name in Idle(0.0).look(0, 0.0)}
+        | {f"ray_{prefix}{name}" for prefix in ("hdm_", GAUGE_PREFIX) for name in StallDetector(0.0).update(0, 0.0)}
         | {family.name for family in registry.collect()}
     )
     known |= {f"ray_{GAUGE_PREFIX}{name}" for name in METRICS} | {f"ray_hdm_{task}_rows_total" for task in rows}
