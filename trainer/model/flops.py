@@ -1,8 +1,8 @@
-"""How much arithmetic a pass of XUT takes, in closed form: floating-point operations of its matrix products.
+"""Floating-point operations of XUT's matrix products, in closed form.
 
-A product of (m, k) and (k, n) is 2 m k n operations. Norms, rotations, softmax and the optimizer are left out: on a GPU
-they are bandwidth, not arithmetic. A backward pass has two products for each of the forward pass, but one for a layer
-whose input needs no gradient.
+A product of (m, k) and (k, n) takes 2 m k n operations. Norms, rotations, softmax and the optimizer are left out: on a
+GPU they are limited by bandwidth. A backward pass has two products for each one of the forward pass, but only one for a
+layer whose input needs no gradient.
 
 Letters as in xut.py: N image tokens, T text tokens, S = N + T, D width, V values of a patch.
 """
@@ -14,30 +14,32 @@ from trainer.model.routing import kept_image_tokens
 from trainer.model.xut import POSITION_WAVES
 
 
-class Products(NamedTuple):
+class Flops(NamedTuple):
     """Operations of one sample's forward pass."""
 
-    tokens: int  # whose inputs need a gradient
-    inputs: int  # whose inputs are data
+    hidden: int  # in layers whose input needs a gradient
+    inputs: int  # in layers whose input is data
 
     @property
     def forward(self) -> int:
-        return self.tokens + self.inputs
+        return self.hidden + self.inputs
 
     @property
     def step(self) -> int:
-        """Forward and backward, nothing recomputed."""
-        return 3 * self.tokens + 2 * self.inputs
+        """Forward and backward, without recomputation."""
+        return 3 * self.hidden + 2 * self.inputs
 
     @property
     def frozen_step(self) -> int:
-        """The same where adapters on frozen weights learn: one product backwards. A little less than it is: attention's
-        second product, and the adapters' own, are left out."""
-        return 2 * self.tokens + self.inputs
+        """Forward and backward when only adapters train: one product backwards.
+
+        Slightly too low, because it leaves out the second product of attention and the adapters' own.
+        """
+        return 2 * self.hidden + self.inputs
 
 
-def products(config: XUTConfig, image_tokens: int, text_tokens: int, selection_rate: float = 0.0) -> Products:
-    """Of a forward pass on one sample; exact, as `torch.utils.flop_counter` counts it (a test compares the two)."""
+def count_flops(config: XUTConfig, image_tokens: int, text_tokens: int, selection_rate: float = 0.0) -> Flops:
+    """Operations for one sample of N image and T text tokens; equal to the count of `torch.utils.flop_counter`."""
     dim, depth = config.dim, config.depth
     dense = image_tokens + text_tokens
     routed = kept_image_tokens(image_tokens, selection_rate) + text_tokens
@@ -53,7 +55,7 @@ def products(config: XUTConfig, image_tokens: int, text_tokens: int, selection_r
     inputs += 2 * dim * dim + 2 * dim  # time, aspect
     if config.absolute_position == "waves":
         inputs += 2 * image_tokens * POSITION_WAVES * dim
-    return Products(blocks + _condition(config) + 2 * image_tokens * dim * patch_values, inputs)
+    return Flops(blocks + _condition(config) + 2 * image_tokens * dim * patch_values, inputs)
 
 
 def _block(config: XUTConfig, tokens: int) -> int:
@@ -61,12 +63,12 @@ def _block(config: XUTConfig, tokens: int) -> int:
 
 
 def _attention(dim: int, tokens: int) -> int:
-    """Queries, keys, values and output; every token with every token, twice."""
+    """Projections to queries, keys, values and output, and the two products of every token with every token."""
     return 2 * tokens * 4 * dim * dim + 2 * 2 * tokens * tokens * dim
 
 
 def _condition(config: XUTConfig) -> int:
-    """Once a sample: the second layer of the aspect, and adaLN."""
+    """The second layer of the aspect and adaLN, which run once per sample."""
     dim = config.dim
     if config.adaln == "shared":
         kinds = 3 if config.skip == "cross" else 2

@@ -1,7 +1,10 @@
-"""The public HDM weights: read, renamed into ours, and back.
+"""Reads and writes the public HDM weights, and renames their tensors to ours and back.
 
-A release is one safetensors file with keys `unet.model.*`, float16 or float32, optionally with the decoder's `vae.*`,
-and a JSON config in the release's own field names. Renaming keeps every tensor's bytes; `vae.*` passes as it is.
+A release is one safetensors file with keys `unet.model.*` in float16 or float32, optionally with the image decoder's
+`vae.*`, and a JSON config with its own field names. Renaming keeps the bytes of every tensor and leaves `vae.*` alone.
+
+The released model expects position maps at latent resolution in the "released" convention, the aspect as width /
+height, and captions padded to 256 tokens without a mask; `trainer.diffusion.conditioning` provides them.
 """
 
 import json
@@ -19,11 +22,11 @@ from trainer.model.config import XUTConfig
 from trainer.model.xut import XUT
 
 PREFIX = "unet.model."
-_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save: a zip, or before 1.6 a bare one
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save: a zip; before 1.6 a plain pickle
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PASSED_ON = "vae."
+VAE_PREFIX = "vae."
 
-# Our name -> the release's, applied in this order to the start, the middle and the end of a key.
+# Parts of our names -> the release's: STEMS for the start of a key, then one of the other two for the rest.
 STEMS = {
     "patch_in.": "in_patch.proj.",
     "patch_out.": "out_patch.proj.",
@@ -63,7 +66,7 @@ CONFIG_FIELDS = {
     "dec_blocks": "dec_blocks",
 }
 TREAD_FIELDS = {"prev_trns_depth": "prev_blocks", "post_trns_depth": "post_blocks"}
-# Options of the release that its weights were trained with: any other value is another architecture.
+# Options that the weights were trained with. Any other value is another architecture.
 FIXED_FIELDS = {
     "addon_info_embs_dim": 1,
     "shared_adaln": True,
@@ -73,26 +76,12 @@ FIXED_FIELDS = {
     "use_dyt": False,
     "double_t": False,
 }
-# What the release says about data and training.
+# Fields about data and training.
 NOT_ARCHITECTURE = {"ctx_size", "grad_ckpt"}
 
 
-def load(weights_path: str | Path, config_path: str | Path | None = None) -> XUT:
-    """The released model, float32, ready to sample; without a config that of the public 340M weights.
-
-    Give it position maps at latent resolution (`trainer.diffusion.positions`, convention released), the aspect as W / H, captions
-    padded to 256 tokens and no text_mask: so it was trained.
-    Raises ValueError for a config or a file that is not the release's.
-    """
-    config = XUTConfig.released() if config_path is None else read_config(config_path)
-    state = from_released(read_tensors(weights_path), config)
-    model = XUT(config)
-    model.load_state_dict({key: tensor.float() for key, tensor in state.items() if not key.startswith(PASSED_ON)})
-    return model.eval()
-
-
 def read_config(path: str | Path) -> XUTConfig:
-    """The architecture of a config in the release's field names. Raises ValueError naming fields that do not fit."""
+    """The config in a release's JSON file. Raises ValueError naming the fields that do not fit."""
     fields = read_json(path)
     tread = fields.get("tread_config")
     if not isinstance(tread, dict):
@@ -114,7 +103,7 @@ def read_config(path: str | Path) -> XUTConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """ValueError, naming the file, for one that does not hold a JSON object."""
+    """The object in a JSON file. Raises ValueError naming the file if it holds anything else."""
     try:
         fields = json.loads(Path(path).read_bytes())
     except (ValueError, OSError) as error:
@@ -125,14 +114,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Released tensors (`to_released`) as one .safetensors file, and beside it as .json the config for `read_config`.
+    """Writes the tensors of `to_released` to a .safetensors file and their config to a .json file beside it.
 
-    ValueError where either is there already, or the path ends otherwise.
+    Raises ValueError if either file exists or the path has another suffix.
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors: its config is written beside it")
-    if there := [name for name in (path, path.with_suffix(".json")) if name.exists()]:
-        raise ValueError(f"{there[0]} is there already; give a new path, or remove it first")
+    if existing := [name for name in (path, path.with_suffix(".json")) if name.exists()]:
+        raise ValueError(f"{existing[0]} exists already; give a new path, or remove it first")
     fields = {their: getattr(config, our) for their, our in CONFIG_FIELDS.items()} | FIXED_FIELDS
     tread = {their: getattr(config, our) for their, our in TREAD_FIELDS.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +132,7 @@ def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor])
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ValueError for any other file: reading a pickle can run code."""
+    """All tensors of a safetensors file. Raises ValueError for any other file; reading a pickle could run code."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file; give a .safetensors file")
     try:
@@ -164,24 +153,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def from_released(tensors: Mapping[str, Tensor], config: XUTConfig) -> dict[str, Tensor]:
-    """A released state dict under our names and shapes, bytes unchanged; `vae.*` as it is.
+    """A released state dict with our names and shapes; bytes and `vae.*` are unchanged.
 
-    Raises one ValueError that lists every unknown, missing and misshapen key.
+    Raises ValueError listing every unknown, missing and misshapen key.
     """
     return _renamed(tensors, {their: our for our, their in _names(config).items()})
 
 
 def to_released(tensors: Mapping[str, Tensor], config: XUTConfig) -> dict[str, Tensor]:
-    """The inverse of `from_released`, with the same refusals. The config must be of the released architecture."""
+    """The inverse of `from_released`. Also raises ValueError if the config is not of the released architecture."""
     return _renamed(tensors, _names(config))
 
 
-# A name and the shape that belongs to it.
-Entry = tuple[str, torch.Size]
+_Entry = tuple[str, torch.Size]  # a tensor's name and shape
 
 
-def _names(config: XUTConfig) -> dict[Entry, Entry]:
-    """Every tensor of the model -> the release's name and shape for it."""
+def _names(config: XUTConfig) -> dict[_Entry, _Entry]:
+    """The release's name and shape of every tensor of the model."""
     shape_only = XUTConfig.released(
         **{our: getattr(config, our) for our in (*CONFIG_FIELDS.values(), *TREAD_FIELDS.values())}
     )
@@ -206,19 +194,19 @@ def _released_name(name: str) -> str:
     return PREFIX + STEMS[stem] + rest.replace("log_frequency", "rope.freqs")
 
 
-def _renamed(tensors: Mapping[str, Tensor], entries: Mapping[Entry, Entry]) -> dict[str, Tensor]:
-    wanted: dict[str, torch.Size] = dict(entries.keys())
-    passed_on = {name: tensor for name, tensor in tensors.items() if name.startswith(PASSED_ON)}
-    unknown = sorted(tensors.keys() - wanted.keys() - passed_on.keys())
-    missing = sorted(wanted.keys() - tensors.keys())
+def _renamed(tensors: Mapping[str, Tensor], entries: Mapping[_Entry, _Entry]) -> dict[str, Tensor]:
+    expected: dict[str, torch.Size] = dict(entries.keys())
+    passed_on = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE_PREFIX)}
+    unknown = sorted(tensors.keys() - expected.keys() - passed_on.keys())
+    missing = sorted(expected.keys() - tensors.keys())
     misshapen = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in sorted(wanted.items())
+        for name, shape in sorted(expected.items())
         if name in tensors and tensors[name].shape != shape
     ]
     misshapen += [
         f"{name} {tensors[name].dtype} instead of float16, bfloat16 or float32"
-        for name in sorted(wanted.keys() & tensors.keys())
+        for name in sorted(expected.keys() & tensors.keys())
         if tensors[name].dtype not in _DTYPES
     ]
     if unknown or missing or misshapen:

@@ -1,26 +1,24 @@
-"""Model, EMA and optimizer in safetensors plus one JSON, here or on S3; a checkpoint appears whole or not at all.
+"""Saves and finds checkpoints, on the local disk or S3. A checkpoint appears whole or not at all.
 
 RUN/STAGE/checkpoints/step-00001500/{model,ema,optimizer}.safetensors, state.json
 
-state.json lists the other files with their sizes. Locally the folder is written under another name, flushed and
-renamed; on S3 state.json is written last and removed first. What a killed process leaves is never taken for a
-checkpoint, and the next save removes it.
+state.json lists the other files with their sizes. Locally the folder is written under a temporary name, flushed to disk
+and renamed; on S3 state.json is written last and removed first. So whatever a killed process leaves behind is not
+mistaken for a checkpoint, and the next save removes it.
 """
 
 import copy
 import errno
-import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.storage.run_record import versions
 from pipeline.storage.shards import Store
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file (model, ema, optimizer), then by name
 State = dict[str, Any]
 
 _STATE = "state.json"
-# A step that is saved again gets a name of its own: there is no moment without a checkpoint of it.
+# The suffix is for a step that is saved again: its old checkpoint stays until the new one is complete.
 _NAME = re.compile(r"step-(\d{8,})(-\d+)?")
-# As safetensors calls them.
+# Names of the dtypes in the safetensors format.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -55,62 +52,64 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One finished checkpoint."""
+    """A finished checkpoint."""
 
-    folder: str  # a path here or s3://bucket/prefix
+    folder: str  # a local path or s3://bucket/prefix
     step: int  # optimizer steps taken
-    saved_at: float  # unix seconds; of a stage's checkpoints each is later than those before, whatever the clocks say
+    saved_at: float  # unix seconds; later than those of all earlier checkpoints of the stage, whatever the clock says
 
     def state(self) -> State:
-        """What is no tensor: see `training_state`; with step, saved_at, and files, the bytes of each."""
+        """The content of state.json: see `training_state`, plus step, saved_at and files (bytes by name)."""
         state: State = json.loads(Store(self.folder).read(_STATE))
         return state
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """`name` is model, ema or optimizer. ValueError, with the mend, for a damaged or missing file."""
+        """Tensors by name of model, ema or optimizer. Raises ValueError if the file is damaged or missing."""
         file = f"{name}.safetensors"
         try:
             with Store(self.folder).local_copy(file) as path:
                 tensors: dict[str, Tensor] = load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(
-                f"{self.folder}/{file} is damaged ({error}); remove {self.folder} to use the checkpoint before"
+                f"{self.folder}/{file} is damaged ({error}). Remove {self.folder} to use the checkpoint before it"
             ) from error
         return tensors
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those of one stage of a run, below `root`, a path here or s3://bucket/prefix. One process at a time saves."""
+    """The checkpoints of one stage of a run. Only one process may save at a time."""
 
-    root: str
+    root: str  # a local path or s3://bucket/prefix
 
     @classmethod
     def of_stage(cls, run: str | Path, stage_name: str) -> "Checkpoints":
         return cls(f"{str(run).rstrip('/')}/{stage_name}/checkpoints")
 
     def finished(self) -> list[Checkpoint]:
-        """All whole ones: state.json can be read, and each file that it lists has its size. In the order in which they
-        were saved, which is not that of the steps where training went back to an older one."""
+        """All complete checkpoints: state.json is readable, and every file that it lists has the listed size.
+
+        Oldest first by the time of saving, which differs from the order of steps after training was rolled back.
+        """
         store = Store(self.root)
         sizes = store.sizes()
         found = []
         for name in {file.partition("/")[0] for file in sizes if file.endswith(f"/{_STATE}")}:
             step, state = _step(name), _read_state(store, name)
-            if step is not None and state is not None and _all_there(state, name, sizes):
+            if step is not None and state and all(sizes.get(f"{name}/{f}") == n for f, n in state["files"].items()):
                 found.append(Checkpoint(store.path(name), step, state["saved_at"]))
         return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.step))
 
     def newest(self) -> Checkpoint | None:
-        """The whole one that was saved last, or None."""
+        """The complete checkpoint that was saved last, or None."""
         return next(reversed(self.finished()), None)
 
     def save(self, step: int, tensors: Tensors, state: State, keep_last: int = 2, keep_every: int = 0) -> Checkpoint:
-        """Write a checkpoint, and only then remove the others but the `keep_last` newest, of which it is one, and those
-        whose step is a multiple of `keep_every`, if that is above 0.
+        """Writes a checkpoint, then removes older ones.
 
-        Where it cannot be written, the error (OSError, or one of `Store`'s) is raised when what there is of it has been
-        removed; the older ones stay.
+        Kept are the `keep_last` newest, including this one, and those whose step is a multiple of `keep_every` if that
+        is above 0. If writing fails, what was written is removed, older checkpoints stay, and the error (OSError or one
+        of `Store`'s) is raised.
         """
         if keep_last < 1 or keep_every < 0:
             raise ValueError(f"keep_last {keep_last} must be at least 1, keep_every {keep_every} at least 0")
@@ -123,31 +122,33 @@ class Checkpoints:
         state = state | {"step": step, "saved_at": saved_at}
         (_write_remote if store.is_remote else _write_local)(store, name, tensors, state)
         saved = Checkpoint(store.path(name), step, saved_at)
-        others = [checkpoint for checkpoint in before if checkpoint.step != step]
-        outdated = [_name(checkpoint) for checkpoint in _outdated([*others, saved], keep_last, keep_every)]
-        for old in superseded + outdated:
+        older = [checkpoint for checkpoint in before if checkpoint.step != step]
+        outdated = [c for c in [*older, saved][:-keep_last] if not keep_every or c.step % keep_every]
+        for old in superseded + [checkpoint.folder.rpartition("/")[2] for checkpoint in outdated]:
             _remove(store, old)
         return saved
 
 
 class Saver:
-    """Saves beside the training: a copy is made at once, and written by a thread while training goes on.
+    """Saves checkpoints in the background: copies the tensors at once and writes them in a thread.
 
-    A failed save (a full disk, S3 out of reach) is added to `failures` and changes nothing else.
+    A save that fails, because of a full disk or unreachable S3, adds a line to `failures` and has no other effect.
     """
 
     def __init__(self, checkpoints: Checkpoints, keep_last: int = 2, keep_every: int = 0) -> None:
-        self.failures: list[str] = []  # one line for each
+        self.failures: list[str] = []  # one line per failed save
         self._checkpoints = checkpoints
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
         self._thread: threading.Thread | None = None
 
     def submit(self, step: int, tensors: Tensors, state: State) -> None:
-        """Returns when the tensors have been copied to host memory: they may change then. Waits for a save that is
-        under way, so that there is never more than one copy."""
+        """Returns once the tensors are copied to host memory, so training may change them.
+
+        Waits for a save in progress first: there is never more than one copy.
+        """
         self.wait()
         try:
-            # A CUDA tensor's copy waits for the work that was queued before.
+            # Copying a CUDA tensor waits for the work that was queued before.
             copies = {
                 file: {
                     name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -155,14 +156,14 @@ class Saver:
                 }
                 for file, named in tensors.items()
             }
-        except (MemoryError, RuntimeError) as error:  # torch's for memory is a RuntimeError
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it cannot allocate
             self._failed(step, error)
             return
         self._thread = threading.Thread(target=self._save, args=(step, copies, copy.deepcopy(state)), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being saved."""
+        """Returns when no save is in progress."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -174,30 +175,27 @@ class Saver:
             self._failed(step, error)
 
     def _failed(self, step: int, error: Exception) -> None:
-        why = " ".join(str(error).split()) or type(error).__name__
-        self.failures.append(f"the checkpoint of step {step} could not be saved in {self._checkpoints.root}: {why}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        self.failures.append(f"the checkpoint of step {step} could not be saved in {self._checkpoints.root}: {reason}")
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def _step(name: str) -> int | None:
-    """None for what is no checkpoint's name."""
+    """The step in a checkpoint's folder name; None for any other name."""
     found = _NAME.fullmatch(name)
     return int(found[1]) if found else None
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    return checkpoint.folder.rpartition("/")[2]
-
-
 def _free_name(step: int, taken: Collection[str]) -> str:
     plain = f"step-{step:08d}"
-    return next(name for name in (plain, *(f"{plain}-{n}" for n in range(2, len(taken) + 3))) if name not in taken)
+    numbered = (f"{plain}-{n}" for n in itertools.count(2))
+    return next(name for name in itertools.chain([plain], numbered) if name not in taken)
 
 
 def _read_state(store: Store, name: str) -> State | None:
-    """None for one that cannot be read, or is cut short."""
+    """None if state.json is unreadable, truncated or something else."""
     try:
         state = json.loads(store.read(f"{name}/{_STATE}"))
     except (OSError, ValueError):
@@ -206,23 +204,14 @@ def _read_state(store: Store, name: str) -> State | None:
     return state if ours and isinstance(state.get("saved_at"), int | float) else None
 
 
-def _all_there(state: State, name: str, sizes: Mapping[str, int]) -> bool:
-    return all(sizes.get(f"{name}/{file}") == size for file, size in state["files"].items())
-
-
-def _outdated(oldest_first: list[Checkpoint], keep_last: int, keep_every: int) -> list[Checkpoint]:
-    return [c for c in oldest_first[:-keep_last] if not keep_every or c.step % keep_every]
-
-
 def _write_local(store: Store, name: str, tensors: Tensors, state: State) -> None:
     root = Path(store.root)
     partial = root / f".{name}.partial"
     _make_folder(partial)
     try:
         _write_files(lambda file: nullcontext(str(partial / file)), tensors, state)
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         partial.rename(root / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -234,13 +223,13 @@ def _write_remote(store: Store, name: str, tensors: Tensors, state: State) -> No
     try:
         _write_files(lambda file: store.committed(f"{name}/{file}"), tensors, state)
     except BaseException:
-        with suppress(Exception):  # S3 may be out of reach: the next save removes it
+        with suppress(Exception):  # if S3 is unreachable, the next save removes it
             _remove(store, name)
         raise
 
 
 def _write_files(place: Callable[[str], AbstractContextManager[str]], tensors: Tensors, state: State) -> None:
-    """`place` gives the local path at which a file is to be written."""
+    """Writes each file to the local path that `place` yields for its name; state.json comes last."""
     files = {}
     for kind, named in tensors.items():
         with place(f"{kind}.safetensors") as path:
@@ -250,16 +239,15 @@ def _write_files(place: Callable[[str], AbstractContextManager[str]], tensors: T
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> int:
-    """Write a safetensors file (huggingface.co/docs/safetensors, "Format") and return its bytes. ValueError for a dtype
-    that the format does not have.
+    """Writes a safetensors file (huggingface.co/docs/safetensors, "Format") and returns its size in bytes.
 
-    The library's own function writes beside `path` and renames, out of reach of the lock of `Store.committed`: a killed
-    process would leave gigabytes in TMPDIR for good.
+    Raises ValueError for a dtype that the format does not have. The library's own function writes to another path and
+    renames, which escapes the lock of `Store.committed`: a killed process would leave gigabytes in TMPDIR for good.
     """
     unknown = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in _DTYPES}
     if unknown:
-        raise ValueError(f"tensors of these types cannot be saved: {unknown}")
-    # Wide types first: each tensor then starts at a multiple of its element's size.
+        raise ValueError(f"tensors of these dtypes cannot be saved: {unknown}")
+    # Wide dtypes first, so that each tensor starts at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header, end = {}, 0
     for name, tensor in ordered:
@@ -275,7 +263,7 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _remove_leftovers(store: Store) -> None:
-    """Of saves and removals that were killed."""
+    """Removes what killed saves and removals left behind."""
     if store.is_remote:
         sizes = store.sizes()
         for name in {file.partition("/")[0] for file in sizes}:
@@ -287,7 +275,7 @@ def _remove_leftovers(store: Store) -> None:
 
 
 def _remove(store: Store, name: str) -> None:
-    """At once or, on S3, as a checkpoint at once: what may be left, when this is killed, is no checkpoint."""
+    """Removes a checkpoint. If the process is killed meanwhile, what is left is not taken for a checkpoint."""
     if store.is_remote:
         for file in sorted(store.sizes(name), key=lambda file: file != _STATE):
             store.remove(f"{name}/{file}")
@@ -298,7 +286,7 @@ def _remove(store: Store, name: str) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents; a new folder's name is on the disk when this returns."""
+    """Creates a folder and its parents, and flushes each new name to disk."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -306,67 +294,12 @@ def _make_folder(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """A file's content, or the names in a folder, to the disk."""
+    """Flushes a file's content, or the names in a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network file systems
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # as on some network file systems
             raise
     finally:
         os.close(opened)
-
-
-# --- What is saved ----------------------------------------------------------------------------------------------------
-
-
-def training_state(
-    *,
-    stage_name: str,
-    epoch: int,
-    position: int,
-    first_epoch: int,
-    seed: int,
-    config: Mapping[str, Any],
-    selection: str,
-) -> State:
-    """What a checkpoint's state.json has beside step, saved_at and files, which `save` adds.
-
-    epoch, position: where in the order of samples training goes on; position counts samples since the start of
-    training. first_epoch: the one that the present selection's order began with. config: the whole resolved one, as
-    JSON has it. selection: its hash.
-    """
-    return {
-        "stage_name": stage_name,
-        "epoch": epoch,
-        "position": position,
-        "first_epoch": first_epoch,
-        "seed": seed,
-        "config": dict(config),
-        "config_hash": config_hash(config),
-        "selection": selection,
-        "versions": versions(),
-        "git_revision": git_revision(),
-    }
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Hexadecimal SHA-256 of a config's JSON; the order of its names does not matter."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def git_revision() -> str | None:
-    """The commit of this code's checkout when the process first asked; None outside of one, or without git."""
-    return _revision(Path(__file__).parents[2])
-
-
-def _revision(checkout: Path) -> str | None:
-    """None, too, for a folder that lies in another project's checkout."""
-    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    top, revision = answer.split("\n")[:2]
-    return revision if Path(top).resolve() == checkout.resolve() else None

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): W x + B A x, with W frozen and A, B trained. Only this file knows peft.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W x + B A x with W frozen. The only file that imports peft.
 
-Adapters sit on the attention and feed-forward projections of every block: what sees tokens. The condition's layers see
-one vector a sample and serve all blocks at once; the first and last layers are a hundredth of the weights. alpha is the
-rank, so that a merged layer is W + B A. B starts at zero, A at random: a new adapter changes nothing.
+Adapters sit on the attention and feed-forward projections of every block. The other layers are left out: those of the
+condition see one vector per sample, and the first and last layers are a hundredth of the weights. alpha equals the
+rank, so a merged layer is W + B A. A starts random and B at zero: a new adapter changes nothing.
 
 In a model the matrices are named LAYER.lora_A.default.weight (rank, fan-in) and LAYER.lora_B.default.weight (fan-out,
-rank); in peft's files, which the rest of the field reads, base_model.model.LAYER.lora_A.weight.
+rank); in files with peft's layout base_model.model.LAYER.lora_A.weight and so on.
 """
 
 import shutil
@@ -17,33 +17,35 @@ from torch import Tensor, nn
 
 from trainer.model.released import read_json, read_tensors
 from trainer.runs.checkpoint import write_tensors
-from trainer.runs.trainable import learnt_state, load_learnt_state
+from trainer.runs.ema import load_trainable_state, trainable_state
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGETS = r".*\.function\.(qkv|q|kv|out|up|down)"
-# Of adapter_config.json: what decides how A and B change a layer, what only training or a reader's comfort needs, and
-# of all else whatever makes it another kind of adapter, where it is set.
+# Fields of adapter_config.json: those that decide how A and B change a layer, and those that merging can ignore. Any
+# other field makes it another kind of adapter unless it has one of the _UNSET values.
 _SHAPING = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern")
-_BESIDES = (
+_IGNORED = (
     *("peft_type", "peft_version", "auto_mapping", "task_type", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
-# Ways to begin that leave the base, and the arithmetic, as they are: of all others peft's (PiSSA, OLoRA, CorDA, LoftQ
-# take a part out of the base, MiCA learns otherwise) W + B A is not what was trained.
+# Initialisations after which W + B A is the trained layer. PiSSA, OLoRA, CorDA and LoftQ move a part of W into the
+# adapter, and MiCA learns in another way.
 _PLAIN_STARTS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
-    """New ones, in place, from torch's random state; all else of the model is frozen."""
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds: not for whoever has no adapters
+    """Adds adapters to a model in place, initialised from torch's global generator, and freezes everything else."""
+    from peft import LoraConfig, inject_adapter_in_model  # lazy: importing peft takes seconds
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS), model)
 
 
 def merge_adapters(model: nn.Module, scale: float = 1.0) -> None:
-    """Every adapted layer becomes a plain one with W + scale * alpha / rank * B A; in place, and nothing is frozen any
-    more. ValueError where that is not finite."""
+    """Replaces every adapted layer by a plain one with the weight W + scale * alpha / rank * B A, and unfreezes all.
+
+    In place. Raises ValueError if a merged weight is not finite.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -51,17 +53,19 @@ def merge_adapters(model: nn.Module, scale: float = 1.0) -> None:
             module.scale_layer(scale)
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
-    if hasattr(model, "peft_config"):  # peft warns of a second one
+    if hasattr(model, "peft_config"):  # peft warns if it finds one when adapters are added again
         del model.peft_config
     model.requires_grad_(True)
 
 
-# --- peft's own layout ------------------------------------------------------------------------------------------------
+# --- Files in peft's layout -------------------------------------------------------------------------------------------
 
 
 def write_adapters(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The learnt state of a model with adapters, as a folder that peft loads; gives it by the names it has there. The
-    folder must not exist yet and appears whole."""
+    """Writes the `trainable_state` of a model with adapters as a folder that peft loads.
+
+    Returns the tensors by their names in the file. The folder must not exist yet and appears whole.
+    """
     from peft import LoraConfig
 
     exported = {_exported(name): tensor for name, tensor in tensors.items()}
@@ -79,10 +83,9 @@ def write_adapters(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> di
 
 
 def merge_folder(model: nn.Module, folder: Path, scale: float = 1.0) -> dict[str, Tensor]:
-    """Merge the adapters of a folder in peft's layout; gives them as they are there.
+    """Merges the adapters of a folder in peft's layout into a model in place, and returns them by their names there.
 
-    ValueError, which names what does not fit, for a folder that is none, other kinds of adapters, and those of another
-    model.
+    Raises ValueError for a folder without adapters, other kinds of adapters and adapters of another model.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -90,16 +93,16 @@ def merge_folder(model: nn.Module, folder: Path, scale: float = 1.0) -> dict[str
     try:
         inject_adapter_in_model(LoraConfig(**{name: fields[name] for name in _SHAPING if name in fields}), model)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the adapters in {folder} are of another model: {error}") from error
-    learning = learnt_state(model)
-    _check_fit(folder, tensors, {_exported(name): tensor for name, tensor in learning.items()})
-    load_learnt_state(model, {name: tensors[_exported(name)] for name in learning})
+        raise ValueError(f"the adapters in {folder} belong to another model: {error}") from error
+    trainable = trainable_state(model)
+    _check_fit(folder, tensors, {_exported(name): tensor for name, tensor in trainable.items()})
+    load_trainable_state(model, {name: tensors[_exported(name)] for name in trainable})
     merge_adapters(model, scale)
     return tensors
 
 
 def read_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a folder in peft's layout. ValueError for one that is none, and other kinds of adapters."""
+    """Config and tensors of a folder in peft's layout. Raises ValueError for any other folder or kind of adapter."""
     return _read_config(folder), read_tensors(folder / WEIGHTS)
 
 
@@ -110,18 +113,18 @@ def _exported(name: str) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(
-            f"{folder} is no folder of adapters: it has no {' and no '.join(missing)}; trainer/export.py --to-lora "
+            f"{folder} is not a folder of adapters: it has no {' and no '.join(missing)}. trainer/export.py --to-lora "
             "writes one"
         )
     fields = read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}/{CONFIG}: peft_type {fields.get('peft_type')!r}; only LORA is merged here")
-    known = (*_SHAPING, *_BESIDES)
+        raise ValueError(f"{folder}/{CONFIG}: peft_type is {fields.get('peft_type')!r}, but only LORA can be merged")
+    known = (*_SHAPING, *_IGNORED)
     other = [f"{name}={value}" for name, value in fields.items() if name not in known and value not in _UNSET]
     if (start := fields.get("init_lora_weights")) not in _PLAIN_STARTS:
         other.append(f"init_lora_weights={start}")
     if other:
-        raise ValueError(f"{folder}/{CONFIG}: {', '.join(other)}; only plain adapters, A and B, are merged here")
+        raise ValueError(f"{folder}/{CONFIG} has {', '.join(other)}, but only plain adapters, A and B, can be merged")
     return fields
 
 
@@ -133,5 +136,5 @@ def _check_fit(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, T
         if name in found and found[name].shape != tensor.shape
     ]
     parts = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    if said := [f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names]:
-        raise ValueError(f"the adapters in {folder} are of another model: {'; '.join(said)}")
+    if differences := [f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names]:
+        raise ValueError(f"the adapters in {folder} belong to another model: {'; '.join(differences)}")

@@ -1,7 +1,7 @@
-"""Where things are in a run folder, and which checkpoint a path means.
+"""The layout of a run folder, and the checkpoint that a path refers to.
 
-RUN/text_encoder/                        of text_encoder=local: one for all stages
-RUN/<stage>/config.json                  the resolved config that the stage was last started with
+RUN/text_encoder/                        with text_encoder=local: one encoder for all stages
+RUN/<stage>/config.json                  the resolved config of the stage's last start
 RUN/<stage>/checkpoints/step-<N>/        or HOME/<stage>/checkpoints/ with --checkpoints HOME
 RUN/<stage>/metrics.jsonl, run.json ...
 """
@@ -18,16 +18,18 @@ from pipeline.core.errors import UsageError
 from pipeline.storage.shards import Store
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
 
-# In training order. trainer/recipe/stages.py has a recipe for each.
+# In training order. Each has a recipe in trainer/recipe/stages.py.
 STAGE_NAMES = ("demo", "256", "512", "768", "1024")
 _CONFIG = "config.json"
 
 
 @contextmanager
-def only_job(run: Path) -> Iterator[None]:
-    """Two jobs would prune each other's checkpoints: UsageError where another process is inside. The lock is the
-    kernel's and of the folder itself, so that it goes with its process, however that ends. A folder that nothing was
-    written to, since the job was refused, goes too."""
+def lock_run(run: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a run folder. Raises UsageError if another process holds it.
+
+    Two jobs would prune each other's checkpoints. The lock is the kernel's, on the folder itself, so it ends with the
+    process. A folder that this creates is removed again if nothing was written to it.
+    """
     is_new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
@@ -36,11 +38,10 @@ def only_job(run: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another job is training in {run}: wait for it or stop it (ray job list), or give this one a --run of "
-                "its own"
+                f"another job is training in {run}. Wait for it, stop it (ray job list), or give this job another --run"
             ) from error
         try:
-            yield  # outside: a terminal that does not block raises BlockingIOError, too
+            yield  # outside the first try: writing to a non-blocking terminal raises BlockingIOError too
         finally:
             if is_new and not any(run.iterdir()):
                 run.rmdir()
@@ -53,30 +54,33 @@ def stage_folder(run: Path, stage: str) -> Path:
 
 
 def text_encoder_of(run: Path, name: str) -> str:
-    """Where a stage's text encoder is: "local" lies in the run folder itself, so that the folder can be moved."""
+    """Folder or hub name of a stage's text encoder. "local" lies inside the run folder, which can be moved."""
     return str(run / "text_encoder") if name == "local" else name
 
 
 def text_encoder_of_checkpoint(found: Checkpoint) -> str:
-    """Folder or name of the text encoder that a checkpoint was trained with; "local" lies in the run folder around the
-    checkpoint, and where the checkpoints have a HOME of their own in the folder that the run had."""
+    """Folder or hub name of the text encoder that a checkpoint was trained with.
+
+    "local" lies in the run folder that contains the checkpoint or, if checkpoints were kept in another HOME, in the
+    recorded run folder.
+    """
     config = config_of(found)
-    name, around = config["stage"]["text_encoder"], found.folder.rsplit("/", 3)[0]
+    name, parent = config["stage"]["text_encoder"], found.folder.rsplit("/", 3)[0]
     if name != "local":
         return str(name)
-    return f"{around if Store(around).exists('text_encoder/config.json') else config['run']}/text_encoder"
+    return f"{parent if Store(parent).exists('text_encoder/config.json') else config['run']}/text_encoder"
 
 
 def config_of(found: Checkpoint) -> dict[str, Any]:
-    """What the checkpoint's run was trained with (`Training.record`). UsageError for one that does not say so."""
+    """The config that a checkpoint was trained with (`Training.record`). Raises UsageError if it has none."""
     config = found.state().get("config")
     if not isinstance(config, dict):
-        raise UsageError(f"{found.folder} is of another version of this program: its state.json has no config")
+        raise UsageError(f"{found.folder} was saved by another version of this program: its state.json has no config")
     return config
 
 
 def read_config(run: Path, stage: str) -> dict[str, Any] | None:
-    """What `write_config` wrote last; None before the first start. UsageError for a damaged file."""
+    """The config that `write_config` wrote last; None before the first start. Raises UsageError if it is damaged."""
     path = stage_folder(run, stage) / _CONFIG
     if not path.exists():
         return None
@@ -86,7 +90,7 @@ def read_config(run: Path, stage: str) -> dict[str, Any] | None:
             return dict(config)
     except (ValueError, KeyError, TypeError):
         pass
-    raise UsageError(f"{path} is damaged; remove it: every checkpoint has its own copy")
+    raise UsageError(f"{path} is damaged. Remove it: every checkpoint has its own copy")
 
 
 def write_config(run: Path, stage: str, record: dict[str, Any]) -> None:
@@ -94,21 +98,24 @@ def write_config(run: Path, stage: str, record: dict[str, Any]) -> None:
 
 
 def checkpoints_of(run: str | Path, stage: str, home: str | None = None) -> str:
-    """The folder of the stage's checkpoints: below `home`, else where its config says, else in the run folder."""
+    """The folder of a stage's checkpoints: in `home` if given, else where its config says, else in the run folder."""
     if home is None and not str(run).startswith("s3://"):
         home = (read_config(Path(run), stage) or {}).get("checkpoints")
     return Checkpoints.of_stage(home or run, stage).root
 
 
 def newest_by_stage(run: str | Path, home: str | None = None) -> dict[str, Checkpoint]:
-    """The newest checkpoint of every stage of the run that has one, in the order of STAGE_NAMES."""
+    """The newest checkpoint of each stage that has one, in the order of STAGE_NAMES."""
     found = {stage: Checkpoints(checkpoints_of(run, stage, home)).newest() for stage in STAGE_NAMES}
     return {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
 
 
 def find_checkpoint(path: str, wanted: str | None = None) -> Checkpoint | None:
-    """The checkpoint that a path (also s3://) means: itself, the newest one of a stage's folder, or of a run folder:
-    there the stage `wanted`, else the one that was saved last. None where there is none."""
+    """The checkpoint that a local or s3:// path refers to, or None.
+
+    That is the path itself, or the newest checkpoint of a stage folder or of a run folder. In a run folder the stage
+    `wanted` comes first, then whichever checkpoint was saved last.
+    """
     store = Store(path)
     if store.exists("state.json"):
         return _checkpoint(store)
@@ -127,4 +134,4 @@ def _checkpoint(store: Store) -> Checkpoint:
         state = json.loads(store.read("state.json"))
         return Checkpoint(store.root, int(state["step"]), float(state["saved_at"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{store.root} is damaged (state.json: {error}); give another checkpoint") from error
+        raise UsageError(f"{store.root} is damaged (state.json: {error}). Give another checkpoint") from error

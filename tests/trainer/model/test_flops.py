@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.model.config import XUTConfig
-from trainer.model.flops import products
+from trainer.model.flops import count_flops
 from trainer.model.xut import XUT
 
 
@@ -47,11 +47,11 @@ def counted(config: XUTConfig, side: int, text_tokens: int, rate: float) -> tupl
 def test_the_closed_form_is_what_torch_counts(overrides: dict[str, Any], rate: float) -> None:
     config = XUTConfig(dim=64, heads=2, mlp_dim=160, depth=2, text_dim=48, **overrides)
     forward, step = counted(config, side=16, text_tokens=12, rate=rate)
-    closed = products(config, (16 // config.patch_size) ** 2, 12, rate)
+    closed = count_flops(config, (16 // config.patch_size) ** 2, 12, rate)
     assert (closed.forward, closed.step) == (forward, step)
 
 
 def test_base_at_512_pixels_with_tread_does_three_fifths_of_the_dense_arithmetic() -> None:
     """1024 image tokens and 96 of text: 16 of 20 blocks see half of the image tokens."""
-    dense, routed = (products(XUTConfig.base(), 1024, 96, rate).step for rate in (0.0, 0.5))
+    dense, routed = (count_flops(XUTConfig.base(), 1024, 96, rate).step for rate in (0.0, 0.5))
     assert routed / dense == pytest.approx(0.595, abs=0.005)

@@ -19,17 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.core.errors import UsageError
 from trainer.diffusion.positions import full_position_map
-from trainer.drawing.pictures import PictureModel, Settings
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 from trainer.encoders.load_codec import load_codec
-from trainer.model.flops import products
-from trainer.model.xut import XUT, XUTConfig, compiled
+from trainer.model.config import XUTConfig
+from trainer.model.flops import count_flops
+from trainer.model.xut import XUT, compiled
 from trainer.optimization.optimizers import OptimizerConfig, build_optimizer
-from trainer.recipe.resolve import Command, Training, check_device, resolve
+from trainer.recipe.command import Command
+from trainer.recipe.memory import check_device
+from trainer.recipe.resolve import resolve
+from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoint, Checkpoints, write_tensors
+from trainer.runs.ema import trainable_parameters, trainable_state
 from trainer.runs.lora import add_adapters, merge_adapters, merge_folder, write_adapters
-from trainer.runs.model_folder import save_model
-from trainer.runs.trainable import learning_parameters, learnt_state
-from trainer.runs.weights import trained_model, weights_hash
+from trainer.runs.weights import save_model, trained_model, weights_hash
 
 # Shared with the tests of workers: a source of samples and a bulletin without Ray.
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "training" / "test_worker.py"))
@@ -77,7 +81,7 @@ def test_new_adapters_change_nothing_and_trained_ones_as_much_merged_as_beside()
     names, plain = list(model.state_dict()), velocity(model)
     add_adapters(model, 3)
     assert torch.equal(velocity(model), plain)
-    scatter(learnt_state(model))
+    scatter(trainable_state(model))
     adapted = velocity(model)
     assert (adapted - plain).abs().max() > 0.1
     merge_adapters(model)
@@ -90,7 +94,7 @@ def test_a_merged_layer_is_its_weight_and_the_scaled_product() -> None:
     model = small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     add_adapters(model, 3)
-    adapters = {name: tensor.clone() for name, tensor in learnt_state(model).items()}
+    adapters = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
     scatter(adapters)
     model.load_state_dict(adapters, strict=False)
     merge_adapters(model, scale=-0.5)
@@ -112,7 +116,7 @@ def test_the_adapters_of_a_block_learn_and_nothing_else(adaln: str) -> None:
     cross = rank * ((dim + dim) + (dim + 2 * dim) + (dim + dim))
     feed_forward = rank * ((dim + 2 * mlp) + (mlp + dim))
     blocks = 2  # of an encoder and a decoder stage
-    learning = learning_parameters(model)
+    learning = trainable_parameters(model)
     assert sum(p.numel() for p in learning.values()) == blocks * (attention + feed_forward) + cross
     assert all(".lora_A." in name or ".lora_B." in name for name in learning)
     torch.autograd.backward(velocity(model).square().mean())
@@ -122,7 +126,7 @@ def test_the_adapters_of_a_block_learn_and_nothing_else(adaln: str) -> None:
 def test_the_compiled_model_is_still_one_graph_and_the_same_function() -> None:
     model = small()
     add_adapters(model, 2)
-    scatter(learnt_state(model))
+    scatter(trainable_state(model))
     torch.testing.assert_close(velocity(compiled(model, backend="eager")), velocity(model), atol=1e-5, rtol=1e-5)
 
 
@@ -134,7 +138,7 @@ def test_the_arithmetic_of_a_step_is_a_little_more_than_the_closed_form_says() -
     add_adapters(model, 8)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t, text=text, position_map=positions, aspect=t).sum().backward()
-    closed = products(config, 256, 32)
+    closed = count_flops(config, 256, 32)
     assert 0.85 * counter.get_total_flops() < closed.frozen_step < counter.get_total_flops()
     assert closed.step > 1.15 * counter.get_total_flops()
 
@@ -148,7 +152,7 @@ def test_of_the_two_matrices_the_one_with_the_models_fan_in_learns_slower_the_wi
         optimizer = build_optimizer(model, OptimizerConfig(kind=kind, learning_rate=1e-3, base_width=16))
         assert type(optimizer).__name__ == "AdamW"
         rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
-        found = {name: rates[id(parameter)] for name, parameter in learning_parameters(model).items()}
+        found = {name: rates[id(parameter)] for name, parameter in trainable_parameters(model).items()}
         assert len(rates) == len(found)
         for name, rate in found.items():
             fan_in = 48 if ".down." in name else dim
@@ -280,7 +284,7 @@ def test_what_cannot_be_trained_is_refused_with_the_mend(
     assert "with --lora the model is that of --from" in refused(ask, "patch_size=2")
     assert "codec: dct -> pixel" in refused(ask, "codec=pixel")
     said = refused(ask, start_from=str(tmp_path / "model"))
-    assert "takes latents of 4 channels, and codec dct gives" in said
+    assert "takes 4 latent channels, but codec dct gives" in said
     assert "--lora RANK trains adapters on a model folder" in refused(
         ask, lora=None, start_from=str(tmp_path / "model")
     )
@@ -290,7 +294,7 @@ def test_a_text_encoder_of_another_width_is_refused(ask: Callable[..., Training]
     model = random_model(XUTConfig.tiny(**SHAPE | {"in_channels": load_codec("dct").channels}))
     save_model(tmp_path / "model", model.config, model.state_dict())
     said = refused(ask, start_from=str(tmp_path / "model"))
-    assert "takes embeddings of 16 values, and text encoder local gives 128: --set text_encoder=" in said
+    assert "takes 16 values per text token, but text_encoder local gives 128: --set text_encoder=" in said
 
 
 def test_rank_and_base_cannot_change_but_the_base_may_move(
@@ -342,7 +346,7 @@ def test_a_base_that_is_trained_on_leaves_the_adapters_where_they_began(
 
 # --- What is done with them -----------------------------------------------------------------------------------------
 
-SETTINGS_OF_A_PICTURE = Settings(width=64, height=32, steps=2)
+SETTINGS_OF_A_PICTURE = SamplingSettings(width=64, height=32, steps=2)
 DRAWN = ("--width", 64, "--height", 32, "--steps", 2, "--prompt", "red star")
 
 
@@ -418,9 +422,9 @@ def test_sample_merges_adapters_by_their_scale_and_says_so_in_the_picture(
     assert json.loads(whole.with_suffix(".json").read_text())["adapters"][0]["scale"] == 1
     again, said = sample("again", "--run", random_run, "--lora", tmp_path / "adapters", "--like", whole)
     assert again.read_bytes() == whole.read_bytes()
-    assert "another one" not in said
+    assert "will differ" not in said
     _, said = sample("without", "--run", random_run, "--like", whole)
-    assert "and this is with no adapters: the picture will be another one" in said
+    assert "now with no adapters: the picture will differ" in said
 
 
 def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
@@ -428,7 +432,7 @@ def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
 ) -> None:
     model = small()
     add_adapters(model, 2)
-    state = {name: tensor.clone() for name, tensor in learnt_state(model).items()}
+    state = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
     write_adapters(tmp_path / "narrow", state, 2)
     write_adapters(tmp_path / "dora", state, 2)
     config = json.loads((tmp_path / "dora/adapter_config.json").read_text())
@@ -439,13 +443,13 @@ def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
     (tmp_path / "elsewhere/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["to_q"]}))
     (tmp_path / "empty").mkdir()
     for folder, said in (
-        ("narrow", "are of another model: "),
+        ("narrow", "belong to another model: "),
         ("dora", "use_dora=True; only plain adapters"),
         ("pissa", "init_lora_weights=pissa_niter_4; only plain adapters"),
-        ("elsewhere", "are of another model: Target modules"),
+        ("elsewhere", "belong to another model: Target modules"),
         ("empty", "it has no adapter_config.json and no adapter_model.safetensors"),
-        ("narrow:nan", "a scale from -10 to 10"),
-        ("narrow:high", "is no folder of adapters"),
+        ("narrow:nan", "give a scale from -10 to 10"),
+        ("narrow:high", "is not a folder of adapters"),
     ):
         done = call_job(
             "trainer/sample.py", "--run", random_run, "--out", tmp_path / "out", "--lora", tmp_path / folder, *DRAWN
@@ -461,7 +465,7 @@ def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
 def test_adapters_that_do_not_fit_are_named_by_what_is_missing_unknown_and_misshapen(tmp_path: Path) -> None:
     model = small()
     add_adapters(model, 2)
-    state = {name: tensor.clone() for name, tensor in learnt_state(model).items()}
+    state = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
     name = min(state)
     state[name] = state[name][:, :-1].contiguous()
     state["other.lora_A.default.weight"] = state.pop(max(state))
