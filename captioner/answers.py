@@ -1,72 +1,67 @@
-"""A model's text -> a caption, or the reason for having none. Pure.
+"""Checks the text of a model: a caption, or the reason why it is none.
 
-The order, each step seeing what the one before it left:
-    empty, token leakage, control characters, refusal           nothing of the text is of use
+The order of the checks, each of which sees the result of the one before:
+    empty, token leakage, control characters, refusal           nothing in the text is usable
     wrong language                                              before anything that reads English
-    preamble, opener, separators, markup                        mended and noted
-    repetition loop                                             before truncation, in which most loops end
-    truncation                                                  mended by cutting to the last whole sentence, or refused
+    preamble, opener, separators, markup                        removed and noted
+    repetition loop                                             before truncation, with which most loops end
+    truncation                                                  cut to the last whole sentence, or rejected
     too short, too long
-    invented name, people, hair colour, eye colour              against the tags
-The same caption for many images shows only over a shard: RepeatedCaptions.
+    invented name, people, hair colour, eye colour              against the tags (grounding.py)
+Only a whole shard shows that many images have the same caption: `repeated_captions`.
 """
 
 import re
 import unicodedata
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 from captioner.grounding import contradiction
-from captioner.requests import Answer, Note, Reason, Request
+from captioner.requests import Answer, CaptionReason, CaptionRequest, Note
 from captioner.words import QUOTED, WORD, word_set
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much text is a caption."""
-
-    fewest_words: int = 6
-    most_words: int = 220  # 256 tokens are about 190 words
-    fewest_kept_words: int = 12  # of the whole sentences that are left of a truncated answer
+_MIN_WORDS = 6
+_MAX_WORDS = 220  # 256 tokens are about 190 words
+_MIN_WORDS_AFTER_CUT = 12  # in the whole sentences of a truncated answer
+# Finish reasons that decide by themselves. "length" does not: the text shows whether it is truncated.
+_FINISH_REASONS: Final = {"repetition": CaptionReason.LOOP, "content_filter": CaptionReason.REFUSAL}
 
 
-_DEFAULT_LIMITS: Final = Limits()
-
-
-# What an engine says of an answer that its text alone may not show: "length" is judged by the text.
-_FINISHES: Final = {"repetition": Reason.LOOP, "content_filter": Reason.REFUSAL}
-
-
-def check(text: str, finish_reason: str | None, request: Request, limits: Limits = _DEFAULT_LIMITS) -> Answer:
-    """The answer to this request. finish_reason is vLLM's or that of OpenAI's API ("stop", "length" ...), None if
+def check(text: str, finish_reason: str | None, request: CaptionRequest) -> Answer:
+    """The answer to this request. `finish_reason` is that of vLLM or OpenAI's API ("stop", "length" ...), None if
     unknown."""
-    reason = unusable(text) or _FINISHES.get(finish_reason or "")
+    reason = unusable(text) or _FINISH_REASONS.get(finish_reason or "")
     if reason:
         return Answer(request.id, None, reason)
-    caption, notes = mended(text)
+    caption, notes = clean(text)
     if is_loop(caption):
-        return Answer(request.id, None, Reason.LOOP, notes)
+        return Answer(request.id, None, CaptionReason.LOOP, notes)
     whole = whole_sentences(caption)
     if whole != caption:
-        if _count_words(whole) < limits.fewest_kept_words:
-            return Answer(request.id, None, Reason.TRUNCATED, notes)
+        if _count_words(whole) < _MIN_WORDS_AFTER_CUT:
+            return Answer(request.id, None, CaptionReason.TRUNCATED, notes)
         caption, notes = whole, (*notes, Note.CUT)
-    reason = wrong_length(caption, limits) or contradiction(caption, request.tags)
+    words = _count_words(caption)
+    if words < _MIN_WORDS:
+        reason = CaptionReason.TOO_SHORT
+    else:
+        reason = CaptionReason.TOO_LONG if words > _MAX_WORDS else contradiction(caption, request.tags)
     if reason:
         return Answer(request.id, None, reason, notes)
     return Answer(request.id, caption, None, (*notes, Note.MENTIONS_IMAGE) if _IMAGE.search(caption) else notes)
 
 
-# --- Nothing of the text is of use -------------------------------------------------------------------------------
+# --- Unusable texts ----------------------------------------------------------------------------------------------
 
-# Tokens of Pixtral's tokenizer and of other templates, also those cut in half; not all that has brackets: "[OPEN]".
+# Special tokens of Pixtral and of other templates, also cut in half; but not everything in brackets, such as "[OPEN]".
 _LEAKED = re.compile(
     r"\[/?(?:INST|IMG|TOOL_|AVAILABLE_TOOLS|SYSTEM_PROMPT|PREFIX\]|MIDDLE\]|SUFFIX\]|control_\d)|<SPECIAL_\d"
     r"|<\||\|>|<</?SYS>>|</?(?:s|unk|pad|image|mask)>"
 )
-_REFUSAL_WITHIN = 120  # characters
-# At the start of a sentence: a girl may well hold a sign that says "I'm sorry".
+_REFUSAL_WITHIN = 120  # characters from the start of the text
+# Only at the start of a sentence, because a girl may hold a sign that says "I'm sorry".
 _REFUSAL = re.compile(
     r"""(?:^|[.!?]\s+)(?:
         (?:(?:but|however|unfortunately|sorry|apologies)[,.!]?\s+)*
@@ -85,32 +80,32 @@ _REFUSAL = re.compile(
 )
 
 
-def unusable(text: str) -> Reason | None:
-    """Why no part of this text is a caption."""
+def unusable(text: str) -> CaptionReason | None:
+    """Why no part of the text can be a caption, or None."""
     stripped = text.strip()
     if not stripped:
-        return Reason.EMPTY
+        return CaptionReason.EMPTY
     if _LEAKED.search(stripped):
-        return Reason.TOKENS
+        return CaptionReason.TOKENS
     if has_control_characters(stripped):
-        return Reason.CONTROL
+        return CaptionReason.CONTROL
     if _REFUSAL.search(stripped[:_REFUSAL_WITHIN]):
-        return Reason.REFUSAL
-    return Reason.LANGUAGE if is_foreign(stripped) else None
+        return CaptionReason.REFUSAL
+    return CaptionReason.LANGUAGE if is_foreign(stripped) else None
 
 
-_NOT_SHOWN: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Cn"})  # Unicode categories
-_HARMLESS: Final = frozenset("\t\n\r\u200d")  # white space, and what joins emoji
+_INVISIBLE: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Cn"})  # Unicode categories
+_HARMLESS: Final = frozenset("\t\n\r\u200d")  # white space, and the joiner of emoji
 
 
 def has_control_characters(text: str) -> bool:
-    """Characters that print nothing, but for white space, and the mark of bytes that were no text."""
-    if text.isprintable():  # most are: 50 times faster than looking at each
+    """True for invisible characters other than white space, and for U+FFFD, which replaces undecodable bytes."""
+    if text.isprintable():  # most texts are: 50 times faster than testing each character
         return "\ufffd" in text
-    return any(c == "\ufffd" or (unicodedata.category(c) in _NOT_SHOWN and c not in _HARMLESS) for c in text)
+    return any(c == "\ufffd" or (unicodedata.category(c) in _INVISIBLE and c not in _HARMLESS) for c in text)
 
 
-# Words that every few sentences of a language have, and that no English sentence has.
+# Frequent words of English and of other languages.
 _ENGLISH: Final = word_set("a an the is are of in on and with her his their its to at by from wears stands has")
 _OTHER_LANGUAGES: Final = word_set(
     "le la les une des du et est dans avec sur qui elle il ses aux ce cette "  # French
@@ -120,28 +115,25 @@ _OTHER_LANGUAGES: Final = word_set(
     "o os um uma é em com no na do da seu sua ela ele "  # Portuguese
     "no wa ga wo ni desu kara shite iru onnanoko"  # Japanese in Latin letters
 )
-_MOST_FOREIGN_LETTERS = 0.15  # of all letters; outside quotation marks
+_MAX_FOREIGN_LETTERS = 0.15  # share of all letters outside quotation marks
 
 
 def is_foreign(text: str) -> bool:
-    """Whether the sentences are not English. What is written on a sign may be, inside quotation marks."""
+    """True if the text is not English. Quoted text, such as writing on a sign, is ignored."""
     text = QUOTED.sub(" ", text)
     if not text.isascii():
         letters = [c for c in text if c.isalpha()]
-        if sum(not _is_latin(c) for c in letters) > _MOST_FOREIGN_LETTERS * len(letters):
+        foreign = sum(not (c < "\u0250" or "\u1e00" <= c < "\u1f00") for c in letters)  # not Latin
+        if foreign > _MAX_FOREIGN_LETTERS * len(letters):
             return True
     words = {word.lower() for word in WORD.findall(text)}
     other = len(words & _OTHER_LANGUAGES)
     return other >= 3 and other > len(words & _ENGLISH)
 
 
-def _is_latin(character: str) -> bool:
-    return character < "\u0250" or "\u1e00" <= character < "\u1f00"
+# --- Cleaning ----------------------------------------------------------------------------------------------------
 
-
-# --- Mended ------------------------------------------------------------------------------------------------------
-
-_WHOLE = r"(?:image|picture|illustration|artwork)"  # what only the whole is called
+_WHOLE = r"(?:image|picture|illustration|artwork)"  # never an object in the picture
 _IMAGE_NOUN = rf"(?:{_WHOLE}|drawing|painting|photo(?:graph)?|sketch)"
 _KINDS = r"(?:(?!(?:in|of|on|with|from|at)\b)[\w-]+,?\s+){0,3}?"  # "vibrant, anime-style"; not "girl in the"
 _PREAMBLE = re.compile(
@@ -167,25 +159,25 @@ _MARKUP = re.compile(r"\*\*|__|^#+\s*|^>\s+|`", re.MULTILINE)
 _WRAPPING_QUOTES: Final = {'"': '"', "\u201c": "\u201d"}
 
 
-def mended(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text on one line without preamble, opener, separators and markup; what of these it had."""
+def clean(text: str) -> tuple[str, tuple[str, ...]]:
+    """The text on one line without preamble, opener, separators and markup, and notes on what was removed."""
     notes: list[str] = []
     while _SEPARATOR.search(text):
         text = _SEPARATOR.sub(" ", text)
         notes = [Note.SEPARATOR]
     text = " ".join(_MARKUP.sub("", text).split())
-    text = _unwrapped(text)
+    text = _unquote(text)
     for pattern, note in ((_PREAMBLE, Note.PREAMBLE), (_OPENER, Note.OPENER)):
         found = pattern.match(text)
         if found and found.end():
-            rest = _unwrapped(text[found.end() :])
+            rest = _unquote(text[found.end() :])
             text = rest[:1].upper() + rest[1:]
             notes.append(note)
     return text, tuple(notes)
 
 
-def _unwrapped(text: str) -> str:
-    """Without quotation marks around the whole."""
+def _unquote(text: str) -> str:
+    """Without quotation marks around the whole text."""
     close = _WRAPPING_QUOTES.get(text[:1])
     is_whole = close is not None and text[-1:] == close and text.find(close, 1) == len(text) - 1
     return text[1:-1].strip() if is_whole else text
@@ -193,56 +185,49 @@ def _unwrapped(text: str) -> str:
 
 # --- Loops, ends, lengths ----------------------------------------------------------------------------------------
 
-_LONGEST_PERIOD = 12  # words
-_FEWEST_DISTINCT = 0.7  # of all trigrams: good captions have 0.95 and more
-_MOST_COMPRESSED = 2.8  # times smaller by zlib: good captions reach 2
-_JUDGED_FROM = 24  # words: shorter texts repeat by chance
-_COMPRESSED_FROM = 300  # characters
+_MAX_PERIOD = 12  # words
+_MIN_DISTINCT = 0.7  # share of all trigrams; good captions have 0.95 and more
+_MAX_COMPRESSION = 2.8  # ratio of zlib; good captions reach 2
+_MIN_TRIGRAM_WORDS = 24  # shorter texts repeat by chance
+_MIN_COMPRESSED_BYTES = 300
 # The last sentence may close a quotation or a bracket.
 _SENTENCE_END = re.compile(r"""[.!?\u2026]+["'\u201d\u2019)\]]*(?=\s|$)""")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|no|jr|vol|etc|e\.g|i\.e|approx)\.$", re.IGNORECASE)
 
 
 def is_loop(text: str) -> bool:
-    """Whether words go round: one after the other, sentence for sentence, or so often that they say nothing new."""
+    """True if words or sentences repeat, one after the other or throughout the text."""
     data = text.encode()
-    if len(data) >= _COMPRESSED_FROM and len(data) > _MOST_COMPRESSED * len(zlib.compress(data)):
+    if len(data) >= _MIN_COMPRESSED_BYTES and len(data) > _MAX_COMPRESSION * len(zlib.compress(data)):
         return True
     words = text.lower().split()
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     distinct = len(set(trigrams))
-    if distinct == len(trigrams):  # most captions: whatever follows repeats three words
+    if distinct == len(trigrams):  # true for most captions; every check below needs a repeated trigram
         return False
     sentences = [s for s in map(str.strip, _SENTENCE_END.split(text.lower())) if s.count(" ") >= 3]
     return (
         len(set(sentences)) < len(sentences)
-        or (len(words) >= _JUDGED_FROM and distinct < _FEWEST_DISTINCT * len(trigrams))
-        or any(_runs(words, period) for period in range(1, _LONGEST_PERIOD + 1))
+        or (len(words) >= _MIN_TRIGRAM_WORDS and distinct < _MIN_DISTINCT * len(trigrams))
+        or any(_repeats(words, period) for period in range(1, _MAX_PERIOD + 1))
     )
 
 
-def _runs(words: list[str], period: int) -> bool:
-    """Whether so many words come three times in a row; a single word five times, since people laugh."""
+def _repeats(words: list[str], period: int) -> bool:
+    """True if `period` words occur three times in a row; a single word five times, for the sake of "ha ha ha"."""
     needed = period * (4 if period == 1 else 2)
     run = 0
-    for now, then in zip(words[period:], words, strict=False):
-        run = run + 1 if now == then else 0
+    for word, earlier in zip(words[period:], words, strict=False):
+        run = run + 1 if word == earlier else 0
         if run == needed:
             return True
     return False
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last whole sentence: itself where it ends with one, "" where there is none."""
+    """The text up to the end of its last whole sentence; "" without one."""
     ends = [end.end() for end in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text[: end.end()][-8:])]
     return text[: ends[-1]] if ends else ""
-
-
-def wrong_length(text: str, limits: Limits = _DEFAULT_LIMITS) -> Reason | None:
-    words = _count_words(text)
-    if words < limits.fewest_words:
-        return Reason.TOO_SHORT
-    return Reason.TOO_LONG if words > limits.most_words else None
 
 
 def _count_words(text: str) -> int:
@@ -252,29 +237,8 @@ def _count_words(text: str) -> int:
 # --- Over a shard ------------------------------------------------------------------------------------------------
 
 
-class RepeatedCaptions:
-    """Finds captions that a model gives to many images: its favourite nonsense. One for each shard; answers in any
-    order, of an image that comes again only the last one counts."""
-
-    def __init__(self, most: int = 3) -> None:
-        if most < 1:
-            raise ValueError(f"most {most}: one image at least may have a caption")
-        self._most = most
-        self._ids: dict[str, set[str]] = {}
-        self._caption_of: dict[str, str] = {}
-
-    def check(self, answer: Answer) -> Answer:
-        """The answer, or its refusal where more than `most` images of the shard have had its caption."""
-        if answer.id in self._caption_of:
-            self._ids[self._caption_of.pop(answer.id)].discard(answer.id)
-        if answer.caption is None:
-            return answer
-        words = self._caption_of[answer.id] = " ".join(WORD.findall(answer.caption.lower()))
-        ids = self._ids.setdefault(words, set())
-        ids.add(answer.id)
-        return Answer(answer.id, None, Reason.REPEATED, answer.notes) if len(ids) > self._most else answer
-
-    def repeated(self) -> set[str]:
-        """Ids of all images whose caption turned out to be one of many: also those that `check` let pass before it was
-        known."""
-        return {id for ids in self._ids.values() if len(ids) > self._most for id in ids}
+def repeated_captions(captions: Mapping[str, str], limit: int = 3) -> set[str]:
+    """Ids of the images whose caption more than `limit` images have, up to case and punctuation."""
+    words = {id: " ".join(WORD.findall(caption.lower())) for id, caption in captions.items()}
+    counts = Counter(words.values())
+    return {id for id, text in words.items() if counts[text] > limit}

@@ -1,12 +1,12 @@
-"""What goes into an engine and what comes out."""
+"""What goes into captioning, and what comes out."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 @dataclass(frozen=True)
-class Request:
-    """One picture to be captioned. Tags are words as a reader writes them ("long hair"), by category."""
+class CaptionRequest:
+    """One picture to caption. Tags are written as words ("long hair") and grouped by category."""
 
     id: str
     tags: dict[str, list[str]]
@@ -14,16 +14,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A caption, or the reason for having none."""
+    """A caption, or the reason why there is none."""
 
     id: str
     caption: str | None
     reason: str | None
-    notes: tuple[str, ...] = ()  # what was mended in the caption, to be counted
+    notes: tuple[str, ...] = ()  # what was fixed in the caption, to be counted
 
 
-class Reason(StrEnum):
-    """Why an answer is no caption."""
+class CaptionReason(StrEnum):
+    """Why the text of a model is not used as a caption."""
 
     EMPTY = "empty"
     TOKENS = "token leakage"
@@ -42,10 +42,10 @@ class Reason(StrEnum):
 
 
 class Note(StrEnum):
-    """What was mended in a caption, or is only worth counting."""
+    """What was fixed in a caption, or is only counted."""
 
     PREAMBLE = "preamble"  # "Sure! Here is a description:"
     OPENER = "opener"  # "The image shows"
     SEPARATOR = "separator"
     CUT = "cut to the last sentence"
-    MENTIONS_IMAGE = "mentions the image"  # further on; left as it is
+    MENTIONS_IMAGE = "mentions the image"  # after the first words; left in place

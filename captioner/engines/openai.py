@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's chat completions, such as a running `vllm serve`. The key is in OPENAI_API_KEY."""
+"""Asks any server with OpenAI's chat completions API, such as a running `vllm serve`. The key is in OPENAI_API_KEY."""
 
 import asyncio
 import base64
@@ -14,38 +14,37 @@ from urllib.parse import urlsplit
 import aiohttp
 from PIL import Image
 
-from captioner.engines import KEY, Completion, Draw, EngineUnusable, Failure, RequestFailed
+from captioner.engines import API_KEY_VARIABLE, Completion, EngineFailure, EngineUnusable, RequestFailed
 from captioner.prompts import Prompt
+from captioner.sampling import CompletionParams
 
 T = TypeVar("T")
 
-_LONGEST_ANSWER: Final = 1 << 20  # bytes: a caption has a few hundred
-_MOST_TOKENS: Final = 1 << 24  # of one answer: three of them fit a column of 32 bits
-_LONGEST_PAUSE: Final = 60.0  # seconds, whatever a server asks for
-_AGAIN: Final = {408: Failure.TIMEOUT, 409: Failure.BUSY, 425: Failure.BUSY, 429: Failure.BUSY}
+_MAX_RESPONSE_BYTES: Final = 1 << 20  # a caption has a few hundred bytes
+_MAX_TOKENS: Final = 1 << 24  # of one answer: the sum of three fits into a 32-bit column
+_MAX_PAUSE: Final = 60.0  # seconds, whatever a server asks for
+_RETRIED: Final = {408: EngineFailure.TIMEOUT} | dict.fromkeys((409, 425, 429), EngineFailure.BUSY)  # by status
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """A server, and how patient we are with it."""
+    """A server, its timeout and its retries."""
 
     url: str  # "http://127.0.0.1:8000", with or without "/v1"
-    model: str = ""  # "": the only one that the server has
-    timeout: float = 180.0  # seconds for one try, from connecting to the last byte: a busy server queues
+    model: str = ""  # "": the only model of the server
+    timeout: float = 180.0  # seconds for one try, from connecting to the last byte; includes the server's queue
     tries: int = 5  # of one request
-    first_pause: float = 1.0  # seconds before the second try; doubles with each
-    key: str = field(default_factory=lambda: os.environ.get(KEY, ""), repr=False)
+    first_pause: float = 1.0  # seconds before the second try; doubles with each further one
+    key: str = field(default_factory=lambda: os.environ.get(API_KEY_VARIABLE, ""), repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.url} is no address of a server: give one such as http://127.0.0.1:8000/v1")
+            raise ValueError(f"{self.url} is not the address of a server: give one such as http://127.0.0.1:8000/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError(f"the URL has a user or password, which messages would show: set {KEY} instead")
+            raise ValueError(f"the URL has a user or password, which messages would show: set {API_KEY_VARIABLE}")
         if not self.key.isprintable():
-            raise ValueError(f"{KEY} has a line break or another character that prints nothing; set it again without")
-        if self.tries < 1 or self.timeout <= 0:
-            raise ValueError(f"{self.tries} tries of {self.timeout} s: give at least 1 try and more than 0 s")
+            raise ValueError(f"{API_KEY_VARIABLE} has a line break or another unprintable character: set it without")
 
     @property
     def api(self) -> str:
@@ -54,10 +53,7 @@ class ServerSettings:
 
 
 class OpenAIEngine:
-    """Connect with `OpenAIEngine.connect`; belongs to the event loop that it was connected in.
-
-    How many requests are under way at a time is the caller's choice.
-    """
+    """Create it with `OpenAIEngine.connect`. It belongs to that event loop, and does not limit concurrent requests."""
 
     name = "openai"
 
@@ -68,7 +64,7 @@ class OpenAIEngine:
 
     @classmethod
     async def connect(cls, settings: ServerSettings) -> "OpenAIEngine":
-        """EngineUnusable where the server cannot be reached, wants another key, or has no such model."""
+        """Raises EngineUnusable if the server cannot be reached, refuses the key, or does not have the model."""
         session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {settings.key}"} if settings.key else {},
             timeout=aiohttp.ClientTimeout(total=settings.timeout),
@@ -80,46 +76,46 @@ class OpenAIEngine:
             await session.close()
             raise
 
-    async def complete(self, prompt: Prompt, image: Image.Image, draw: Draw) -> Completion:
+    async def complete(self, prompt: Prompt, image: Image.Image, params: CompletionParams) -> Completion:
         picture = {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_url, image)}}
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt.content(picture)}],
-            "seed": draw.seed,
-            "temperature": draw.temperature,
-            "top_p": draw.top_p,
-            "max_tokens": draw.max_tokens,
+            "seed": params.seed,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_tokens,
         }
 
         async def ask() -> Completion:
-            return completion_of(await _ask(self._session, "POST", f"{self._settings.api}/chat/completions", body))
+            return parse_completion(await _ask(self._session, "POST", f"{self._settings.api}/chat/completions", body))
 
-        return await _patiently(ask, self._settings)
+        return await _with_retries(ask, self._settings)
 
     async def close(self) -> None:
         await self._session.close()
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as a JPEG inside a URL. Full colour resolution: thin red lines on white are what drawings are of."""
+    """The picture as a JPEG in a data URL. Without chroma subsampling, which blurs thin coloured lines of drawings."""
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=92, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-class TryAgain(Exception):
+class RetryableError(Exception):
     """One try failed in a way that may pass."""
 
-    def __init__(self, failure: Failure, detail: str, pause: float = 0.0) -> None:
+    def __init__(self, failure: EngineFailure, detail: str, pause: float = 0.0) -> None:
         super().__init__(detail)
         self.failure = failure
         self.pause = pause  # seconds that the server asked for
 
 
-def completion_of(answer: Any) -> Completion:
-    """TryAgain for what is no chat completion. No text is an answer too, and judged as such.
+def parse_completion(answer: Any) -> Completion:
+    """Raises RetryableError if the JSON is not a chat completion. An answer without text is valid, and checked later.
 
-    All of it is checked, as it goes into files with types: one odd answer would cost a whole shard.
+    Every field is checked because it is written to typed columns: one odd answer would cost a whole shard.
     """
     try:
         choice = answer["choices"][0]
@@ -131,15 +127,16 @@ def completion_of(answer: Any) -> Completion:
             raise TypeError(f"its finish_reason is a {type(finish_reason).__name__}")
         usage = answer.get("usage") or {}
         tokens_in, tokens_out = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-        if not (0 <= tokens_in <= _MOST_TOKENS and 0 <= tokens_out <= _MOST_TOKENS):
+        if not (0 <= tokens_in <= _MAX_TOKENS and 0 <= tokens_out <= _MAX_TOKENS):
             raise ValueError(f"it counts {tokens_in} and {tokens_out} tokens")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise TryAgain(Failure.GARBAGE, f"{type(error).__name__} {error} in {_line(json.dumps(answer))}") from None
+        detail = f"{type(error).__name__} {error} in {_line(json.dumps(answer))}"
+        raise RetryableError(EngineFailure.GARBAGE, detail) from None
     return Completion(_encodable(text), finish_reason and _encodable(finish_reason), tokens_in, tokens_out)
 
 
 def _encodable(text: str) -> str:
-    """With the mark of what is no text for halves of characters, which JSON can spell and no file can keep."""
+    """Replaces lone surrogates, which JSON can spell and UTF-8 cannot encode, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -150,13 +147,14 @@ async def _find_model(session: aiohttp.ClientSession, settings: ServerSettings) 
         answer = await _ask(session, "GET", f"{settings.api}/models")
         try:
             return [str(model["id"]) for model in answer["data"]]
-        except (KeyError, TypeError) as error:
-            raise TryAgain(Failure.GARBAGE, f"no list of models: {_line(json.dumps(answer))}") from error
+        except (KeyError, TypeError):
+            detail = f"not a list of models: {_line(json.dumps(answer))}"
+            raise RetryableError(EngineFailure.GARBAGE, detail) from None
 
     try:
-        models = await _patiently(ask, settings)
+        models = await _with_retries(ask, settings)
     except RequestFailed as error:
-        raise EngineUnusable(f"{settings.api}/models: {error}; is it a server of OpenAI's API, and running?") from error
+        raise EngineUnusable(f"{settings.api}/models: {error}; is a server with OpenAI's API running there?") from error
     if settings.model in models:
         return settings.model
     listed = ", ".join(models[:5]) or "no model"
@@ -167,76 +165,66 @@ async def _find_model(session: aiohttp.ClientSession, settings: ServerSettings) 
     return models[0]
 
 
-async def _patiently(ask: Callable[[], Awaitable[T]], settings: ServerSettings) -> T:
-    """Tries until an answer, with pauses that double, apart by chance so that waiting requests do not come back as one.
-
-    RequestFailed with the last try's failure when all are used up.
-    """
+async def _with_retries(ask: Callable[[], Awaitable[T]], settings: ServerSettings) -> T:
+    """Repeat `ask` while it raises RetryableError, with pauses that double and have random jitter. Raises RequestFailed
+    with the last failure after all tries."""
     pause = settings.first_pause
-    for last in range(1, settings.tries + 1):
+    for number in range(1, settings.tries + 1):
         try:
             return await ask()
-        except TryAgain as again:
-            if last == settings.tries:
-                raise RequestFailed(again.failure, f"{again}, {last} times") from again
-            await asyncio.sleep(min(_LONGEST_PAUSE, max(again.pause, pause * random.uniform(0.5, 1.0))))
+        except RetryableError as error:
+            if number == settings.tries:
+                raise RequestFailed(error.failure, f"{error}, {number} times") from error
+            await asyncio.sleep(min(_MAX_PAUSE, max(error.pause, pause * random.uniform(0.5, 1.0))))
             pause *= 2
     raise AssertionError("at least one try")
 
 
 async def _ask(session: aiohttp.ClientSession, method: str, url: str, body: Any = None) -> Any:
-    """The JSON of one answer: TryAgain, RequestFailed or EngineUnusable for what is none."""
+    """The JSON of one response. Raises RetryableError, RequestFailed or EngineUnusable."""
     try:
-        # A redirect would carry the key elsewhere.
+        # A redirect would take the key to another server.
         async with session.request(method, url, json=body, allow_redirects=False) as response:
-            text = (await _bounded(response.content)).decode("utf-8", errors="replace")
+            text = (await _read(response.content)).decode("utf-8", errors="replace")
     except TimeoutError:
-        raise TryAgain(Failure.TIMEOUT, f"no whole answer within {session.timeout.total:g} s") from None
+        raise RetryableError(EngineFailure.TIMEOUT, f"no whole answer within {session.timeout.total:g} s") from None
     except aiohttp.ClientSSLError as error:
-        raise EngineUnusable(
-            f"{url}: no trusted connection ({_line(error)}); mend its certificate or the URL"
-        ) from error
+        raise EngineUnusable(f"{url}: no trusted connection ({_line(error)}); fix its certificate or --url") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise TryAgain(Failure.UNREACHABLE, _line(error)) from error
+        raise RetryableError(EngineFailure.UNREACHABLE, _line(error)) from error
     if response.status != 200:
-        raise _refusal(response.status, response.headers, url, text)
+        raise _status_error(response.status, response.headers, url, text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise TryAgain(Failure.GARBAGE, f"not JSON: {_line(text) or 'nothing'}") from None
+        raise RetryableError(EngineFailure.GARBAGE, f"not JSON: {_line(text) or 'empty'}") from None
 
 
-async def _bounded(content: aiohttp.StreamReader) -> bytes:
+async def _read(content: aiohttp.StreamReader) -> bytes:
     data = b""
     while chunk := await content.read(1 << 16):
         data += chunk
-        if len(data) > _LONGEST_ANSWER:
-            raise TryAgain(Failure.GARBAGE, f"an answer of more than {_LONGEST_ANSWER} bytes")
+        if len(data) > _MAX_RESPONSE_BYTES:
+            raise RetryableError(EngineFailure.GARBAGE, f"an answer of more than {_MAX_RESPONSE_BYTES} bytes")
     return data
 
 
-def _refusal(status: int, headers: Mapping[str, str], url: str, text: str) -> Exception:
-    """What an answer with this status means: for the server as it is set up, for this request, or for now only."""
-    said = f"{status} {_line(text)}"
+def _status_error(status: int, headers: Mapping[str, str], url: str, text: str) -> Exception:
+    """The error for this status: wrong setup (EngineUnusable), wrong request, or a fault that may pass."""
+    detail = f"{status} {_line(text)}"
     if status in (401, 403):
-        return EngineUnusable(f"{url} wants a key, or another one ({said}); set {KEY}")
+        return EngineUnusable(f"{url} wants a key, or another one ({detail}); set {API_KEY_VARIABLE}")
     if status == 402 or "insufficient_quota" in text:
-        return EngineUnusable(f"{url} is not paid for ({said}); raise the account's limit")
+        return EngineUnusable(f"the account at {url} has no credit left ({detail}); raise its limit")
     if status == 404:
-        return EngineUnusable(f"{url} is not there, or not the model ({said}); give another --url or --model")
+        return EngineUnusable(f"{url} or the model does not exist ({detail}); give another --url or --model")
     if 300 <= status < 400:
         return EngineUnusable(f"{url} has moved ({status}); give --url {headers.get('Location', 'its new address')}")
-    if status in _AGAIN or status >= 500:
-        return TryAgain(_AGAIN.get(status, Failure.SERVER), said, _seconds(headers.get("Retry-After")))
-    return RequestFailed(Failure.REFUSED, said)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """The header as seconds; 0 for dates and other words, which the pauses of our own do for."""
-    try:
-        return max(0.0, float(retry_after or 0))
-    except ValueError:
-        return 0.0
+    if status in _RETRIED or status >= 500:
+        wait = headers.get("Retry-After", "")
+        pause = float(wait) if wait.replace(".", "", 1).isdecimal() else 0.0  # ours, if the header is missing or a date
+        return RetryableError(_RETRIED.get(status, EngineFailure.SERVER), detail, pause)
+    return RequestFailed(EngineFailure.REFUSED, detail)
 
 
 def _line(words: object) -> str:

@@ -1,23 +1,17 @@
-"""The embedded default: a caption put together from the tags alone, without any model."""
+"""Captions made from the tags alone, without a model: the default engine, and the fallback of all others."""
 
-from captioner.requests import Answer, Request
+from typing import Final
 
-# Who and what is in the picture, in the order that training text has too. Artists and meta tags are not visible.
-_CATEGORIES = ("special", "character", "copyright", "general")
+from captioner.requests import Answer, CaptionRequest
 
-
-class TagEngine:
-    """Lists the tags, as a caption of last resort does; needs no picture."""
-
-    name = "tags"
-    model = ""
-    prompt_version = "tags-1"
-
-    def caption(self, requests: list[Request]) -> list[Answer]:
-        return [_answer(request) for request in requests]
+# The columns of a caption made from tags that say what made it. Raise the version when the text of captions changes.
+TAG_ENGINE: Final = {"engine": "tags", "model": "", "prompt_version": "tags-1"}
+# In the order of training text. Artists and meta tags are not visible in the picture.
+_CATEGORIES: Final = ("special", "character", "copyright", "general")
 
 
-def _answer(request: Request) -> Answer:
-    words = [tag for category in _CATEGORIES for tag in request.tags.get(category, [])]
-    unique = list(dict.fromkeys(words))
-    return Answer(request.id, ", ".join(unique), None) if unique else Answer(request.id, None, "no tags")
+def caption_from_tags(request: CaptionRequest, reason: str | None = None) -> Answer:
+    """All visible tags, each once, with commas between them; no caption if there are none. `reason` says why a model's
+    caption is not used."""
+    tags = dict.fromkeys(tag for category in _CATEGORIES for tag in request.tags.get(category, []))
+    return Answer(request.id, ", ".join(tags), reason) if tags else Answer(request.id, None, reason or "no tags")

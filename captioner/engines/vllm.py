@@ -1,4 +1,4 @@
-"""Pixtral through vLLM's async engine, one in this process. Installed by `make captioner`, in .venv-captioner."""
+"""Pixtral through vLLM's async engine, in this process. `make captioner` installs it in .venv-captioner."""
 
 import asyncio
 import copy
@@ -12,132 +12,125 @@ from uuid import uuid4
 
 from PIL import Image
 
-from captioner.engines import Completion, Draw, EngineDied, EngineUnusable, Failure, RequestFailed
-from captioner.prompts import Layout, Prompt, layout_of
+from captioner.engines import Completion, EngineDied, EngineFailure, EngineUnusable, RequestFailed
+from captioner.prompt_layout import PromptLayout, detect_layout
+from captioner.prompts import Prompt
+from captioner.sampling import CompletionParams
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs, SamplingParams
 
-# Loops are ended early, instead of at max_tokens: up to so many tokens, so often in a row. Four times, because "ha ha
-# ha" is a caption; answers.py judges what ends otherwise.
-_LONGEST_LOOP: Final = 40
-_TIMES_ROUND: Final = 5
-# Pixtral's largest picture, 1024x1024, has this many tokens, and a picture is never split over two batches.
-_LARGEST_PICTURE: Final = 4160
-# Where a picture keeps its name in vLLM's caches, the same for each attempt and engine. Unnamed, vLLM would hash all of
-# its pixels.
-_NAME: Final = "vllm"
-_CLOSE_SECONDS: Final = 10.0  # for its processes to end by themselves
+# vLLM ends a loop early, instead of at max_tokens: up to so many tokens, repeated so often. Five times, because "ha ha
+# ha" is a caption; answers.py judges the rest.
+_MAX_LOOP_TOKENS: Final = 40
+_LOOP_REPEATS: Final = 5
+_BATCHED_TOKENS: Final = 8192  # per step. A picture is never split, and the largest, 1024x1024, has 4,160
+_GPU_MEMORY: Final = 0.9  # share of the card's memory for weights and KV cache
+# Key in `image.info` of a picture's id in vLLM's caches, equal for each attempt and engine. Without an id, vLLM would
+# hash all pixels.
+_IMAGE_ID: Final = "vllm"
+_CLOSE_SECONDS: Final = 10.0  # for vLLM's processes to end by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmSettings:
-    """One engine. A name that is no folder is downloaded by vLLM; a folder is loaded without any network."""
+    """One engine. vLLM downloads a name that is not a folder; a folder is loaded without network."""
 
     model: str
-    revision: str = ""  # of a hub name: its commit; "": its newest
+    revision: str = ""  # commit of a hub name; "": its newest
     tensor_parallel: int = 1  # GPUs that share the weights of one engine
     max_model_len: int = 8192  # tokens of picture, prompt and answer
-    max_num_batched_tokens: int = 8192  # per step: at least the largest picture
-    max_num_seqs: int = 128  # answers written at the same time
-    gpu_memory: float = 0.9  # of the card's memory, for weights and KV cache
+    max_num_seqs: int = 128  # answers that are generated at the same time
     cpu_kv_cache_gib: float = 1.0  # without a GPU
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise ValueError(f"tensor_parallel {self.tensor_parallel}: give 1 or more GPUs per engine")
-        if self.max_num_batched_tokens < _LARGEST_PICTURE:
-            raise ValueError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens}: give at least {_LARGEST_PICTURE}, what the "
-                "largest picture has"
-            )
 
 
 class VllmEngine:
-    """Loads on construction, in 20 s to minutes; belongs to the event loop that first calls it."""
+    """Loads on construction, in 20 seconds to minutes. Belongs to the event loop that first calls it."""
 
     name = "vllm"
 
     def __init__(self, settings: VllmSettings) -> None:
-        """ValueError for a model that is no Pixtral, EngineUnusable for one that vLLM cannot load; both name a mend."""
+        """Raises ValueError if the model is not a Pixtral and EngineUnusable if vLLM cannot load it. Both messages say
+        what to do."""
         self.model = settings.model
-        self._layout = layout_of(settings.model)
+        layout = detect_layout(settings.model)
         folder = Path(settings.model)
         if folder.is_dir():
             check_weights(folder)
         vllm = _import_vllm(is_folder=folder.is_dir())
         try:
-            self._engine: Any = vllm.AsyncLLMEngine.from_engine_args(_engine_args(settings, self._layout))
+            self._engine: Any = vllm.AsyncLLMEngine.from_engine_args(_engine_args(settings, layout))
         except Exception as error:
-            raise EngineUnusable(_not_loaded(settings, error)) from error
+            raise EngineUnusable(
+                f"vLLM could not load {settings.model}: {_line(error)}. Its own messages are above or in Ray's logs. "
+                "Often files are broken, or memory is short: give a higher --tensor-parallel, a lower --at-once or an "
+                "FP8 checkpoint"
+            ) from error
         self._numbers = itertools.count()
         tokenizer = self._engine.get_tokenizer()
-        is_mistral = self._layout.kind == "mistral"
-        self._chat = _MistralChat(tokenizer) if is_mistral else _TextChat(tokenizer, self._layout)
+        self._tokenizer = _MistralPrompts(tokenizer) if layout.kind == "mistral" else _TextPrompts(tokenizer, layout)
 
-    async def complete(self, prompt: Prompt, image: Image.Image, draw: Draw) -> Completion:
+    async def complete(self, prompt: Prompt, image: Image.Image, params: CompletionParams) -> Completion:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         assert image.mode == "RGB", "vLLM checks neither alpha nor palettes of a decoded picture"
         number = str(next(self._numbers))
         if self._engine is None:
-            raise EngineDied(f"the engine of {self.model} was closed")
+            raise EngineDied("the engine was closed")
         try:
-            tokens = await self._chat.tokens(prompt, image)
             inputs = {
-                "prompt_token_ids": tokens,
+                "prompt_token_ids": await self._tokenizer.tokens(prompt, image),
                 "multi_modal_data": {"image": image},
-                "multi_modal_uuids": {"image": [image.info.setdefault(_NAME, uuid4().hex)]},
+                "multi_modal_uuids": {"image": [image.info.setdefault(_IMAGE_ID, uuid4().hex)]},
             }
-            # One output, when it is done.
-            outputs = [output async for output in self._engine.generate(inputs, _sampling_params(draw), number)]
-        except EngineDeadError as error:
-            raise EngineDied(
-                f"vLLM's process for {self.model} ended; its last words are above, or in Ray's log"
-            ) from error
+            # One output, at the end.
+            outputs = [output async for output in self._engine.generate(inputs, _sampling_params(params), number)]
         except Exception as error:
-            if self._engine is None or self._engine.errored:
-                raise EngineDied(f"vLLM's process for {self.model} ended: {_line(error)}") from error
-            raise RequestFailed(Failure.REFUSED, _line(error)) from error
-        return _completion(outputs[-1])
+            if isinstance(error, EngineDeadError) or self._engine is None or self._engine.errored:
+                raise EngineDied(f"vLLM ended ({_line(error)}); its last messages are in Ray's log") from error
+            raise RequestFailed(EngineFailure.REFUSED, _line(error)) from error
+        answer = outputs[-1].outputs[0]
+        if answer.finish_reason in ("error", "abort"):
+            raise RequestFailed(EngineFailure.ENGINE, answer.finish_reason)
+        tokens_in = len(outputs[-1].prompt_token_ids or ())
+        return Completion(answer.text, answer.finish_reason, tokens_in, len(answer.token_ids))
 
     async def close(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            # Work that waits learns of the end from the task that hands out answers; without any, it would only log.
+            # Requests in flight learn of the end from the task that hands out outputs. Without any, it would only log.
             if engine.output_handler is not None and not engine.get_num_unfinished_requests():
                 engine.output_handler.cancel()
             await asyncio.to_thread(engine.shutdown, _CLOSE_SECONDS)
 
 
-class _TextChat:
-    """Tokens of a prompt that is one text. What stands before the picture is nine tenths of it and the same for all
-    pictures, so it is read once: the picture's token ends whatever stands before it."""
+class _TextPrompts:
+    """Tokenizes prompts that are one text. The instructions before the picture are nine tenths of it and equal for all
+    pictures, so they are tokenized once; the picture's token ends whatever comes before it."""
 
-    def __init__(self, tokenizer: Any, layout: Layout) -> None:
-        # A copy: vLLM's threads set and unset the limits of theirs, which is an error while another thread reads.
+    def __init__(self, tokenizer: Any, layout: PromptLayout) -> None:
+        # A copy, because vLLM's threads change the truncation of theirs, which fails while another thread encodes.
         self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._layout = layout
-        self._read: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
 
     async def tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
-        before, behind = self._layout.texts(prompt)
-        if before not in self._read:
-            self._read[before] = self._tokenizer.encode(before).ids
-        # Behind the picture's token, as a tokenizer may read the first letters of a text otherwise.
-        rest: list[int] = self._tokenizer.encode(self._layout.image_token + behind, add_special_tokens=False).ids
-        return self._read[before] + rest
+        before, after = self._layout.texts(prompt)
+        if before not in self._cache:
+            self._cache[before] = self._tokenizer.encode(before).ids
+        # With the picture's token in front, because a tokenizer may treat the first letters of a text differently.
+        rest: list[int] = self._tokenizer.encode(self._layout.image_token + after, add_special_tokens=False).ids
+        return self._cache[before] + rest
 
 
-class _MistralChat:
-    """Tokens of a prompt by Mistral's own tokenizer, which reads special tokens in a text as plain letters."""
+class _MistralPrompts:
+    """Tokenizes prompts with Mistral's own tokenizer, which reads special tokens in a text as plain letters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.mistral
 
     async def tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
-        return await asyncio.to_thread(self._tokens, prompt, image)  # it takes its time over the picture
+        return await asyncio.to_thread(self._tokens, prompt, image)  # slow, because it prepares the picture too
 
     def _tokens(self, prompt: Prompt, image: Image.Image) -> list[int]:
         from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
@@ -151,12 +144,12 @@ class _MistralChat:
 
 
 def check_weights(folder: Path) -> None:
-    """ValueError for a model folder without its weights: vLLM would say so after half a minute and 100 lines."""
+    """Raises ValueError if a model folder lacks weights, which vLLM reports after half a minute and 100 lines."""
     index = folder / "model.safetensors.index.json"
     try:
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} does not tell which file has which weight; download it again") from None
+        raise ValueError(f"{index} does not say which file has which weight; download it again") from None
     missing = sorted(name for name in named if not (folder / name).exists())
     if missing:
         raise ValueError(
@@ -167,8 +160,8 @@ def check_weights(folder: Path) -> None:
 
 
 def _import_vllm(*, is_folder: bool) -> Any:
-    """vLLM, quiet unless told otherwise. All this is read at import, here and in the processes that it starts."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns a dozen times of what is meant so
+    """vLLM, which reads these variables at import, here and in the processes that it starts."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns a dozen times about settings that are intended
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if is_folder:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -176,29 +169,27 @@ def _import_vllm(*, is_folder: bool) -> Any:
         import vllm
     except ImportError as error:
         raise EngineUnusable(
-            f"vLLM does not import here ({_line(error)}); run: make captioner, and then the job with "
+            f"cannot import vLLM ({_line(error)}); run: make captioner, and then the job with "
             ".venv-captioner/bin/python"
         ) from error
     return vllm
 
 
-def _engine_args(settings: VllmSettings, layout: Layout) -> "AsyncEngineArgs":
+def _engine_args(settings: VllmSettings, layout: PromptLayout) -> "AsyncEngineArgs":
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    by_device: dict[str, Any] = {
-        "gpu_memory_utilization": settings.gpu_memory,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-    }
+    modes = ("tokenizer_mode", "config_format", "load_format")
+    by_device: dict[str, Any] = {"gpu_memory_utilization": _GPU_MEMORY, "max_num_batched_tokens": _BATCHED_TOKENS}
     if current_platform.is_cpu():
         by_device = {
             "dtype": "float32",
             "enforce_eager": True,  # compiling takes longer than a test
             "kv_cache_memory_bytes": int(settings.cpu_kv_cache_gib * 2**30),
-            # A prompt read in two steps winds its seeded generator back, which vLLM 0.29 cannot do on a CPU: the engine
-            # dies ("CPU Generator does not use offset"). So each is read in one, which a step must then hold.
+            # A prompt read in two steps rewinds its seeded generator, which vLLM 0.29 cannot do on a CPU: the engine
+            # dies ("CPU Generator does not use offset"). So each is read in one step, which it must then fit into.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(settings.max_num_batched_tokens, settings.max_model_len),
+            "max_num_batched_tokens": max(_BATCHED_TOKENS, settings.max_model_len),
         }
     return AsyncEngineArgs(
         model=settings.model,
@@ -210,40 +201,25 @@ def _engine_args(settings: VllmSettings, layout: Layout) -> "AsyncEngineArgs":
         limit_mm_per_prompt={"image": 1},
         mm_processor_cache_gb=0,  # every picture is new
         enable_prefix_caching=True,  # the instructions are not
-        seed=settings.seed,
-        generation_config="vllm",  # nothing of how answers are drawn comes from the model's folder
+        seed=0,
+        generation_config="vllm",  # ignores sampling defaults in the model's folder
         disable_log_stats=True,
-        **layout.engine_options,
+        **(dict.fromkeys(modes, "mistral") if layout.kind == "mistral" else {}),
         **by_device,
     )
 
 
-def _sampling_params(draw: Draw) -> "SamplingParams":
+def _sampling_params(params: CompletionParams) -> "SamplingParams":
     from vllm import SamplingParams
     from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
     return SamplingParams(
-        seed=draw.seed,
-        temperature=draw.temperature,
-        top_p=draw.top_p,
-        max_tokens=draw.max_tokens,
-        repetition_detection=RepetitionDetectionParams(max_pattern_size=_LONGEST_LOOP, min_count=_TIMES_ROUND),
+        seed=params.seed,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        max_tokens=params.max_tokens,
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=_MAX_LOOP_TOKENS, min_count=_LOOP_REPEATS),
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _completion(output: Any) -> Completion:
-    """RequestFailed for an answer that vLLM gave up."""
-    answer = output.outputs[0]
-    if answer.finish_reason in ("error", "abort"):
-        raise RequestFailed(Failure.ENGINE, answer.finish_reason)
-    return Completion(answer.text, answer.finish_reason, len(output.prompt_token_ids or ()), len(answer.token_ids))
-
-
-def _not_loaded(settings: VllmSettings, error: Exception) -> str:
-    return (
-        f"vLLM could not load {settings.model}: {_line(error)}. Its own words are above, or in Ray's logs; "
-        "often memory (give more GPUs in --tensor-parallel, a lower --at-once or an FP8 checkpoint) or broken files"
     )
 
 

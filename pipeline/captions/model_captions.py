@@ -1,7 +1,7 @@
-"""A model's captions, shard by shard. Runs in a Ray actor; knows nothing of Ray.
+"""Captions of whole shards by a model, in a Ray actor. Knows nothing of Ray.
 
-A thread for each shard reads its rows and hands them over, a few threads decode, and one event loop asks the engine.
-As more pictures are under way than the engine takes, its batch stays full, also where one shard ends.
+One thread per shard reads rows, a few threads decode, and one event loop asks the engine. More pictures are in flight
+than the engine takes at a time, so its batch stays full, also where one shard ends.
 """
 
 import asyncio
@@ -11,307 +11,284 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-import pyarrow as pa
 from PIL import Image
 
-from captioner.answers import RepeatedCaptions
-from captioner.attempts import ENGINE_FAILURES, MODEL_FAILURES, Outcome, caption, from_tags
-from captioner.engines import EngineDied, EngineUnusable, Failure
-from captioner.engines.tags import TagEngine
-from captioner.requests import Answer, Reason, Request
-from captioner.turns import EngineTurns
-from pipeline.captions.costs import Costs
-from pipeline.captions.engine_choice import CaptionSettings, EngineChoice
-from pipeline.captions.partial_captions import Unfinished
-from pipeline.captions.tag_captions import TAG_COLUMNS, ImageShard, caption_row, request_of
+from captioner.answers import repeated_captions
+from captioner.captioning import ENGINE_FAILURES, MODEL_FAILURES, Outcome, caption_image
+from captioner.engine_slots import EngineSlots
+from captioner.engines import EngineDied, EngineFailure, EngineUnusable
+from captioner.engines.tags import TAG_ENGINE, caption_from_tags
+from captioner.requests import CaptionReason, CaptionRequest
+from pipeline.captions.engine_config import CaptionSettings, EngineConfig
+from pipeline.captions.partial_captions import PartialShard
+from pipeline.captions.stats import CaptionStats
+from pipeline.captions.tag_captions import ImageShard, caption_row, read_requests, write_captions
 from pipeline.core.errors import JobStopped
-from pipeline.core.records import CAPTIONS
 from pipeline.pictures.decoder import Refused, decode
 from pipeline.storage.scan import read_pictures
 from pipeline.storage.shards import Store
-from pipeline.tagging.tags import TagReader
 
 Row = dict[str, Any]  # of CAPTIONS
 
-_ROWS_PER_FILE: Final = 256  # of an unfinished shard: what a killed job loses of each
-_MOST_DEATHS: Final = 3  # of engines while they were asked about one picture: then the picture kills them
-_MOST_IN_VAIN: Final = 6  # engines in a row that died before they answered anything
-# More engine failures than this among so many rows: something is wrong that another thousand rows will not mend.
-_JUDGED_ROWS: Final = 1000
-_MOST_FAILURES: Final = 200
-_SHORTEST_SIDE: Final = 16  # pixels: one patch of Pixtral
-_LOOK_UP: Final = 1.0  # seconds between looks whether the job has been stopped
+_ROWS_PER_FILE: Final = 256  # of a partial shard: what a killed job loses at most of each
+_MAX_DEATHS: Final = 3  # of engines while they had the same picture: then it gets the caption of its tags
+_MAX_FUTILE_DEATHS: Final = 6  # of engines in a row that answered nothing
+# The job stops after this many engine failures in so many rows: another thousand rows would not fare better.
+_FAILURE_WINDOW: Final = 1000
+_MAX_FAILURES: Final = 200
+_MIN_SIDE: Final = 16  # pixels: one patch of Pixtral
+_POLL_SECONDS: Final = 1.0  # between checks whether the job was stopped
 _CLOSE_SECONDS: Final = 10.0
-_TAG_WRITER: Final = {"engine": TagEngine.name, "model": TagEngine.model, "prompt_version": TagEngine.prompt_version}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTask:
-    """What every actor of a job needs to know."""
+    """What every worker of a job needs to know."""
 
     dataset: str
     folder: str  # captions, or captions/<name>
-    choice: EngineChoice
+    engine: EngineConfig
     settings: CaptionSettings
     restart_after: int = 0  # pictures; 0: never
     retry_rejected: bool = False
-    threads: int = 2  # that decode
+    threads: int = 2  # for decoding
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A row that is to be captioned."""
+class PendingRow:
+    """A row without a caption yet."""
 
-    request: Request
+    request: CaptionRequest
     picture: bytes
-    drawn_before: int = 0
+    previous_attempts: int = 0
 
 
-class Captioner:
-    """All that an actor holds. Several shards may be captioned at a time, each in a thread of its own."""
+class CaptionWorker:
+    """The state of an actor. It may be called for several shards at a time, each in its own thread."""
 
     def __init__(self, task: CaptionTask) -> None:
-        under_way = task.choice.under_way
+        in_flight = task.engine.max_in_flight
         self.task, self.store = task, Store(task.dataset)
-        self._turns = EngineTurns(task.choice.start, under_way, task.restart_after)
-        self._room = threading.BoundedSemaphore(under_way + max(8, under_way // 4, 2 * task.threads))
+        self._slots = EngineSlots(task.engine.start, in_flight, task.restart_after)
+        self._room = threading.BoundedSemaphore(in_flight + max(8, in_flight // 4, 2 * task.threads))
         self._decoders = ThreadPoolExecutor(task.threads)
-        self._counting = threading.Lock()
-        self._costs = Costs()
-        self._failures: deque[str] = deque(maxlen=_JUDGED_ROWS)  # engine failures, "" for other rows
-        self._stopped = ""  # why
+        self._lock = threading.Lock()  # for the four that follow
+        self._stats = CaptionStats()
+        self._failures: deque[str] = deque(maxlen=_FAILURE_WINDOW)  # engine failures, "" for other rows
+        self._stopped = ""  # reason
         self._working = 0  # shards
-        self._suspects = asyncio.Lock()
-        self._in_vain = 0  # engines that died since one last answered
+        self._one_suspect = asyncio.Lock()
+        self._futile_deaths = 0  # of engines since one last answered
         self._loop = asyncio.new_event_loop()
-        self._looping = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._looping.start()
+        self._loop_thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._loop_thread.start()
 
     def __call__(self, part: ImageShard) -> None:
-        """Write <folder>/<shard>: the rows of images/<shard>, in their order. What is finished is kept whatever
-        happens: the next call for the same shard goes on from there."""
-        with self._counting:
+        """Write <folder>/<shard>: the rows of images/<shard> in their order. Finished rows are kept whatever happens:
+        the next call for the same shard continues from there."""
+        with self._lock:
             self._working += 1
         try:
             self._caption_shard(part)
         finally:
-            with self._counting:
+            with self._lock:
                 self._working -= 1
 
     def _caption_shard(self, part: ImageShard) -> None:
         task, name = self.task, f"{self.task.folder}/{part.shard}.parquet"
-        made_from = task.settings.made_from(part.digest)
-        unfinished = Unfinished(self.store, f"{task.folder}/partial/{part.shard}", CAPTIONS, made_from)
-        posts = self.store.read_table(f"images/{part.shard}.parquet", TAG_COLUMNS).to_pylist()
-        reader = TagReader()
-        requests = [request_of(post, reader) for post in posts]
-        before = self._finished_before(name, made_from)
-        drawn_before = {id: row["attempts"] or 0 for id, row in before.items()}
-        # Rows of no more attempts than the finished ones: a job was killed after it wrote these, before it cleared up.
-        later = {id: row for id, row in unfinished.read().items() if row["attempts"] > drawn_before.get(id, -1)}
+        provenance = task.settings.provenance(part.digest)
+        partial = PartialShard(self.store, f"{task.folder}/partial/{part.shard}", provenance)
+        requests = read_requests(self.store, part.shard)
+        before = self._rows_to_retry(name, provenance)
+        attempts = {id: row["attempts"] or 0 for id, row in before.items()}
+        # A job killed after it wrote the shard may have left partial rows that have no more attempts than the shard's.
+        later = {id: row for id, row in partial.read().items() if row["attempts"] > attempts.get(id, -1)}
         rows = {id: row for id, row in before.items() if row["reason"] not in MODEL_FAILURES} | later
-        with self._counting:
-            self._costs.rows += len(rows)
-            self._costs.kept += len(rows)
-        fresh: list[Row] = []
+        with self._lock:
+            self._stats.rows += len(rows)
+            self._stats.kept += len(rows)
+        unwritten: list[Row] = []
 
         def keep(outcome: Outcome) -> None:
-            fresh.append(row := caption_row(outcome, task.settings))
+            unwritten.append(row := caption_row(outcome, task.settings))
             rows[row["id"]] = row
-            if len(fresh) == _ROWS_PER_FILE:
-                unfinished.write(fresh)
-                fresh.clear()
+            if len(unwritten) == _ROWS_PER_FILE:
+                partial.write(unwritten)
+                unwritten.clear()
 
         try:
             todo = {number: request for number, request in enumerate(requests) if request.id not in rows}
-            self.answer(with_pictures(self.store, part.shard, todo, drawn_before), keep)
+            self.caption_rows(read_pending(self.store, part.shard, todo, attempts), keep)
         except BaseException:
-            unfinished.write(fresh)
+            partial.write(unwritten)
             raise
-        final = without_repeated([rows[request.id] for request in requests], requests)
+        final = replace_repeated([rows[request.id] for request in requests], requests)
         asked = {request.id for request in todo.values()}
-        repeated = sum(row["reason"] == Reason.REPEATED for row in final if row["id"] in asked)
-        if repeated:
-            with self._counting:  # only now: their captions were good until all were known
-                self._costs.rejected[str(Reason.REPEATED)] += repeated
-        table = pa.RecordBatch.from_pylist(final, CAPTIONS)
-        self.store.write_table(name, table, CAPTIONS, made_from=json.dumps(made_from))
-        unfinished.remove()
+        repeated = sum(row["reason"] == CaptionReason.REPEATED for row in final if row["id"] in asked)
+        with self._lock:  # only now: a repeated caption is known once all rows are
+            self._stats.rejected += Counter({str(CaptionReason.REPEATED): repeated})
+        write_captions(self.store, name, final, provenance)
+        partial.remove()
 
-    def answer(self, waiting: Iterable[Waiting], keep: Callable[[Outcome], None]) -> None:
-        """Caption these rows; `keep` gets each, in the order in which they are finished, and also all that are finished
-        when this ends in an exception.
+    def _rows_to_retry(self, name: str, provenance: Mapping[str, str]) -> dict[str, Row]:
+        """All rows of the finished shard by id, if the job retries its rejected ones."""
+        if not self.task.retry_rejected or not self.store.exists(name):
+            return {}
+        if json.loads(self.store.metadata(name).get("made_from", "{}")) != provenance:
+            return {}
+        return {row["id"]: row for row in self.store.read_table(name).to_pylist()}
 
-        JobStopped where the engine is unusable, fails too often, or dies again and again without an answer.
+    def caption_rows(self, pending: Iterable[PendingRow], keep: Callable[[Outcome], None]) -> None:
+        """Caption these rows. `keep` gets each outcome as it finishes, also those that have finished when this raises.
+
+        Raises JobStopped if the engine is unusable, fails too often, or dies again and again without an answer.
         """
         finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
-        under_way: set[Future[Outcome]] = set()
+        in_flight: set[Future[Outcome]] = set()
 
-        def done(future: Future[Outcome]) -> None:
+        def on_done(future: Future[Outcome]) -> None:
             self._room.release()
             finished.put(future)
 
         def take(future: Future[Outcome]) -> None:
-            under_way.discard(future)
+            in_flight.discard(future)
             keep(future.result())
 
         try:
-            with self._reading():
-                for row in waiting:
-                    while not self._room.acquire(timeout=_LOOK_UP):
-                        self._check_going()
-                    future = asyncio.run_coroutine_threadsafe(self._answer(row), self._loop)
-                    under_way.add(future)
-                    future.add_done_callback(done)
+            with ExitStack() as reading:
+                self._loop.call_soon_threadsafe(self._slots.add, "reading", 1)
+                reading.callback(self._loop.call_soon_threadsafe, self._slots.add, "reading", -1)
+                for row in pending:
+                    while not self._room.acquire(timeout=_POLL_SECONDS):
+                        self._raise_if_stopped()
+                    future = asyncio.run_coroutine_threadsafe(self._caption(row), self._loop)
+                    in_flight.add(future)
+                    future.add_done_callback(on_done)
                     while not finished.empty():
                         take(finished.get())
-                    self._check_going()
-            while under_way:
+                    self._raise_if_stopped()
+            while in_flight:
                 try:
-                    take(finished.get(timeout=_LOOK_UP))
+                    take(finished.get(timeout=_POLL_SECONDS))
                 except Empty:
-                    self._check_going()
+                    self._raise_if_stopped()
         except EngineUnusable as error:
             self._stopped = str(error)
             raise JobStopped(str(error)) from error
         finally:
-            for future in under_way:
+            for future in in_flight:
                 future.cancel()
-            for future in list(under_way):
+            for future in list(in_flight):
                 if future.done() and not future.cancelled() and not future.exception():
                     take(future)
 
-    @property
-    def seconds_starting(self) -> float:
-        """What starting the engine has taken."""
-        return self._turns.seconds_starting
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise JobStopped(self._stopped)
 
-    def report(self) -> Costs:
+    def report(self) -> CaptionStats:
         """What was done until now."""
-        waits = asyncio.run_coroutine_threadsafe(self._waits(), self._loop).result()
-        with self._counting:
+        waits = asyncio.run_coroutine_threadsafe(self._slots.wait_times(), self._loop).result()
+        with self._lock:
             return replace(
-                self._costs,
-                rejected=Counter(self._costs.rejected),
-                waited_for_pictures=waits[0],
-                waited_for_engine=waits[1],
-                engines_started=self._turns.started,
+                self._stats,
+                rejected=Counter(self._stats.rejected),
+                waited_for_pictures=waits.for_pictures,
+                waited_for_engine=waits.for_engine,
+                engines_started=self._slots.engines_started,
+                seconds_starting=self._slots.seconds_starting,
             )
 
     def close(self) -> None:
-        """End the engine; shards that are under way keep what they have and fail."""
+        """End the engine. Calls in progress keep their finished rows and raise JobStopped."""
         self._stopped = self._stopped or "the job was stopped"
         until = time.monotonic() + _CLOSE_SECONDS
         while self._working and time.monotonic() < until:
             time.sleep(0.05)
-        asyncio.run_coroutine_threadsafe(self._turns.close(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._slots.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._looping.join(timeout=_CLOSE_SECONDS)
-        if not self._looping.is_alive():
+        self._loop_thread.join(timeout=_CLOSE_SECONDS)
+        if not self._loop_thread.is_alive():
             self._loop.close()
 
-    def _finished_before(self, name: str, made_from: Mapping[str, str]) -> dict[str, Row]:
-        """Rows by id of the finished shard, where its rejected ones are to be asked again."""
-        if not self.task.retry_rejected or not self.store.exists(name):
-            return {}
-        if json.loads(self.store.metadata(name).get("made_from", "{}")) != made_from:
-            return {}
-        return {row["id"]: row for row in self.store.read_table(name).to_pylist()}
-
-    async def _answer(self, row: Waiting) -> Outcome:
+    async def _caption(self, row: PendingRow) -> Outcome:
         image = await self._loop.run_in_executor(self._decoders, prepare, row.picture, self.task.settings.max_side)
         if isinstance(image, Refused):
-            outcome = Outcome(from_tags(row.request, image.reason.value))
+            outcome = Outcome(caption_from_tags(row.request, image.reason.value))
         else:
             outcome = await self._ask(row, image)
-        self._count(outcome, row.drawn_before)
+        self._count(outcome, row.previous_attempts)
         return outcome
 
-    async def _ask(self, row: Waiting, image: Image.Image) -> Outcome:
-        """Rows that were under way when an engine died are suspects, and asked again one at a time: the one that kills
-        engines is then found out, and gets the tags' caption, while the others among them are captioned."""
+    async def _ask(self, row: PendingRow, image: Image.Image) -> Outcome:
+        """Rows that were in flight when an engine died are retried one at a time. This finds the row that kills them,
+        which gets a caption from its tags."""
         try:
             return await self._ask_once(row, image)
         except EngineDied:
             pass
-        for _ in range(_MOST_DEATHS - 1):
-            async with self._suspects:
+        for _ in range(_MAX_DEATHS - 1):
+            async with self._one_suspect:
                 try:
                     return await self._ask_once(row, image)
                 except EngineDied:
                     continue
-        return Outcome(from_tags(row.request, Failure.DIED), row.drawn_before + _MOST_DEATHS)
+        return Outcome(caption_from_tags(row.request, EngineFailure.DIED), row.previous_attempts + _MAX_DEATHS)
 
-    async def _ask_once(self, row: Waiting, image: Image.Image) -> Outcome:
-        choice, settings = self.task.choice, self.task.settings
-        async with self._turns.turn() as (engine, number):
+    async def _ask_once(self, row: PendingRow, image: Image.Image) -> Outcome:
+        settings = self.task.settings
+        async with self._slots.acquire() as (engine, number):
             try:
-                outcome = await caption(
-                    row.request, image, engine, settings.sampling, settings.prompt_version, choice.patience,
-                    row.drawn_before,
+                outcome = await caption_image(
+                    row.request, image, engine, settings.sampling, settings.prompt_version,
+                    self.task.engine.attempt_timeout, row.previous_attempts,
                 )  # fmt: skip
             except EngineDied as error:
-                self._in_vain += self._turns.lost(number)
-                if self._in_vain > _MOST_IN_VAIN:
+                self._futile_deaths += self._slots.mark_dead(number)
+                if self._futile_deaths > _MAX_FUTILE_DEATHS:
                     raise EngineUnusable(
-                        f"{self._in_vain} engines in a row died before they answered anything ({error}); often memory: "
-                        "give a lower --at-once or --max-side, and run the same command again"
+                        f"{self._futile_deaths} engines in a row died before they answered anything ({error}); often "
+                        "they lack memory: give a lower --at-once or --max-side, and run the same command again"
                     ) from error
                 raise
-        self._in_vain = 0
+        self._futile_deaths = 0
         return outcome
 
-    def _count(self, outcome: Outcome, drawn_before: int) -> None:
+    def _count(self, outcome: Outcome, previous_attempts: int) -> None:
         reason = outcome.answer.reason
-        with self._counting:
-            self._costs.rows += 1
-            self._costs.attempts += max(0, outcome.attempts - drawn_before)
-            self._costs.tokens_in += outcome.tokens_in
-            self._costs.tokens_out += outcome.tokens_out
+        with self._lock:
+            self._stats.rows += 1
+            self._stats.attempts += max(0, outcome.attempts - previous_attempts)
+            self._stats.tokens_in += outcome.tokens_in
+            self._stats.tokens_out += outcome.tokens_out
             if reason:
-                self._costs.rejected[str(reason)] += 1
+                self._stats.rejected[str(reason)] += 1
             self._failures.append(str(reason) if reason in ENGINE_FAILURES else "")
-            failed = Counter(filter(None, self._failures))
-            if failed.total() > _MOST_FAILURES:
-                [(most, _)], judged = failed.most_common(1), len(self._failures)
+            failures = Counter(filter(None, self._failures))
+            if failures.total() > _MAX_FAILURES:
+                [(most_frequent, _)] = failures.most_common(1)
                 self._stopped = self._stopped or (
-                    f"the engine failed on {failed.total()} of the last {judged} rows, mostly: {most}; see to it and "
-                    "run the same command again (and at the end once with --retry-rejected)"
+                    f"the engine failed on {failures.total()} of the last {len(self._failures)} rows, mostly: "
+                    f"{most_frequent}; fix it, run the same command again, and once more with --retry-rejected"
                 )
 
-    async def _waits(self) -> tuple[float, float]:
-        waits = self._turns.waits()
-        return waits.pictures, waits.engine
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        self._loop.call_soon_threadsafe(self._turns.feed, 1)
-        try:
-            yield
-        finally:
-            self._loop.call_soon_threadsafe(self._turns.feed, -1)
-
-    def _check_going(self) -> None:
-        if self._stopped:
-            raise JobStopped(self._stopped)
-
-
-def with_pictures(
-    store: Store, shard: str, requests: Mapping[int, Request], drawn_before: Mapping[str, int]
-) -> Iterator[Waiting]:
-    """Some rows of a shard, by their number, which grows."""
+def read_pending(
+    store: Store, shard: str, requests: Mapping[int, CaptionRequest], attempts: Mapping[str, int]
+) -> Iterator[PendingRow]:
+    """Rows of a shard with their pictures. `requests` by row number, in ascending order; previous attempts by id."""
     for number, picture in read_pictures(store, f"images/{shard}.parquet", list(requests)):
         request = requests[number]
-        yield Waiting(request, picture, drawn_before.get(request.id, 0))
+        yield PendingRow(request, picture, attempts.get(request.id, 0))
 
 
 def prepare(data: bytes, max_side: int) -> Image.Image | Refused:
-    """As the engine takes it: RGB, the longer side at most max_side pixels, no side shorter than a patch."""
+    """The picture for the engine: RGB, the longer side at most `max_side` pixels, each side at least a patch."""
     picture = decode(data)
     if isinstance(picture, Refused):
         return picture
@@ -319,20 +296,15 @@ def prepare(data: bytes, max_side: int) -> Image.Image | Refused:
     scale = max_side / max(image.size)
     if scale >= 1:
         return image
-    width, height = (max(_SHORTEST_SIDE, round(side * scale)) for side in image.size)
+    width, height = (max(_MIN_SIDE, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def without_repeated(rows: list[Row], requests: Sequence[Request]) -> list[Row]:
-    """The rows of a shard, those whose caption the model gave to many pictures with the tags' caption instead."""
-    seen = RepeatedCaptions()
-    for row in rows:
-        if row["reason"] is None:
-            seen.check(Answer(row["id"], row["caption"], None))
-    repeated = seen.repeated()
+def replace_repeated(rows: list[Row], requests: Sequence[CaptionRequest]) -> list[Row]:
+    """The rows of a shard, in which captions that the model gave to many pictures are replaced by those of the tags."""
+    repeated = repeated_captions({row["id"]: row["caption"] for row in rows if row["reason"] is None})
+    replaced = {"reason": str(CaptionReason.REPEATED), "notes": [], **TAG_ENGINE}
     return [
-        row | _TAG_WRITER | {"caption": from_tags(request, "").caption, "reason": str(Reason.REPEATED), "notes": []}
-        if row["id"] in repeated
-        else row
+        row | replaced | {"caption": caption_from_tags(request).caption} if row["id"] in repeated else row
         for row, request in zip(rows, requests, strict=True)
     ]

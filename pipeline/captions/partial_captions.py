@@ -1,4 +1,4 @@
-"""Finished rows of a shard that is not finished: files of some hundred rows each: a killed job loses no more."""
+"""Finished rows of an unfinished shard, in files of a few hundred rows: a killed job loses no more than one file."""
 
 import json
 import os
@@ -8,40 +8,36 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.storage.fingerprints import MadeFrom
+from pipeline.captions.tag_captions import write_captions
+from pipeline.storage.fingerprints import Provenance
 from pipeline.storage.shards import Store
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """The files of one shard, in a folder of its own. Each tells what it was made from."""
+class PartialShard:
+    """The files of one shard, in a folder that has no others. The metadata of each says what it was made from."""
 
     store: Store
     folder: str
-    schema: pa.Schema
-    made_from: MadeFrom
+    provenance: Provenance
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Rows by id. Files that were made from something else are removed."""
+        """Rows by id. Removes files with another provenance."""
         rows: dict[str, dict[str, Any]] = {}
         for name in (f"{self.folder}/{file}.parquet" for file in self.store.shards(self.folder)):
-            if json.loads(self.store.metadata(name).get("made_from", "{}")) == self.made_from:
+            if json.loads(self.store.metadata(name).get("made_from", "{}")) == self.provenance:
                 rows |= {row["id"]: row for row in self.store.read_table(name).to_pylist()}
             else:
                 self.store.remove(name)
         return rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """One more file; nothing for no rows."""
+        """Write one more file, unless there are no rows."""
         if rows:
-            table = pa.RecordBatch.from_pylist(rows, self.schema)
-            made = json.dumps(self.made_from)
-            self.store.write_table(f"{self.folder}/{uuid.uuid4().hex}.parquet", table, self.schema, made_from=made)
+            write_captions(self.store, f"{self.folder}/{uuid.uuid4().hex}.parquet", rows, self.provenance)
 
     def remove(self) -> None:
-        """All files, and what a killed process left half written."""
+        """Remove all files, and the temporary files of killed processes."""
         for file in self.store.shards(self.folder):
             self.store.remove(f"{self.folder}/{file}.parquet")
         if not self.store.is_remote:

@@ -1,5 +1,7 @@
-"""One shard of images -> one shard of captions that are put together from the tags. Runs in a Ray task; knows nothing
-of Ray. What a row of captions is, is said here for a model's captions too."""
+"""Captions of one image shard from its tags, in a Ray task; and the row of a caption, also of a model's.
+
+Knows nothing of Ray.
+"""
 
 import json
 from collections import Counter
@@ -8,11 +10,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from captioner.attempts import Outcome
-from captioner.engines.tags import TagEngine
-from captioner.requests import Request
-from pipeline.captions.engine_choice import CaptionSettings
+from captioner.captioning import Outcome
+from captioner.engines.tags import TAG_ENGINE, caption_from_tags
+from captioner.requests import CaptionRequest
+from pipeline.captions.engine_config import CaptionSettings
 from pipeline.core.records import CAPTIONS, TAG_CATEGORIES
+from pipeline.storage.fingerprints import Provenance
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
 
@@ -29,36 +32,46 @@ class ImageShard:
 
 
 def caption_shard(part: ImageShard, dataset: str, folder: str) -> Counter[str]:
-    """Write <folder>/<shard>: the rows of images/<shard>, in their order, each with a caption or the reason for having
-    none. How many were "captioned", and were not for which reason."""
+    """Write <folder>/<shard>: the rows of images/<shard> in their order, each with a caption or the reason why there is
+    none. Returns the number of rows that are "captioned", and of others by reason."""
     store = Store(dataset)
-    images = store.read_table(f"images/{part.shard}.parquet", TAG_COLUMNS).to_pylist()
-    reader = TagReader()
-    answers = TagEngine().caption([request_of(row, reader) for row in images])
-    rows = [caption_row(Outcome(answer)) for answer in answers]
-    table = pa.RecordBatch.from_pylist(rows, CAPTIONS)
-    made = json.dumps({"images": part.digest})
-    store.write_table(f"{folder}/{part.shard}.parquet", table, CAPTIONS, made_from=made)
+    rows = [caption_row(Outcome(caption_from_tags(request))) for request in read_requests(store, part.shard)]
+    write_captions(store, f"{folder}/{part.shard}.parquet", rows, {"images": part.digest})
     return Counter(row["reason"] or "captioned" for row in rows)
 
 
-def request_of(row: dict[str, Any], reader: TagReader) -> Request:
-    """Of a row of IMAGES."""
-    return Request(row["id"], reader.text_parts({category: row[f"tags_{category}"] for category in TAG_CATEGORIES}))
+def read_requests(store: Store, shard: str) -> list[CaptionRequest]:
+    """The requests for all rows of an image shard."""
+    reader = TagReader()
+    rows = store.read_table(f"images/{shard}.parquet", TAG_COLUMNS).to_pylist()
+    return [request_from_row(row, reader) for row in rows]
+
+
+def request_from_row(row: dict[str, Any], reader: TagReader) -> CaptionRequest:
+    """The request for a row of IMAGES."""
+    parts = reader.text_parts({category: row[f"tags_{category}"] for category in TAG_CATEGORIES})
+    return CaptionRequest(row["id"], parts)
+
+
+def write_captions(store: Store, name: str, rows: list[dict[str, Any]], provenance: Provenance) -> None:
+    table = pa.RecordBatch.from_pylist(rows, CAPTIONS)
+    store.write_table(name, table, CAPTIONS, made_from=json.dumps(provenance))
 
 
 def caption_row(outcome: Outcome, settings: CaptionSettings | None = None) -> dict[str, Any]:
-    """A row of CAPTIONS. `settings` are those of the model that was asked, if one was: the caption is its own where it
-    was not refused."""
+    """A row of CAPTIONS. `settings` are those of the model that was asked, if any; the caption is the model's unless it
+    has a reason."""
     answer = outcome.answer
-    own = settings is not None and answer.reason is None
+    made_by: dict[str, str] = TAG_ENGINE
+    if settings and answer.reason is None:
+        made_by = {
+            "engine": settings.engine, "model": settings.model, "prompt_version": settings.prompt_version,
+        }  # fmt: skip
     return {
         "id": answer.id,
         "caption": answer.caption,
         "reason": None if answer.reason is None else str(answer.reason),
-        "engine": settings.engine if settings and own else TagEngine.name,
-        "model": settings.model if settings and own else TagEngine.model,
-        "prompt_version": settings.prompt_version if settings and own else TagEngine.prompt_version,
+        **made_by,
         "attempts": outcome.attempts if settings else None,
         "finish_reason": outcome.finish_reason,
         "tokens_in": outcome.tokens_in if settings else None,

@@ -28,12 +28,13 @@ import pyarrow as pa
 from memory import watching
 from PIL import Image
 
-from captioner.engines import Draw
 from captioner.engines.vllm import VllmSettings, _engine_args, _sampling_params
-from captioner.prompts import TEMPLATES, Sampling, layout_of, prompt_for
-from pipeline.captions.engine_choice import CaptionSettings, EngineChoice
-from pipeline.captions.model_captions import Captioner, CaptionTask, prepare
-from pipeline.captions.tag_captions import TAG_COLUMNS, ImageShard, request_of
+from captioner.prompt_layout import detect_layout
+from captioner.prompts import TEMPLATES, build_prompt
+from captioner.sampling import Sampling
+from pipeline.captions.engine_config import CaptionSettings, EngineConfig
+from pipeline.captions.model_captions import CaptionTask, CaptionWorker, prepare
+from pipeline.captions.tag_captions import TAG_COLUMNS, ImageShard, request_from_row
 from pipeline.core.records import IMAGES, TAG_CATEGORIES
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
@@ -119,8 +120,8 @@ def plain(folder: Path) -> Callable[[str], object]:
     from vllm import LLM
 
     settings = VllmSettings(model=str(folder / "model"), max_num_seqs=AT_ONCE)
-    arguments = asdict(_engine_args(settings, layout_of(settings.model)))
-    defaults = asdict(type(_engine_args(settings, layout_of(settings.model)))(model=settings.model))
+    arguments = asdict(_engine_args(settings, detect_layout(settings.model)))
+    defaults = asdict(type(_engine_args(settings, detect_layout(settings.model)))(model=settings.model))
     given = {name: value for name, value in arguments.items() if value != defaults[name] or name == "model"}
     llm = LLM(**given)
     version = next(reversed(TEMPLATES))
@@ -130,8 +131,8 @@ def plain(folder: Path) -> Callable[[str], object]:
         table = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "image"]).to_pylist()
         chats, draws = [], []
         for row in table:
-            request = request_of(row, reader)
-            prompt = prompt_for(request, version)
+            request = request_from_row(row, reader)
+            prompt = build_prompt(request, version)
             picture = prepare(row["image"], 768)
             content = [
                 {"type": "text", "text": prompt.instructions},
@@ -139,7 +140,7 @@ def plain(folder: Path) -> Callable[[str], object]:
                 {"type": "text", "text": prompt.hints},
             ]
             chats.append([{"role": "user", "content": content}])
-            draws.append(_sampling_params(Draw.of(SAMPLING, request.id, 0)))
+            draws.append(_sampling_params(SAMPLING.params(request.id, 0)))
         return llm.chat(chats, draws, use_tqdm=False)
 
     return caption
@@ -151,8 +152,8 @@ def ours(folder: Path) -> Callable[[str], object]:
     settings = CaptionSettings(
         engine="vllm", model="tiny", prompt_version=next(reversed(TEMPLATES)), sampling=SAMPLING, max_side=768
     )
-    choice = EngineChoice(engine="vllm", model=str(folder / "model"), at_once=AT_ONCE)
-    captioner = Captioner(CaptionTask(dataset=store.root, folder="captions", choice=choice, settings=settings))
+    engine = EngineConfig(engine="vllm", model=str(folder / "model"), concurrency=AT_ONCE)
+    captioner = CaptionWorker(CaptionTask(dataset=store.root, folder="captions", engine=engine, settings=settings))
 
     return lambda shard: captioner(ImageShard(shard, store.rows(f"images/{shard}.parquet"), ""))
 

@@ -282,8 +282,8 @@ def test_without_the_token_no_job_is_submitted(cluster: Cluster, settings: dict[
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({}, "or it wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, "or it wants its token"),
+        ({}, "or it requires its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, "or it requires its token"),
         ({"RAY_AUTH_MODE": "token"}, "no authentication token was found; set RAY_AUTH_MODE=token and"),
         ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "is a dashboard: submit the job to it (ray job submit"),
     ],
@@ -368,7 +368,7 @@ def test_a_data_job_that_is_stopped_keeps_its_shards_and_the_same_command_goes_o
     assert "stopped; run the same command to go on" in stopped, stopped
     assert cluster.jobs()["stopped"]["status"] == "STOPPED"
     assert 0 < len(kept) < len(shards(cluster, "images"))
-    assert f"{len(shards(cluster, 'images'))} shards of images, {len(kept)} of them captioned before" in again
+    assert f"{len(shards(cluster, 'images'))} image shards, {len(kept)} already captioned" in again
     assert shards(cluster, "captions").items() >= kept.items()
     assert shards(cluster, "captions").keys() == shards(cluster, "images").keys()
 
@@ -386,7 +386,7 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / name / "big").open("wb") as file:
             file.truncate(600 << 20)  # more than Ray takes
     engine = folder / "captioner" / "engines" / "tags.py"
-    changed = engine.read_text().replace('name = "tags"', 'name = "tags of the laptop"')
+    changed = engine.read_text().replace('"engine": "tags"', '"engine": "tags of the laptop"')
     assert changed != engine.read_text()
     engine.write_text(changed)
     return folder

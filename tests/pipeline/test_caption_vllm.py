@@ -20,8 +20,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captioner.attempts import MODEL_FAILURES
-from captioner.engines import KEY
+from captioner.captioning import MODEL_FAILURES
+from captioner.engines import API_KEY_VARIABLE
 from pipeline.core.records import IMAGES, TAG_CATEGORIES
 from pipeline.storage.shards import Store
 
@@ -55,7 +55,7 @@ def command(root: Path, *more: object) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
         "args": [sys.executable, "pipeline/caption.py", "--dataset", str(root), "--max-side", "64", *map(str, more)],
-        "cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT), KEY: "secret"}, "text": True,
+        "cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT), API_KEY_VARIABLE: "secret"}, "text": True,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What an actor does, without Ray: engines that die, that cannot start, that are asked by two shards at a time."""
+"""A caption worker without Ray: engines that die or cannot start, resumed shards, two shards at a time."""
 
 import asyncio
 import io
@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captioner.engines import Completion, Draw, EngineDied, EngineUnusable
-from captioner.prompts import PROMPT_VERSION, Prompt, Sampling
-from pipeline.captions.engine_choice import CaptionSettings, EngineChoice
-from pipeline.captions.model_captions import Captioner, CaptionTask, prepare
-from pipeline.captions.partial_captions import Unfinished
+from captioner.engines import Completion, EngineDied, EngineFailure, EngineUnusable, RequestFailed
+from captioner.prompts import PROMPT_VERSION, Prompt
+from captioner.sampling import CompletionParams, Sampling
+from pipeline.captions.engine_config import CaptionSettings, EngineConfig
+from pipeline.captions.model_captions import CaptionTask, CaptionWorker, prepare
+from pipeline.captions.partial_captions import PartialShard
 from pipeline.captions.tag_captions import ImageShard
 from pipeline.captions.trial import spread
 from pipeline.core.errors import JobStopped
@@ -33,20 +34,21 @@ SETTINGS = CaptionSettings(
 
 @dataclass
 class Script:
-    """What all engines of a test do."""
+    """What all engines of a test do, and what they were asked."""
 
     seconds: float = 0.0
     dies: set[str] = field(default_factory=set)  # on pictures with these hints
-    deaths: int = 1000  # and then no more
+    deaths: int = 1000  # at most
+    refuses: bool = False  # every request
     unusable: bool = False
     started: int = 0
-    under_way: int = 0
+    in_flight: int = 0
     most: int = 0
     asked: Counter[str] = field(default_factory=Counter)  # by hint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scripted(EngineChoice):
+class Scripted(EngineConfig):
     script: Script
 
     async def start(self) -> Any:
@@ -62,20 +64,22 @@ class ScriptedEngine:
     def __init__(self, script: Script) -> None:
         self.script, self.dead = script, False
 
-    async def complete(self, prompt: Prompt, image: Image.Image, draw: Draw) -> Completion:
+    async def complete(self, prompt: Prompt, image: Image.Image, params: CompletionParams) -> Completion:
         script = self.script
         hint = prompt.hints.rpartition("Seen: ")[2].rstrip(".")
         script.asked[hint] += 1
-        script.under_way += 1
-        script.most = max(script.most, script.under_way)
+        script.in_flight += 1
+        script.most = max(script.most, script.in_flight)
         try:
             await asyncio.sleep(script.seconds)
         finally:
-            script.under_way -= 1
+            script.in_flight -= 1
         if (hint in script.dies and script.deaths) or self.dead:
             script.deaths -= not self.dead
             self.dead = True
             raise EngineDied("gone")
+        if script.refuses:
+            raise RequestFailed(EngineFailure.REFUSED, "told to")
         return Completion(f"A girl stands in a field at night and points at {hint} above.", "stop", 10, 5)
 
     async def close(self) -> None:
@@ -83,7 +87,7 @@ class ScriptedEngine:
 
 
 def star(shard: str, number: int) -> str:
-    """In letters: captions that differ in digits alone are the same."""
+    """A hint without digits, because captions that differ only in digits count as repeated."""
     return f"star {shard}{'bcdfghjklm'[number // 10]}o{'bcdfghjklm'[number % 10]}o"
 
 
@@ -110,12 +114,12 @@ def write_images(store: Store, shard: str, count: int) -> ImageShard:
     return ImageShard(shard, count, f"digest of {shard}")
 
 
-def captioner(store: Store, script: Script, at_once: int = 8, retry_rejected: bool = False) -> Captioner:
-    choice = Scripted(engine="scripted", model="none", at_once=at_once, script=script)
+def worker(store: Store, script: Script, concurrency: int = 8, retry_rejected: bool = False) -> CaptionWorker:
+    engine = Scripted(engine="scripted", model="none", concurrency=concurrency, script=script)
     task = CaptionTask(
-        dataset=store.root, folder="captions", choice=choice, settings=SETTINGS, retry_rejected=retry_rejected
+        dataset=store.root, folder="captions", engine=engine, settings=SETTINGS, retry_rejected=retry_rejected
     )
-    return Captioner(task)
+    return CaptionWorker(task)
 
 
 def finished(store: Store, shard: str) -> list[tuple[str, str, str | None]]:
@@ -136,17 +140,17 @@ def kept(store: Store, shard: str) -> Iterator[str]:
 
 def test_a_shard_survives_two_deaths_of_its_engine_on_one_picture(store: Store) -> None:
     part, script = write_images(store, "a", 30), Script(seconds=0.002, dies={star("a", 9)}, deaths=2)
-    work = captioner(store, script)
+    work = worker(store, script)
     work(part)
     assert finished(store, "a") == expected("a", 30)
     assert (script.started, work.report().engines_started) == (3, 3)
     work.close()
 
 
-@pytest.mark.parametrize("at_once", [1, 8, 30])
-def test_a_picture_that_kills_its_engine_every_time_costs_its_own_row_alone(store: Store, at_once: int) -> None:
+@pytest.mark.parametrize("concurrency", [1, 30])
+def test_a_picture_that_always_kills_its_engine_costs_only_its_own_row(store: Store, concurrency: int) -> None:
     part, script = write_images(store, "a", 30), Script(seconds=0.002, dies={star("a", 9), star("a", 20)})
-    work = captioner(store, script, at_once)
+    work = worker(store, script, concurrency)
     work(part)
     rows, good = finished(store, "a"), expected("a", 30)
     for number in (9, 20):
@@ -158,18 +162,18 @@ def test_a_picture_that_kills_its_engine_every_time_costs_its_own_row_alone(stor
 
 
 @pytest.mark.parametrize("store", ["local", "s3"], indirect=True)
-def test_engines_that_die_without_an_answer_stop_the_job_which_goes_on_from_there_later(store: Store) -> None:
+def test_engines_that_die_without_an_answer_stop_the_job_and_a_later_one_continues(store: Store) -> None:
     part = write_images(store, "a", 60)
     script = Script(seconds=0.002, dies={star("a", number) for number in range(20, 60)})
     with pytest.raises(
         JobStopped, match=r"^7 engines in a row died before they answered anything \(gone\); .*--at-once"
     ):
-        captioner(store, script, at_once=2)(part)
+        worker(store, script, concurrency=2)(part)
     done = set(kept(store, "a"))
     assert len(done) >= 20
     script.dies.clear()
     script.asked.clear()
-    work = captioner(store, script)
+    work = worker(store, script)
     work(part)
     after = dict(zip((f"a:{number}" for number in range(60)), finished(store, "a"), strict=True))
     assert {after[id] for id in after.keys() - done} <= set(expected("a", 60))
@@ -177,21 +181,21 @@ def test_engines_that_die_without_an_answer_stop_the_job_which_goes_on_from_ther
     work.close()
 
 
-def test_what_a_job_killed_at_its_very_end_left_does_not_count_as_asked_again(
+def test_partial_rows_left_by_a_job_that_was_killed_at_its_end_are_no_retries(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.captions.model_captions._ROWS_PER_FILE", 10)
     part, script = write_images(store, "a", 10), Script(dies={star("a", 4)})
     with monkeypatch.context() as killed:
-        killed.setattr(Unfinished, "remove", lambda self: None)
-        work = captioner(store, script)
+        killed.setattr(PartialShard, "remove", lambda self: None)
+        work = worker(store, script)
         work(part)
         work.close()
     assert finished(store, "a")[4][2] == "engine died on the picture"
     assert len(list(kept(store, "a"))) == 10
     script.dies.clear()
     script.asked.clear()
-    work = captioner(store, script, retry_rejected=True)
+    work = worker(store, script, retry_rejected=True)
     work(part)
     assert script.asked == {star("a", 4): 1}
     assert finished(store, "a") == expected("a", 10)
@@ -199,16 +203,27 @@ def test_what_a_job_killed_at_its_very_end_left_does_not_count_as_asked_again(
     work.close()
 
 
-def test_an_engine_that_cannot_start_stops_the_job_with_its_own_line(store: Store) -> None:
+def test_an_engine_that_cannot_start_stops_the_job_with_its_message(store: Store) -> None:
     part = write_images(store, "a", 5)
     with pytest.raises(JobStopped, match=r"^no weights: fetch them$"):
-        captioner(store, Script(unusable=True))(part)
+        worker(store, Script(unusable=True))(part)
     assert not store.exists("captions/a.parquet")
 
 
-def test_what_is_finished_is_kept_when_the_job_is_stopped(store: Store) -> None:
+def test_an_engine_that_fails_on_too_many_rows_stops_the_job(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.captions.model_captions._MAX_FAILURES", 20)
+    part = write_images(store, "a", 80)
+    with pytest.raises(
+        JobStopped, match=r"^the engine failed on 21 of the last 21 rows, mostly: engine refused the request; fix it"
+    ):
+        worker(store, Script(refuses=True))(part)
+    assert len(list(kept(store, "a"))) > 10
+    assert not store.exists("captions/a.parquet")
+
+
+def test_finished_rows_are_kept_when_the_job_is_stopped(store: Store) -> None:
     part, script = write_images(store, "a", 100), Script(seconds=0.05)
-    work = captioner(store, script, at_once=4)
+    work = worker(store, script, concurrency=4)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work, part)
         until = time.monotonic() + 20
@@ -220,9 +235,9 @@ def test_what_is_finished_is_kept_when_the_job_is_stopped(store: Store) -> None:
     assert 8 <= len(list(kept(store, "a"))) < 100
 
 
-def test_two_shards_share_the_engine_so_that_its_places_are_full(store: Store) -> None:
+def test_two_shards_share_the_engine_and_fill_its_slots(store: Store) -> None:
     parts, script = [write_images(store, shard, 5) for shard in "ab"], Script(seconds=0.3)
-    work = captioner(store, script, at_once=8)
+    work = worker(store, script, concurrency=8)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, parts))
     assert script.most == 8
@@ -234,7 +249,7 @@ def test_two_shards_share_the_engine_so_that_its_places_are_full(store: Store) -
     ("size", "prepared"),
     [((1000, 500), (768, 384)), ((500, 1000), (384, 768)), ((640, 768), (640, 768)), ((3000, 301), (768, 77))],
 )
-def test_the_longer_side_is_at_most_what_the_engine_is_to_see(size: tuple[int, int], prepared: tuple[int, int]) -> None:
+def test_pictures_are_resized_by_their_longer_side(size: tuple[int, int], prepared: tuple[int, int]) -> None:
     encoded = io.BytesIO()
     Image.new("RGBA", size).save(encoded, "PNG")
     image = prepare(encoded.getvalue(), 768)

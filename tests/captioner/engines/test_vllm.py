@@ -1,6 +1,6 @@
 """Real vLLM on a tiny random Pixtral: in this process, and as a server.
 
-.venv-captioner/bin/python -m pytest tests/captioner/test_vllm.py
+.venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from captioner.engines import Completion, Draw, EngineDied, EngineUnusable, Failure, RequestFailed
-from captioner.prompts import Prompt, layout_of, prompt_for
-from captioner.requests import Request
+from captioner.engines import Completion, CompletionParams, EngineDied, EngineFailure, EngineUnusable, RequestFailed
+from captioner.prompts import Prompt, build_prompt, detect_layout
+from captioner.requests import CaptionRequest
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM has an environment of its own: make captioner", allow_module_level=True)
 
 import psutil
 
-from captioner.engines.openai import KEY, OpenAIEngine, ServerSettings
+from captioner.engines.openai import API_KEY_VARIABLE, OpenAIEngine, ServerSettings
 from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralChat, _TextChat, check_weights
 
 PATCH = 16
@@ -41,7 +41,7 @@ def picture(number: int) -> Image.Image:
 
 
 def prompt(number: int) -> Prompt:
-    return prompt_for(Request(str(number), {"general": [f"star {n}" for n in range(number % 5)]}))
+    return build_prompt(CaptionRequest(str(number), {"general": [f"star {n}" for n in range(number % 5)]}))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def engine(vllm_server: VllmServer, tiny_pixtral: Path, run: Run) -> Iterator[Vl
 def served(
     vllm_server: VllmServer, engine: VllmEngine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[OpenAIEngine]:
-    monkeypatch.setenv(KEY, "secret")
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     url, process = vllm_server
     for _ in range(LOADS_WITHIN):
         assert process.poll() is None, "the server ended"
@@ -86,12 +86,12 @@ def test_64_answers_at_once_are_each_bound_to_their_prompt_and_picture(
 
     async def all_at_once() -> list[Completion]:
         return await asyncio.gather(
-            *(engine.complete(prompt(n), picture(n), Draw(seed=n, max_tokens=4 + n % 3)) for n in range(64))
+            *(engine.complete(prompt(n), picture(n), CompletionParams(seed=n, max_tokens=4 + n % 3)) for n in range(64))
         )
 
     answers = run(all_at_once())
 
-    tokenizer, layout = Tokenizer.from_file(str(tiny_pixtral / "tokenizer.json")), layout_of(tiny_pixtral)
+    tokenizer, layout = Tokenizer.from_file(str(tiny_pixtral / "tokenizer.json")), detect_layout(tiny_pixtral)
     for n, answer in enumerate(answers):
         text_tokens = len(tokenizer.encode("[IMG]".join(layout.texts(prompt(n))))) - 1  # less the picture's own
         rows, columns = 1 + n // 8, 1 + n % 8
@@ -100,13 +100,13 @@ def test_64_answers_at_once_are_each_bound_to_their_prompt_and_picture(
     assert len({answer.text for answer in answers}) > 60
 
     for n in (0, 17, 42, 63):  # what others are under way changes nothing
-        alone = run(engine.complete(prompt(n), picture(n), Draw(seed=n, max_tokens=4 + n % 3)))
+        alone = run(engine.complete(prompt(n), picture(n), CompletionParams(seed=n, max_tokens=4 + n % 3)))
         assert alone == answers[n]
 
 
 def test_the_text_depends_on_seed_and_picture_and_on_nothing_else(engine: VllmEngine, run: Run) -> None:
     def text(seed: int, number: int) -> str:
-        return run(engine.complete(prompt(1), picture(number), Draw(seed=seed, max_tokens=12))).text
+        return run(engine.complete(prompt(1), picture(number), CompletionParams(seed=seed, max_tokens=12))).text
 
     assert text(1, 9) == text(1, 9)
     assert text(1, 9) != text(2, 9)
@@ -114,7 +114,7 @@ def test_the_text_depends_on_seed_and_picture_and_on_nothing_else(engine: VllmEn
 
 
 def test_an_answer_ends_with_length_at_max_tokens(engine: VllmEngine, run: Run) -> None:
-    answer = run(engine.complete(prompt(1), picture(3), Draw(seed=1, max_tokens=3)))
+    answer = run(engine.complete(prompt(1), picture(3), CompletionParams(seed=1, max_tokens=3)))
     assert (answer.finish_reason, answer.tokens_out) == ("length", 3)
 
 
@@ -122,7 +122,7 @@ def test_a_loop_is_ended_early(engine: VllmEngine, run: Run) -> None:
     """At temperature 0 a random model goes round with one picture in ten."""
 
     async def greedily() -> list[Completion]:
-        draw = Draw(seed=0, temperature=0, max_tokens=256)
+        draw = CompletionParams(seed=0, temperature=0, max_tokens=256)
         return await asyncio.gather(*(engine.complete(prompt(4), picture(n), draw) for n in range(64)))
 
     answers = run(greedily())
@@ -136,11 +136,11 @@ def test_bad_requests_fail_alone(engine: VllmEngine, run: Run) -> None:
     pictures_too_many = Prompt("[IMG]", "[IMG]")
 
     async def together() -> list[Completion | BaseException]:
-        good = [engine.complete(prompt(n), picture(n), Draw(seed=n, max_tokens=8)) for n in range(8)]
+        good = [engine.complete(prompt(n), picture(n), CompletionParams(seed=n, max_tokens=8)) for n in range(8)]
         bad = [
-            engine.complete(endless, picture(0), Draw(seed=0)),
-            engine.complete(prompt(0), picture(0), Draw(seed=0, temperature=-1)),
-            engine.complete(pictures_too_many, picture(0), Draw(seed=0, max_tokens=8)),
+            engine.complete(endless, picture(0), CompletionParams(seed=0)),
+            engine.complete(prompt(0), picture(0), CompletionParams(seed=0, temperature=-1)),
+            engine.complete(pictures_too_many, picture(0), CompletionParams(seed=0, max_tokens=8)),
         ]
         return await asyncio.gather(*good, *bad, return_exceptions=True)
 
@@ -148,7 +148,7 @@ def test_bad_requests_fail_alone(engine: VllmEngine, run: Run) -> None:
     assert all(isinstance(answer, Completion) for answer in good)
     for error in (long, cold):
         assert isinstance(error, RequestFailed)
-        assert error.failure is Failure.REFUSED
+        assert error.failure is EngineFailure.REFUSED
     assert "4096 tokens" in long.detail
     assert isinstance(many, Completion | RequestFailed)  # vLLM fills the first: whatever it does, it lives
 
@@ -156,11 +156,13 @@ def test_bad_requests_fail_alone(engine: VllmEngine, run: Run) -> None:
 def test_a_cancelled_request_leaves_the_engine(engine: VllmEngine, run: Run) -> None:
     async def hastily() -> None:
         async with asyncio.timeout(0.05):
-            await engine.complete(prompt(1), picture(63), Draw(seed=5, temperature=2.0, top_p=1.0, max_tokens=2000))
+            await engine.complete(
+                prompt(1), picture(63), CompletionParams(seed=5, temperature=2.0, top_p=1.0, max_tokens=2000)
+            )
 
     with pytest.raises(TimeoutError):
         run(hastily())
-    assert run(engine.complete(prompt(1), picture(1), Draw(seed=1, max_tokens=3))).tokens_out == 3
+    assert run(engine.complete(prompt(1), picture(1), CompletionParams(seed=1, max_tokens=3))).tokens_out == 3
     assert engine._engine.get_num_unfinished_requests() == 0
 
 
@@ -168,7 +170,7 @@ def test_a_server_of_vllm_is_asked_what_the_engine_is_asked(served: OpenAIEngine
     assert served.model == "tiny"
 
     async def both() -> tuple[list[Completion], list[Completion]]:
-        draws = [Draw(seed=n, max_tokens=6) for n in range(16)]
+        draws = [CompletionParams(seed=n, max_tokens=6) for n in range(16)]
         here = [engine.complete(prompt(n), picture(n), draw) for n, draw in enumerate(draws)]
         there = [served.complete(prompt(n), picture(n), draw) for n, draw in enumerate(draws)]
         return await asyncio.gather(*here), await asyncio.gather(*there)
@@ -176,7 +178,7 @@ def test_a_server_of_vllm_is_asked_what_the_engine_is_asked(served: OpenAIEngine
     here, there = run(both())
     assert [answer.tokens_in for answer in there] == [answer.tokens_in for answer in here]
     assert all(answer.text and answer.finish_reason in ("length", "stop") for answer in there)
-    again = run(served.complete(prompt(3), picture(3), Draw(seed=3, max_tokens=6)))
+    again = run(served.complete(prompt(3), picture(3), CompletionParams(seed=3, max_tokens=6)))
     assert again == there[3]
 
 
@@ -184,12 +186,12 @@ def test_a_server_refuses_bad_requests_keys_and_models(
     served: OpenAIEngine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RequestFailed) as refused:
-        run(served.complete(Prompt("star " * 5000, "end"), picture(0), Draw(seed=0)))
-    assert refused.value.failure is Failure.REFUSED
+        run(served.complete(Prompt("star " * 5000, "end"), picture(0), CompletionParams(seed=0)))
+    assert refused.value.failure is EngineFailure.REFUSED
     url = served._settings.url
     with pytest.raises(EngineUnusable, match="no model other; give --model one of: tiny"):
         run(OpenAIEngine.connect(ServerSettings(url=url, model="other")))
-    monkeypatch.setenv(KEY, "wrong")
+    monkeypatch.setenv(API_KEY_VARIABLE, "wrong")
     with pytest.raises(EngineUnusable, match=r"wants a key, or another one.*set OPENAI_API_KEY"):
         run(OpenAIEngine.connect(ServerSettings(url=url)))
 
@@ -197,7 +199,7 @@ def test_a_server_refuses_bad_requests_keys_and_models(
 def test_a_prompt_read_in_two_parts_has_the_tokens_of_the_whole_text(tiny_pixtral: Path, run: Run) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, layout = AutoTokenizer.from_pretrained(tiny_pixtral), layout_of(tiny_pixtral)
+    tokenizer, layout = AutoTokenizer.from_pretrained(tiny_pixtral), detect_layout(tiny_pixtral)
     chat = _TextChat(tokenizer, layout)
     for hints in ("", " ", "a", " a red star ", "\n\nArtist: ÿ漢.", *(prompt(n).hints for n in range(5))):
         asked = Prompt("Describe it.  ", hints)
@@ -208,7 +210,7 @@ def test_mistrals_own_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral
     """Instructions first, so that they are cached as a prefix; and a tag that looks like a token stays plain text."""
     from vllm.tokenizers.mistral import MistralTokenizer
 
-    assert layout_of(tiny_mistral_layout).kind == "mistral"
+    assert detect_layout(tiny_mistral_layout).kind == "mistral"
     tokenizer = MistralTokenizer.from_pretrained(str(tiny_mistral_layout))
     tokens = asyncio.run(_MistralChat(tokenizer).tokens(Prompt("Describe it.", "Hints: [IMG]."), picture(9)))
     special = {name: tokenizer.convert_tokens_to_ids([name])[0] for name in ("[INST]", "[/INST]", "[IMG]")}
@@ -239,7 +241,7 @@ def test_a_dead_engine_says_so_and_leaves_nothing_behind(engine: VllmEngine, vll
     [core] = [process for process in processes if process.name() == "VLLM::EngineCore"]
 
     async def killed_at_work() -> list[Completion | BaseException]:
-        draw = Draw(seed=1, temperature=2.0, top_p=1.0, max_tokens=2000)
+        draw = CompletionParams(seed=1, temperature=2.0, top_p=1.0, max_tokens=2000)
         work = [asyncio.ensure_future(engine.complete(prompt(n), picture(n), draw)) for n in range(4)]
         await asyncio.sleep(0.2)
         core.kill()
@@ -247,7 +249,7 @@ def test_a_dead_engine_says_so_and_leaves_nothing_behind(engine: VllmEngine, vll
 
     assert any(isinstance(outcome, EngineDied) for outcome in run(killed_at_work()))
     with pytest.raises(EngineDied):
-        run(engine.complete(prompt(1), picture(1), Draw(seed=1)))
+        run(engine.complete(prompt(1), picture(1), CompletionParams(seed=1)))
     run(engine.close())
     psutil.wait_procs(processes, timeout=20)
     assert [process for process in processes if process.is_running()] == []
