@@ -1,4 +1,4 @@
-"""Start Ray on this machine, or join the cluster that RAY_ADDRESS names, and keep its log out of the terminal."""
+"""Starts Ray on this machine, or joins the cluster named by RAY_ADDRESS, and keeps Ray's log off the terminal."""
 
 import logging
 import os
@@ -16,26 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data  # configures its loggers when imported: before ours take their place
+import ray.data  # configures its loggers when imported, so it must be imported before ours replace them
 from ray.exceptions import AuthenticationError
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import submission
 
-_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file that has it"
-_START_IT = "start it, or unset RAY_ADDRESS to use a Ray of this machine's own"
-# The chatter of these loggers is what a user cannot act on: where it goes is printed instead.
-_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the token"
+_START_IT = "start it, or unset RAY_ADDRESS to start Ray on this machine"
+_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")  # their messages are nothing that a user can act on
 
 
 @contextmanager
 def cluster(job: str, dashboard: bool = False, niceness: int = 15) -> Iterator[str]:
-    """Ray for the time of one job, yielding the path of its log file.
+    """Connects to Ray for the duration of a job and yields the path of its log file.
 
-    Without RAY_ADDRESS it is a local Ray that ends with the job; `dashboard` starts one with it, which takes seconds.
-    `niceness`: of its workers; Ray's 15 leaves a laptop to its user, and a training next to nothing beside other work.
-    Workers' own logs stay where Ray keeps them; the log file names the folder. A submitted job's log lies there too:
-    whoever submitted it sees the dashboard's list of logs, not the head's files.
+    Without RAY_ADDRESS, starts a local Ray that ends with the job; `dashboard` starts its dashboard too, which takes
+    seconds. `niceness` applies to its workers: Ray's default of 15 keeps a laptop responsive but starves a training
+    beside other work. The log file names the folder with the workers' own logs. The log of a submitted job is moved
+    there, because its user sees the logs in the dashboard but not the files of the head node.
     """
     log_path = os.path.join(tempfile.gettempdir(), f"hdm-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
     _send_logs_to(log_path)
@@ -45,10 +44,10 @@ def cluster(job: str, dashboard: bool = False, niceness: int = 15) -> Iterator[s
     if submission():
         log_path = shutil.move(log_path, os.path.join(session_folder, "logs", os.path.basename(log_path)))
         _send_logs_to(log_path)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put a handler of its own, with a stack trace
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler, which prints a stack trace
     ray.data.DataContext.get_current().enable_progress_bars = False
     cpus = ray.cluster_resources().get("CPU", 0)
-    # A job was submitted through the dashboard, whose address is another one from here.
+    # The user of a submitted job knows the dashboard under another address than this node does.
     where = f"dashboard http://{context.dashboard_url}; " if context.dashboard_url and not submission() else ""
     print(f"{job}: Ray with {cpus:.0f} CPUs; {where}log: {log_path}", flush=True)
     logging.getLogger("ray").info("session folder of Ray: %s", session_folder)
@@ -68,13 +67,13 @@ def _connect(address: str | None, dashboard: bool) -> Any:
             raise UsageError(f"{line}; {_TOKEN}") from error
         except (ConnectionError, ValueError) as error:
             raise UsageError(
-                f"no Ray cluster lets this job in at RAY_ADDRESS={address} (HOST:PORT, or auto): {_START_IT}; or it "
-                f"wants its token: {_TOKEN}"
+                f"no Ray cluster accepts this job at RAY_ADDRESS={address} (HOST:PORT, or auto): {_START_IT}; or it "
+                f"requires its token: {_TOKEN}"
             ) from error
     keep_token_private()
-    # Reading and training take turns on a machine of one core; Ray would wait for a second one for ever.
+    # At least two: training and its loader take turns on one core, but Ray would wait for a second CPU for ever.
     cpus = max(2, os.cpu_count() or 2)
-    # Ray hands this to a shell where a worker has an environment of its own, as in training; a path may have a space.
+    # Ray passes this to a shell for workers with an environment of their own, as in training: paths may have spaces.
     python = {"py_executable": shlex.quote(sys.executable)}
     return ray.init(
         address="local", num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False, runtime_env=python
@@ -82,8 +81,8 @@ def _connect(address: str | None, dashboard: bool) -> Any:
 
 
 def keep_token_private() -> None:
-    """A local Ray, which listens on every interface, makes itself a token (ray 2.60) that all users of the machine may
-    read: so it finds one that they may not."""
+    """Creates Ray's token file, readable by this user only. A local Ray listens on every interface, and the token file
+    that it would create itself is readable by every user of the machine (ray 2.60)."""
     if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
     token = Path.home() / ".ray" / "auth_token"
@@ -94,11 +93,11 @@ def keep_token_private() -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries an address for minutes and fills the terminal; UsageError at once where nothing listens."""
+    """Raises UsageError if nothing listens at the address. Ray itself would retry for minutes."""
     if address.startswith(("http://", "https://")):
         raise UsageError(
             f"RAY_ADDRESS={address} is a dashboard: submit the job to it (ray job submit --working-dir . -- python "
-            "FILE ...), or unset RAY_ADDRESS to use a Ray of this machine's own"
+            "FILE ...), or unset RAY_ADDRESS to start Ray on this machine"
         )
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):

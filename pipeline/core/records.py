@@ -3,21 +3,21 @@
     DATASET/
       dataset.json                         schema version, created by
       images/<shard>.parquet               IMAGES: written once, never rewritten
-      images-<side>/<shard>.parquet        TIER: the same rows, the short side at most <side> pixels
+      images-<side>/<shard>.parquet        TIER: the same rows, with a short side of at most <side> pixels
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
-      captions/<name>/<shard>.parquet      the same of another engine or prompt
-      captions/[<name>/]partial/<shard>/   CAPTIONS: finished rows of a shard that is not
+      captions/<name>/<shard>.parquet      the same for another engine or prompt
+      captions/[<name>/]partial/<shard>/   CAPTIONS: finished rows of an unfinished shard
       scores/<name>/<shard>.parquet        scores_schema(labels): one per row of images/<shard>, in its order;
-                                           null where the picture could not be decoded again
+                                           null where the picture could not be decoded
       scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
       selections/<name>/rejected/<shard>.parquet   REJECTED: the other rows, each with its reason
-      selections/<name>/judged/<shard>.parquet     JUDGED: what the rules say of every row, before copies are looked for
-      selections/<name>/quality.json       the borders between quality words
+      selections/<name>/judged/<shard>.parquet     JUDGED: the rules' verdict on every row, before deduplication
+      selections/<name>/quality.json       the thresholds between quality words
       selections/<name>/selection.json     rule set, counts in and out by reason, hash
 
-New columns are new files beside the images: terabytes of pixels are written once.
+New columns are new files beside the images: terabytes of images are written once.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ TAG_CATEGORIES = ("artist", "character", "copyright", "general", "meta")
 
 
 class Rating(StrEnum):
-    """Danbooru's four ratings, which every source is mapped to."""
+    """Danbooru's four ratings; the ratings of every source are mapped to them."""
 
     GENERAL = "general"
     SENSITIVE = "sensitive"
@@ -50,19 +50,19 @@ IMAGES = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # danbooru | pixiv
         pa.field("image", pa.binary(), nullable=False),  # the file as delivered
         pa.field("format", pa.string(), nullable=False),  # JPEG | PNG | WEBP ... as Pillow names it
-        pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF turning
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after applying the EXIF orientation
         pa.field("height", pa.int32(), nullable=False),
-        pa.field("notes", pa.string()),  # faults that the decoder survived, such as an unreadable colour profile
+        pa.field("notes", pa.string()),  # faults survived by the decoder, such as an unreadable colour profile
         pa.field("sha256", pa.string(), nullable=False),  # of the bytes: exact duplicates
         pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: near duplicates
-        pa.field("rating", pa.string()),  # a Rating, or null where the source has none
+        pa.field("rating", pa.string()),  # a Rating; null if the source has none
         pa.field("score", pa.int32()),  # votes (Danbooru) or views (Pixiv)
         pa.field("favourites", pa.int32()),  # favourites (Danbooru) or bookmarks (Pixiv)
-        pa.field("created_at", pa.timestamp("s", tz="UTC")),  # null where unreadable
+        pa.field("created_at", pa.timestamp("s", tz="UTC")),  # null if unreadable
         *[pa.field(f"tags_{category}", _TAGS, nullable=False) for category in TAG_CATEGORIES],
         pa.field("page", pa.int32(), nullable=False),  # of a Pixiv work, from 0; 0 on Danbooru
-        pa.field("parent", pa.string()),  # id of the post that this one is a variant of
-        pa.field("pixiv_id", pa.int64()),  # the Pixiv work that a Danbooru post was taken from
+        pa.field("parent", pa.string()),  # id of the post of which this is a variant
+        pa.field("pixiv_id", pa.int64()),  # the Pixiv work from which a Danbooru post was taken
     ],
     metadata={"hdm.format": "images", "hdm.version": str(SCHEMA_VERSION)},
 )
@@ -70,9 +70,9 @@ IMAGES = pa.schema(
 TIER = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("image", pa.binary(), nullable=False),  # as delivered where it is small enough
+        pa.field("image", pa.binary(), nullable=False),  # as delivered if small enough
         pa.field("format", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),  # pixels, of this smaller picture
+        pa.field("width", pa.int32(), nullable=False),  # pixels, of this tier
         pa.field("height", pa.int32(), nullable=False),
     ],
     metadata={"hdm.format": "tier", "hdm.version": str(SCHEMA_VERSION)},
@@ -80,10 +80,10 @@ TIER = pa.schema(
 
 REJECTED = pa.schema(
     [
-        pa.field("key", pa.string(), nullable=False),  # the id, or <raw file>#<row> where there is none
+        pa.field("key", pa.string(), nullable=False),  # the id; <raw file>#<row> if there is none
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
-        pa.field("sha256", pa.string()),  # of the bytes, null where there are none
+        pa.field("sha256", pa.string()),  # of the bytes; null if there are none
     ],
     metadata={"hdm.format": "rejected", "hdm.version": str(SCHEMA_VERSION)},
 )
@@ -91,23 +91,22 @@ REJECTED = pa.schema(
 CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("caption", pa.string()),  # null where there is none
-        pa.field("reason", pa.string()),  # why there is none of the model that was asked: then it is of the tags
-        pa.field("engine", pa.string(), nullable=False),  # what wrote this caption
+        pa.field("caption", pa.string()),  # null if there is none
+        pa.field("reason", pa.string()),  # why the model's caption was rejected: then the caption is made of the tags
+        pa.field("engine", pa.string(), nullable=False),  # that wrote this caption
         pa.field("model", pa.string(), nullable=False),
         pa.field("prompt_version", pa.string(), nullable=False),
-        # Of the model that was asked; null where none was, as in files of earlier versions.
+        # About the requests to the model; null if there were none, and in files of earlier versions.
         pa.field("attempts", pa.int32()),
-        pa.field("finish_reason", pa.string()),  # of the last attempt: "stop", "length" ...; null if there is no answer
-        pa.field("tokens_in", pa.int32()),  # of all attempts together
+        pa.field("finish_reason", pa.string()),  # of the last attempt: "stop", "length" ...; null without an answer
+        pa.field("tokens_in", pa.int32()),  # of all attempts
         pa.field("tokens_out", pa.int32()),
-        pa.field("notes", _TAGS),  # what was mended in the caption
+        pa.field("notes", _TAGS),  # what was fixed in the caption
     ],
     metadata={"hdm.format": "captions", "hdm.version": str(SCHEMA_VERSION)},
 )
 
-# The text parts are words as the model reads them ("long hair", not "long_hair"), in the categories that training
-# text is put together from.
+# The categories from which training text is composed. Words are written as the model reads them: "long hair".
 TEXT_CATEGORIES = ("special", "character", "copyright", "artist", "general", "meta")
 
 SELECTION = pa.schema(
@@ -119,15 +118,15 @@ SELECTION = pa.schema(
         pa.field("quality", pa.string()),  # "masterpiece" ... "worst quality", or null
         pa.field("era", pa.string()),  # "old" ... "newest", or null
         pa.field("rating", pa.string()),  # "safe" ... as the model reads it
-        pa.field("bookmarks", pa.int32()),  # Pixiv's, also where the picture is kept as Danbooru's
-        pa.field("views", pa.int32()),  # the same
+        pa.field("bookmarks", pa.int32()),  # Pixiv's, also if the copy on Danbooru is kept
+        pa.field("views", pa.int32()),  # likewise
     ],
     metadata={"hdm.format": "selection", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 JUDGED = pa.schema(
     [
-        pa.field("reason", pa.string()),  # of the first rule that refuses the row; null where it is admitted
+        pa.field("reason", pa.string()),  # of the first rule that refuses the row; null if it is admitted
         pa.field("detail", pa.string()),
     ],
     metadata={"hdm.format": "judged", "hdm.version": str(SCHEMA_VERSION)},
@@ -135,10 +134,11 @@ JUDGED = pa.schema(
 
 
 def scores_schema(labels: Sequence[str]) -> pa.Schema:
-    """id and one float32 column per label of a classifier: a probability in [0, 1], or a regression's raw value.
+    """id and one float32 column per label of a classifier: a probability in [0, 1], or the raw value of a regression.
 
     `made_from` in the footer's metadata is JSON: `model` (hash of the classifier's files), `preprocessing`,
-    `scorer_version`, `images` (hash of the footer of images/<shard>). ValueError where labels cannot name columns.
+    `scorer_version`, `images` (hash of the footer of images/<shard>). Raises ValueError if the labels cannot name
+    columns.
     """
     repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
     if not labels or "id" in labels or "" in labels or repeated:
@@ -154,7 +154,7 @@ def scores_schema(labels: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
-    """One picture as a source describes it, before its bytes were looked at. Fields as in IMAGES."""
+    """One picture as its source describes it, before its bytes are decoded. Fields as in IMAGES."""
 
     id: str
     source: str
@@ -171,7 +171,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that goes no further, and why."""
+    """A refused row and the reason."""
 
     key: str
     reason: str

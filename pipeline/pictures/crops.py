@@ -1,8 +1,9 @@
-"""Image file -> a square crop for training; picture -> a smaller encoded copy.
+"""Resized pictures: square crops for training, a smaller tier of the dataset, thumbnails for pages.
 
 Axes: H rows and W columns of pixels, C the three channels of sRGB.
 """
 
+import base64
 import io
 from dataclasses import dataclass
 from typing import Literal
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from pipeline.pictures.decoder import DEFAULT_LIMITS, DecodeLimits, Picture, Refused, decode_failure, open_image
+from pipeline.pictures.decoder import DEFAULT_LIMITS, DecodeLimits, Picture, Refused, decode, decode_failure, open_image
 from pipeline.pictures.pixels import flatten, to_srgb, upright
 
 _FILTER = Image.Resampling.LANCZOS
 _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels that the encoder supports
+_THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 176, 60  # pixels of the longer side: shown at half of it on dense screens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,18 @@ def downsize(picture: Picture, short_side: int, format: Literal["JPEG", "WEBP"],
     buffer = io.BytesIO()
     image.save(buffer, format, quality=quality, **({"subsampling": 0} if format == "JPEG" else {}))
     return EncodedImage(buffer.getvalue(), format, *size)
+
+
+def thumbnail_uri(data: bytes) -> str | None:
+    """A data URI of a WebP so small that a page can embed hundreds; None if the image cannot be decoded."""
+    # Ingest has applied limits of its own; these only bound the memory of this process.
+    picture = decode(data, DecodeLimits(max_aspect=1000.0, min_side=1))
+    if isinstance(picture, Refused):
+        return None
+    picture.image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.image.save(buffer, "WEBP", quality=_THUMBNAIL_QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _decode_smaller(file: ImageFile, at_least: tuple[int, int]) -> float:

@@ -1,60 +1,57 @@
-"""Raw tags -> the words that training text is made of. Pure; the tables below and the files of pipeline/rules are meant
-to be edited.
+"""Raw tags -> the words of training text. Pure functions; the tables below and the files of pipeline/curation/rules are
+meant to be edited.
 
-Raw tags have underscores for spaces and one of the categories artist, character, copyright, general, meta. Text parts
-have spaces, and special (who is in the picture) taken out of general.
+Raw tags have underscores for spaces and belong to one of the categories artist, character, copyright, general, meta.
+Text parts have spaces, and a part `special` (who is in the picture) split off from general.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Final, Literal, TypeVar, get_args
+from typing import Final, Literal, get_args
 
-T = TypeVar("T")
-
-# A picture with one of these teaches nothing about drawing: a photograph, another's retouching, a page of text.
+# Pictures with one of these tags teach nothing about drawing: photographs, edits by third parties, pages of text.
 EXCLUDED: Final = frozenset({"cosplay_photo", "third-party_edit", "text-only_page"})
 
-# Meta tags that contain one of these speak of the post, not of the picture.
+# Meta tags that contain one of these describe the post rather than the picture.
 DROPPED_META: Final = (
     "(medium)", "commentary", "bad", "translat", "request", "mismatch", "revision", "audio", "video",
 )  # fmt: skip
 
-# The tags that come first in training text, besides the counts (1girl, 6+boys, multiple others).
+# The tags that come first in training text, besides counts (1girl, 6+boys, multiple others).
 SPECIAL: Final = frozenset({"solo", "solo focus", "male focus", "female focus", "no humans"})
 
-# They separate the parts of a training text elsewhere, and never occur inside ours.
+# They separate the parts of a training text in other projects and never occur inside ours.
 SEPARATORS: Final = ("|||", "%%", "$$")
 
-# What becomes of the general tag that a narrower one implies. "add", the default: Danbooru itself puts it on the post,
-# so that the models trained on its tags (Kohaku, Animagine, NoobAI) have seen both, and a prompt may use either; rows
-# of Pixiv and of old dumps are brought to the same state. "drop" saves text where the narrower one says it all. "keep"
-# leaves the tags as they came.
+# How to treat the general tags that a narrower tag implies. "add", the default, adds those that are missing: Danbooru
+# does so itself, so models trained on its tags (Kohaku, Animagine, NoobAI) have seen both; Pixiv and old dumps do not.
+# "drop" saves text where the narrower tag says it all. "keep" leaves the tags unchanged.
 Implied = Literal["add", "drop", "keep"]
 IMPLIED: Final[tuple[str, ...]] = get_args(Implied)
 
 _COUNT = re.compile(r"(\d+\+?|multiple )(girl|boy|other)s?")
-# How popular a Pixiv work is, and so its quality word: as written there, and as the site translates it.
+# Popularity tags of Pixiv, in the original and as the site translates them.
 _POPULARITY = re.compile(r"\d+users入り|\d\+?[ _]?bookmarks", re.IGNORECASE)
-# Underscores are part of a face such as ^_^ and >_<.
+# Up to this length underscores are part of a face such as ^_^ and >_<.
 _LONGEST_FACE = 3
-# Tags that a reader knows at a time, some 200 bytes each: Danbooru has a million, most of them met once or twice.
-_REMEMBERED = 1 << 18
+# Cached tags of a reader, some 200 bytes each: Danbooru has a million, most of them on one or two posts.
+_CACHED_TAGS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class TagRules:
-    """Tags may be written raw or as words. ValueError where aliases or implications go in a circle."""
+    """Tags may be written raw or as words."""
 
-    excluded: frozenset[str] = EXCLUDED  # leave one out to admit its pictures
+    excluded: frozenset[str] = EXCLUDED  # remove one to admit its pictures
     dropped_meta: tuple[str, ...] = DROPPED_META
     special: frozenset[str] = SPECIAL  # as words
-    aliases: Mapping[str, str] = field(default_factory=dict)  # old name -> the one that takes its place
-    implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tag -> the more general ones it implies
+    aliases: Mapping[str, str] = field(default_factory=dict)  # old name -> new name
+    implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tag -> more general tags
     implied: Implied = "add"
-    blacklist: frozenset[str] = frozenset()  # left out of the text; pictures are not
+    blacklist: frozenset[str] = frozenset()  # removed from the text; the pictures are kept
 
     def __hash__(self) -> int:
         named = frozenset(self.aliases.items()), frozenset(self.implications.items())
@@ -62,7 +59,8 @@ class TagRules:
 
 
 class TagReader:
-    """Applies the rules, to one post at a time."""
+    """Applies TagRules. Answers are cached: a million posts share some ten thousand tags. Raises ValueError if aliases
+    or implications form a cycle."""
 
     def __init__(self, rules: TagRules | None = None) -> None:
         self._rules = rules or TagRules()
@@ -72,41 +70,40 @@ class TagReader:
             self._name(tag): tuple(map(self._name, implied)) for tag, implied in self._rules.implications.items()
         }
         self._blacklist = frozenset(map(self._name, self._rules.blacklist))
-        excluded = frozenset(map(self._name, self._rules.excluded))
-        self._excluded = _Remembered(lambda tag: name if (name := self._name(tag)) in excluded else "")
+        self._excluded = frozenset(map(self._name, self._rules.excluded))
         self._implied = {tag: tuple(self._all_implied(tag)) for tag in self._implications}
-        self._meanings = _Remembered(self._meaning)
-        self._meta = _Remembered(lambda tag: self._meaning(tag, self._rules.dropped_meta))
-        self._special = _Remembered(lambda words: words in self._rules.special or _COUNT.fullmatch(words) is not None)
+        cached = lru_cache(_CACHED_TAGS)
+        self.excluded = cached(self._find_excluded)
+        self.is_special = cached(self._find_special)
+        self._meaning = cached(self._find_meaning)
 
-    def excluded(self, tag: str) -> str:
-        """The tag as words if its pictures are left out, else ""."""
-        return self._excluded[tag]
+    def _find_excluded(self, tag: str) -> str:
+        """The tag as words if its pictures are excluded, else ""."""
+        return name if (name := self._name(tag)) in self._excluded else ""
+
+    def _find_special(self, words: str) -> bool:
+        """True if a general tag says who is in the picture."""
+        return words in self._rules.special or _COUNT.fullmatch(words) is not None
 
     def meaning(self, category: str, tag: str) -> tuple[str, ...]:
-        """The tag as training text has it, then what it implies, directly or not: to be added or dropped as the rules
-        say. () for a tag that training text has not."""
-        return (self._meta if category == "meta" else self._meanings)[tag]
+        """The tag as words, then everything that it implies, to be added or dropped as the rules say. () for a tag that
+        training text omits."""
+        return self._meaning(tag, category == "meta")
 
     @property
     def drops_implied(self) -> bool:
         return self._rules.implied == "drop"
 
-    def is_special(self, words: str) -> bool:
-        """Whether a general tag says who is in the picture."""
-        return self._special[words]
-
     def text_parts(self, tags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Raw tags by category -> words by part: special, character, copyright, artist, general, meta. The order is
-        kept, words that come twice in a part are kept once; what a tag implies follows it."""
-        parts = {category: self._part(category, tags.get(category, ())) for category in _NAMED}
-        general = self._part("general", tags.get("general", ()))
-        return {
-            "special": [words for words in general if self.is_special(words)],
-            **parts,
-            "general": [words for words in general if not self.is_special(words)],
-            "meta": self._part("meta", tags.get("meta", ())),
+        """Raw tags by category -> words by part: special, character, copyright, artist, general, meta. Keeps the order
+        and removes repeated words; the words that a tag implies follow it."""
+        parts = {
+            category: self._part(category, tags.get(category, ()))
+            for category in ("character", "copyright", "artist", "general", "meta")
         }
+        special = [words for words in parts["general"] if self.is_special(words)]
+        parts["general"] = [words for words in parts["general"] if not self.is_special(words)]
+        return {"special": special, **parts}
 
     def _part(self, category: str, tags: Sequence[str]) -> list[str]:
         meanings = [self.meaning(category, tag) for tag in tags]
@@ -126,18 +123,20 @@ class TagReader:
         return words
 
     def _name(self, tag: str) -> str:
-        """The tag as words, by the name that it goes by now."""
+        """The current name of a tag, as words."""
         words = as_words(tag)
         return self._aliases.get(words, words)
 
-    def _meaning(self, tag: str, dropped: tuple[str, ...] = ()) -> tuple[str, ...]:
+    def _find_meaning(self, tag: str, is_meta: bool) -> tuple[str, ...]:
         words = self._name(tag)
-        if not words or is_popularity(tag) or words in self._blacklist or any(word in words for word in dropped):
+        if not words or is_popularity_tag(tag) or words in self._blacklist:
+            return ()
+        if is_meta and any(part in words for part in self._rules.dropped_meta):
             return ()
         return (words,) if self._rules.implied == "keep" else (words, *self._implied.get(words, ()))
 
     def _all_implied(self, tag: str) -> Iterator[str]:
-        """Everything that a tag implies in the text, nearest first."""
+        """Everything that a tag implies, directly or indirectly, nearest first, without blacklisted words."""
         found = list(self._implications[tag])
         for words in found:
             if words == tag:
@@ -146,57 +145,41 @@ class TagReader:
         return (words for words in found if words not in self._blacklist)
 
 
-_NAMED = ("character", "copyright", "artist")
-
-
 @lru_cache(maxsize=2)
-def reader_of(rules: TagRules) -> TagReader:
-    """A reader that stays from shard to shard, with what it has read."""
+def cached_reader(rules: TagRules) -> TagReader:
+    """A reader that keeps its cache from shard to shard."""
     return TagReader(rules)
 
 
-class _Remembered(dict[str, T]):
-    """What a function answered before: a million posts share some ten thousand tags."""
-
-    def __init__(self, function: Callable[[str], T]) -> None:
-        self._function = function
-
-    def __missing__(self, tag: str) -> T:
-        if len(self) >= _REMEMBERED:
-            self.clear()
-        self[tag] = answer = self._function(tag)
-        return answer
-
-
-def is_popularity(tag: str) -> bool:
-    """Whether a tag says how popular the work is: it would leak the quality word into the text."""
+def is_popularity_tag(tag: str) -> bool:
+    """True if a tag states how popular the work is, which would leak the quality word into the text."""
     return _POPULARITY.search(tag) is not None
 
 
 def as_words(tag: str) -> str:
-    """The tag as the model reads it: spaces for underscores, but for faces; no comma, which separates tags in training
-    text; no separator."""
+    """The tag as the model reads it: underscores, except in faces, become spaces; removes separators and commas, which
+    separate tags in training text."""
     if len(tag) > _LONGEST_FACE:
         tag = tag.replace("_", " ")
-    return without_separators(tag.replace(",", " "))
+    return remove_separators(tag.replace(",", " "))
 
 
-def without_separators(text: str) -> str:
-    """Separators become spaces, runs of white space one space."""
+def remove_separators(text: str) -> str:
+    """Replaces separators by spaces and joins runs of white space."""
     for separator in SEPARATORS:
         text = text.replace(separator, " ")
     return " ".join(text.split())
 
 
 def read_list(text: str) -> list[str]:
-    """The entries of a rule file: one a line; empty lines and those that begin with # are skipped."""
+    """The entries of a rule file, one per line, without empty lines and those that begin with #."""
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_pairs(text: str) -> dict[str, tuple[str, ...]]:
-    """The entries "tag -> tag, tag" of a rule file, each tag with those on the right of all its lines. ValueError, with
-    the line, where one has not this form."""
+    """The entries "tag -> tag, tag" of a rule file: each left tag with the right ones of all its lines. Raises
+    ValueError, naming the line, for any other form."""
     pairs: dict[str, tuple[str, ...]] = {}
     for entry in read_list(text):
         left, arrow, right = (part.strip() for part in entry.partition("->"))

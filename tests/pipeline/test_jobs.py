@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.progress import Idle
+from pipeline.core.progress import StallDetector
 from pipeline.drawings.sample_posts import plan
 from pipeline.storage.shards import Store
 
@@ -490,7 +490,7 @@ def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustra
 
 
 def test_a_job_is_idle_since_its_last_row_beside_the_longest_that_one_took_before() -> None:
-    idle = Idle(now=100.0)
+    stall = StallDetector(now=100.0)
     # rows finished, at this time -> idle for, and before at most
     for rows, now, seconds, longest in (
         (0, 130.0, 30.0, 900.0),  # nothing is known of its pace yet
@@ -499,4 +499,4 @@ def test_a_job_is_idle_since_its_last_row_beside_the_longest_that_one_took_befor
         (9, 260.0, 0.0, 100.0),
         (9, 900.0, 640.0, 100.0),
     ):
-        assert idle.look(rows, now) == {"idle_seconds": seconds, "longest_idle_seconds": longest}
+        assert stall.update(rows, now) == {"idle_seconds": seconds, "longest_idle_seconds": longest}

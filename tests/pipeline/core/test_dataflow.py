@@ -9,7 +9,7 @@ import ray
 
 from pipeline.core.dataflow import Pool, map_shards, map_shards_with, plan_engines, plan_pool
 from pipeline.core.errors import JobStopped, UsageError
-from pipeline.core.progress import Standing
+from pipeline.core.progress import Progress
 
 
 # The works are made inside functions: what belongs to a test module cannot be imported by Ray's processes.
@@ -143,9 +143,9 @@ def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
 def test_actors_are_watched_over_their_lives_and_told_of_the_end(tmp_path: Path) -> None:
     seen: list[int] = []
 
-    def watch(reports: list[int]) -> Standing:
+    def watch(reports: list[int]) -> Progress:
         seen.append(sum(reports))
-        return Standing(seen[-1], "", {"hdm_test_rows": {"done": seen[-1], "never": 0}})
+        return Progress(seen[-1], "", {"hdm_test_rows": {"done": seen[-1], "never": 0}})
 
     shards = {name: name for name in ("a", "b", "dies once", "c")}
     pool = Pool(1, 1, 0, at_once=2)
@@ -159,6 +159,6 @@ def test_work_that_says_so_stops_all_and_its_line_is_the_jobs(tmp_path: Path) ->
     shards = {name: name for name in ("a", "stops", "b")}
     with pytest.raises(JobStopped, match=r"^no other will do$"):
         map_shards_with(
-            watched_work(tmp_path), shards, lambda shard: 1, "test", Pool(1, 1, 0), lambda reports: Standing(0, "", {})
+            watched_work(tmp_path), shards, lambda shard: 1, "test", Pool(1, 1, 0), lambda reports: Progress(0, "", {})
         )
     assert len(list(tmp_path.glob("closed.*"))) == 1

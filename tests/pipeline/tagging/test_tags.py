@@ -3,17 +3,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.records import TAG_CATEGORIES
-from pipeline.tagging.tag_columns import TagColumn, captions_without_separators, first_excluded, text_columns
-from pipeline.tagging.tags import (
-    EXCLUDED,
-    IMPLIED,
-    TagReader,
-    TagRules,
-    as_words,
-    read_list,
-    read_pairs,
-    without_separators,
-)
+from pipeline.tagging.tag_columns import TagColumn, first_excluded, text_columns
+from pipeline.tagging.tag_columns import remove_caption_separators
+from pipeline.tagging.tags import EXCLUDED, IMPLIED, TagReader, TagRules, as_words, read_list, read_pairs
+from pipeline.tagging.tags import remove_separators
 
 
 def general(*tags: str) -> dict[str, list[str]]:
@@ -43,7 +36,7 @@ def test_a_tag_becomes_words(tag: str, words: str) -> None:
 
 @pytest.mark.parametrize("text", ["|||||", "%%%", "$$$$", "%|||%", "$%%$", "|%%||", "a |||  b\n$$"])
 def test_no_separator_is_left_in_any_text(text: str) -> None:
-    cleaned = without_separators(text)
+    cleaned = remove_separators(text)
     assert not any(separator in cleaned for separator in ("|||", "%%", "$$"))
     assert cleaned == cleaned.strip()
 
@@ -246,8 +239,8 @@ def test_captions_are_read_in_columns_as_one_by_one() -> None:
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(pieces, rng.integers(0, 6))) for _ in range(2000)]
     column = pa.chunked_array([texts[:900], [None], texts[900:]], pa.string())
-    found = captions_without_separators(column).to_pylist()
-    assert found == [*map(without_separators, texts[:900]), None, *map(without_separators, texts[900:])]
+    found = remove_caption_separators(column).to_pylist()
+    assert found == [*map(remove_separators, texts[:900]), None, *map(remove_separators, texts[900:])]
     assert any(text != mended for text, mended in zip(texts, found, strict=False))
 
 
