@@ -1,25 +1,35 @@
-"""A recipe that costs too much -> what share of each stage's samples a budget buys. Pure."""
+"""Shortens the stages of a plan until it costs no more than a budget."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-# The first stage learns what things look like; later ones, at higher resolution, learn detail from it and cost more a
-# sample. What a stage needs at least is a judgement of ours, and no measurement.
-LATER_FLOOR = 0.25  # of a later stage's samples, before any of the first stage is given up
-LEAST = 0.5  # of what is left then, of every stage
+from pipeline.core.errors import UsageError
+from trainer.cost.stage_setup import StageSetup
 
+# The first stage learns what things look like; later ones learn detail and cost more per sample. Both shares are our
+# judgement, not measured: of a later stage, before the first one is shortened; then of what is left of every stage.
+LATER_FLOOR, LEAST = 0.25, 0.5
 RULE = (
-    f"later stages are shortened first, the last one before the others, each down to {LATER_FLOOR:.0%} of its samples; "
-    f"then all stages in proportion, down to {LEAST:.0%} of that"
+    f"later stages are shortened first, the last before the others, each to at least {LATER_FLOOR:.0%} of its samples, "
+    f"then all stages in proportion, to at least {LEAST:.0%} of that"
 )
 
 
-def affordable(dollars: Mapping[str, float], budget: float) -> dict[str, float]:
-    """The share of each stage's samples, in (0, 1], that together cost at most `budget`; `dollars` of the whole stages,
-    in training order.
+def shortened(setups: Sequence[StageSetup], dollars: Mapping[str, float], budget: float) -> list[StageSetup]:
+    """The stages with fewer samples, in whole batches. Raises UsageError like `affordable`."""
+    shares, shorter = affordable(dollars, budget), []
+    for setup in setups:
+        stage, share = setup.stage, shares[setup.name]
+        batches = max(1, math.floor(stage.samples * share / stage.batch_size))
+        samples = stage.samples if share >= 1 else batches * stage.batch_size
+        shorter.append(replace(setup, stage=replace(stage, samples=samples)))
+    return shorter
 
-    ValueError, which names the least sensible budget, below that.
-    """
+
+def affordable(dollars: Mapping[str, float], budget: float) -> dict[str, float]:
+    """Share in (0, 1] of each stage's samples, so that all cost at most `budget`. dollars: of whole stages, in training
+    order. Raises UsageError, which names the smallest budget, if this one is too small."""
     shares = dict.fromkeys(dollars, 1.0)
     excess = sum(dollars.values()) - budget
     for name in list(dollars)[:0:-1]:
@@ -31,8 +41,8 @@ def affordable(dollars: Mapping[str, float], budget: float) -> dict[str, float]:
     if left <= budget or excess <= 0:
         return shares
     if budget < LEAST * left:
-        raise ValueError(
-            f"buys no sensible recipe: the shortest costs ${math.ceil(LEAST * left):,} of "
-            f"${sum(dollars.values()):,.0f} ({RULE})"
+        raise UsageError(
+            f"--budget {budget:g} buys no sensible recipe: the shortest costs ${math.ceil(LEAST * left):,} of "
+            f"${sum(dollars.values()):,.0f} ({RULE}). Give that, or fewer --stages, a smaller model, a cheaper GPU"
         )
     return {name: share * budget / left for name, share in shares.items()}

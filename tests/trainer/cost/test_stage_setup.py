@@ -1,0 +1,47 @@
+"""Operations of a stage and the lengths of its padded texts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.cost.stage_setup import padded_tokens, stage_setup
+from trainer.encoders.random_encoders import local_text_encoder, qwen3_600m, sdxl_vae
+
+
+def test_the_operations_of_the_encoders_equal_those_of_a_flop_counter() -> None:
+    """The counter runs the encoders that a measurement uses in their place."""
+    operations = replace(stage_setup("256", {}, 4), text_tokens=48).operations
+    meta = torch.device("meta")
+    vae, text = sdxl_vae(meta, torch.float32, False).vae, qwen3_600m(meta, torch.float32).model
+    with meta, torch.no_grad():
+        with FlopCounterMode(display=False) as image_count:
+            vae.encode(torch.zeros(1, 3, 256, 256))
+        with FlopCounterMode(display=False) as text_count:
+            text.eval()(input_ids=torch.zeros(1, 48, dtype=torch.long))
+    assert operations["image_encoder"] == pytest.approx(image_count.get_total_flops(), rel=1e-3)
+    assert operations["text_encoder"] == pytest.approx(text_count.get_total_flops(), rel=1e-3)
+
+
+def test_recomputing_every_block_takes_a_third_more() -> None:
+    """A forward pass in addition to a forward pass and a backward pass of twice its operations."""
+    whole = stage_setup("512", {"checkpointing": "all"}, 4).operations["model"]
+    plain = stage_setup("512", {"checkpointing": "none"}, 4).operations["model"]
+    assert whole / plain == pytest.approx(4 / 3, rel=1e-3)
+
+
+def test_the_local_text_encoder_is_as_wide_as_planned() -> None:
+    assert stage_setup("demo", {}, 1).model.text_dim == local_text_encoder(torch.device("cpu")).dim
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_texts_are_padded_to_the_longest_of_a_micro_batch(micro_batch: int) -> None:
+    lengths = {20: 1, 60: 1}  # padded to 32 and 64
+    all_short = 0.5**micro_batch
+    assert padded_tokens(lengths, 256, 32, micro_batch) == round(32 * all_short + 64 * (1 - all_short))
+
+
+def test_texts_are_padded_to_at_most_the_longest_allowed_length() -> None:
+    assert padded_tokens({0: 1, 500: 1}, 100, 32, 10_000) == 100
+    assert padded_tokens({0: 5}, 100, 32, 8) == 32, "an empty text has a token"

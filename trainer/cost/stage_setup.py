@@ -1,0 +1,116 @@
+"""A stage as it is to be trained: what --set and the dataset make of the recipe, and its arithmetic per sample."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import UsageError
+from trainer.cost.dataset import selected_stages, selection_of, text_lengths
+from trainer.cost.machines import PAPERS
+from trainer.encoders.load_codec import codec_shape
+from trainer.model.config import XUTConfig
+from trainer.model.flops import count_flops
+from trainer.recipe import overrides
+from trainer.recipe.stage_config import PRESETS, check_grid, micro_batch, stage_config, total_steps
+from trainer.recipe.stages import STAGES, StageConfig
+
+# Multiplications and additions of SDXL's image encoder per pixel, and of its one attention layer over blocks of 64
+# pixels (4 n^2 512 operations). Within 0.01% of torch.utils.flop_counter at 256, 512 and 1024 pixels.
+_VAE_PER_PIXEL, _VAE_PER_SQUARED_PIXELS = 4_128_642, 0.5
+# Qwen3-0.6B without its vocabulary, and the attention of its 28 layers with 16 heads of 128; also as counted.
+_QWEN_PER_TOKEN, _QWEN_PER_SQUARED_TOKENS = 880_803_840, 28 * 4 * 16 * 128
+EMBEDDED_CODECS, EMBEDDED_ENCODER = ("dct", "pixel"), "local"  # their arithmetic is negligible
+_RECOMPUTED = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the forward pass, by StageConfig.checkpointing
+# Shape of the recipe's VAE, which need not be here; width of the local text encoder, which takes seconds to import.
+_VAE_SHAPE, _LOCAL_TEXT_WIDTH = (4, 8), 128
+
+
+@dataclass(frozen=True)
+class StageSetup:
+    name: str
+    stage: StageConfig
+    model: XUTConfig
+    codec_factor: int  # pixels along the side of a latent
+    text_tokens: int  # of a padded text, averaged over the micro batches
+    text_source: str  # how the text lengths are known
+    settings: Mapping[str, str]  # fields that --set changes
+
+    @property
+    def operations(self) -> dict[str, float]:
+        """Floating-point operations of matrix products and convolutions for one training sample, by part. Encoders that
+        are not embedded count as SDXL's VAE and Qwen3-0.6B."""
+        stage, tokens, pixels = self.stage, self.text_tokens, self.stage.resolution**2
+        image_tokens = (stage.resolution // self.codec_factor // self.model.patch_size) ** 2
+        step = count_flops(self.model, image_tokens, tokens, stage.selection_rate)
+        image = _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
+        text = _QWEN_PER_TOKEN * tokens + _QWEN_PER_SQUARED_TOKENS * tokens**2
+        return {
+            "model": step.step + _RECOMPUTED[stage.checkpointing] * step.hidden,
+            "image_encoder": 0 if stage.codec in EMBEDDED_CODECS else image,
+            "text_encoder": 0 if stage.text_encoder == EMBEDDED_ENCODER else text,
+        }
+
+    @property
+    def total_operations(self) -> float:
+        return sum(self.operations.values())
+
+
+def planned_stages(job: Namespace) -> list[str]:
+    """Names of the stages to plan, in training order; of a dataset's stages, those whose speed is known or measured."""
+    asked = job.stages or list(PAPERS["stages"])
+    if job.stages is None and job.dataset is not None:
+        found = selected_stages(job.dataset)
+        asked = [n for n in found if job.measure or n in {*PAPERS["stages"], *job.images_per_second}] or found
+    fields = [head for head in (setting.partition(".")[0] for setting in job.settings) if head in STAGES]
+    speeds = job.images_per_second
+    for flag, names in (("stages", asked), ("images", job.images), ("images-per-second", speeds), ("set", fields)):
+        for name in names:
+            if name not in STAGES:
+                raise UsageError(f"--{flag}: there is no stage {name!r}; stages: {', '.join(STAGES)}")
+            if name not in asked:
+                raise UsageError(f"--{flag} {name}: not planned; give --stages {' '.join([*asked, name])}")
+    return [name for name in STAGES if name in asked]
+
+
+def stage_setups(job: Namespace, names: Sequence[str], gpus: int) -> list[StageSetup]:
+    """Raises UsageError for everything that trainer/run.py would refuse."""
+    setups = []
+    for name in names:  # --set 512.samples=1000000 belongs to one stage, --set samples=1000000 to all
+        own = [s.removeprefix(f"{name}.") for s in job.settings if s.partition(".")[0] not in {*STAGES} - {name}]
+        setups.append(stage_setup(name, overrides.parse(own), gpus, job.dataset))
+    return setups
+
+
+def stage_setup(name: str, settings: Mapping[str, str], gpus: int, root: str | None = None) -> StageSetup:
+    """A stage on this many GPUs; texts are as long as those of the dataset `root`, or all of the full length."""
+    stage, model_fields, _ = stage_config(name, dict(settings))
+    total_steps(stage, None)
+    try:
+        stage = replace(stage, micro_batch=micro_batch(stage, gpus))
+        here = stage.codec in EMBEDDED_CODECS or Path(stage.codec).is_dir()
+        channels, factor = codec_shape(stage.codec) if here else _VAE_SHAPE
+        width = {"text_dim": _LOCAL_TEXT_WIDTH} if stage.text_encoder == EMBEDDED_ENCODER else {}
+        model = PRESETS[stage.model](in_channels=channels, patch_size=stage.patch_size, **width, **model_fields)
+    except (UsageError, ValueError) as error:
+        raise UsageError(str(error).replace("--workers", "--gpus")) from error
+    check_grid(stage, factor)
+    tokens, source = stage.text_tokens, "no dataset: every text has the recipe's text_tokens, as in the papers"
+    if root is not None:
+        lengths, source = text_lengths(selection_of(root, stage), stage)
+        tokens = padded_tokens(lengths, stage.text_tokens, stage.text_multiple, stage.micro_batch)
+    return StageSetup(name, stage, model, factor, tokens, source, settings)
+
+
+def padded_tokens(lengths: Mapping[int, int], longest: int, multiple: int, micro_batch: int) -> int:
+    """Expected length of the texts of a micro batch: that of the longest, rounded up to `multiple`, at most `longest`.
+    lengths: number of texts by their tokens.
+
+    The longest of m independent texts has at most v tokens with probability p^m, where p is the share of such texts.
+    """
+    padded = np.minimum(longest, np.ceil(np.maximum(1, list(lengths)) / multiple) * multiple)
+    tokens, index = np.unique(padded, return_inverse=True)
+    at_most = np.cumsum(np.bincount(index, weights=list(lengths.values()))) / sum(lengths.values())
+    return round(float(tokens @ np.diff(at_most**micro_batch, prepend=0)))
