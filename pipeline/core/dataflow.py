@@ -16,7 +16,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, TypeVar
 
 import ray
 import ray.data
@@ -227,7 +227,7 @@ class _Actor:
 
     def __init__(self, make_work: Callable[[], Callable[[Any], None]]) -> None:
         self.make_work = make_work
-        self.work: Callable[[Any], None] | None = None
+        self.work: Any = None
         self.making = threading.Lock()
         self.incarnation = uuid.uuid4().hex  # changes when Ray restarts this actor
 
@@ -241,31 +241,13 @@ class _Actor:
 
         return _attempt(work, shard)[0]
 
-    def ping(self) -> None:
-        """Answers once the actor is running."""
-
     def report(self) -> tuple[str, Any]:
         """The incarnation and the work's report, None before the work is made."""
-        return self.incarnation, self.work.report() if isinstance(self.work, ReportingWork) else None
+        return self.incarnation, self.work and self.work.report()
 
     def close(self) -> None:
-        if isinstance(self.work, ReportingWork):
+        if self.work:
             self.work.close()
-
-
-@runtime_checkable
-class ReportingWork(Protocol):
-    """Work that reports its progress and is told when there are no more shards."""
-
-    def __call__(self, shard: Any, /) -> None: ...
-
-    def report(self) -> Any:
-        """Everything done so far. Called at any time, in a thread of its own."""
-        ...
-
-    def close(self) -> None:
-        """Ends within seconds whatever is still running."""
-        ...
 
 
 def map_shards_with(
@@ -278,10 +260,13 @@ def map_shards_with(
 ) -> dict[str, str]:
     """Like map_shards, for work that is expensive to make, such as a model: `make_work` is called once in each actor.
 
-    Every few seconds `watch` turns the reports of ReportingWork into the progress shown on the bar and in Ray metrics.
-    A shard whose process or node died is given to another actor. Raises JobStopped if the work does. Uses plain actors,
-    because Ray Data's actor pools by default retry a shard that kills its actor for ever, hang unless there is a CPU
-    besides the actors', and print their errors on the terminal (ray 2.60).
+    `watch` turns the reports of all actors, every few seconds, into the progress shown on the bar and in Ray metrics.
+    The work must then have two more methods: `report()` returns everything done so far and is called at any time from
+    another thread; `close()` is called after the last shard and ends within seconds whatever is still running. A shard
+    whose process or node died is given to another actor. Raises JobStopped if the work does.
+
+    Uses plain actors, because Ray Data's actor pools by default retry a shard that kills its actor for ever, hang
+    unless there is a CPU besides the actors', and print their errors on the terminal (ray 2.60).
     """
     concurrency = pool.at_once + (1 if watch else 0)
     remote = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=-1, max_concurrency=concurrency)(_Actor)
@@ -339,7 +324,7 @@ class _FreeSlots:
     def reclaim(self) -> None:
         """Pings lost actors and frees the slots of those that answer."""
         for actor in set(self.lost) - set(self._pings.values()):
-            self._pings[actor.ping.remote()] = actor
+            self._pings[actor.__ray_ready__.remote()] = actor
         for answer in _first(list(self._pings), timeout=0):
             actor = self._pings.pop(answer)
             with suppress(RayError):

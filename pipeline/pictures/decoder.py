@@ -110,12 +110,6 @@ _OTHER_SIGNATURES = {
 _ORIENTATION_TAG = 0x0112
 
 
-def inspect(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Header | Refused:
-    """The header, or the reason for refusing the file, without decoding a pixel."""
-    opened = open_image(data, limits)
-    return opened if isinstance(opened, Refused) else opened.header
-
-
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Picture | Refused:
     """The whole first frame: upright, alpha composited on white, sRGB, without metadata."""
     opened = open_image(data, limits)
@@ -131,7 +125,7 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Picture | Refu
 
 
 def open_image(data: bytes, limits: DecodeLimits) -> OpenedImage | Refused:
-    """Reads the header and checks it against the limits."""
+    """Reads the header and checks it against the limits, without decoding a pixel."""
     if not data:
         return Refused(RejectReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:

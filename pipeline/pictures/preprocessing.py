@@ -20,11 +20,11 @@ class Preprocessing:
     """Resize, centre crop, then (value * scale - mean) / std."""
 
     resize: tuple[int, int] | int  # height and width, ignoring the aspect; or the short side, keeping the aspect
-    crop: tuple[int, int] | None  # height and width
+    crop: tuple[int, int] | None = None  # height and width
     resample: int  # Pillow's number
-    scale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     square: bool = False  # first pad with white to a square, with the picture in the centre
     bgr: bool = False  # channel order of the result
 
@@ -53,16 +53,8 @@ class Preprocessing:
 
 def wd_tagger(height: int, width: int) -> Preprocessing:
     """SmilingWolf's WD taggers (folders with selected_tags.csv): the whole picture on a white square, BGR, 0 to 255."""
-    return Preprocessing(
-        resize=(height, width),
-        crop=None,
-        resample=int(Image.Resampling.BICUBIC),
-        scale=1.0,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        square=True,
-        bgr=True,
-    )
+    resample = int(Image.Resampling.BICUBIC)
+    return Preprocessing(resize=(height, width), resample=resample, square=True, bgr=True)
 
 
 # Processors that do nothing but the steps above. All others (tiles, pooling sizes, offsets) are refused. CLIP resizes
@@ -88,15 +80,12 @@ def read_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     resample = config.get("resample")
     if resample not in [int(filter) for filter in Image.Resampling]:
         raise ValueError(f"resample is {resample}, not one of Pillow's numbers 0 to 5")
-    rescale, normalise = config.get("do_rescale", True), config.get("do_normalize", True)
-    return Preprocessing(
-        resize=resize,
-        crop=crop,
-        resample=int(resample),
-        scale=float(config.get("rescale_factor") or 1 / 255) if rescale else 1.0,
-        mean=_three("image_mean", config.get("image_mean")) if normalise else (0.0, 0.0, 0.0),
-        std=_three("image_std", config.get("image_std")) if normalise else (1.0, 1.0, 1.0),
-    )
+    values: dict[str, Any] = {}
+    if config.get("do_rescale", True):
+        values["scale"] = float(config.get("rescale_factor") or 1 / 255)
+    if config.get("do_normalize", True):
+        values |= {"mean": _three(config, "image_mean"), "std": _three(config, "image_std")}
+    return Preprocessing(resize=resize, crop=crop, resample=int(resample), **values)
 
 
 def _resize(size: Any, int_is_short_side: bool) -> tuple[int, int] | int:
@@ -115,11 +104,11 @@ def _height_width(key: str, size: Any) -> tuple[int, int]:
     raise ValueError(f"{key} is {size}, neither a number nor height and width")
 
 
-def _three(key: str, values: Any) -> tuple[float, float, float]:
+def _three(config: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    values = config.get(key)
     if not isinstance(values, list) or len(values) != 3:
         raise ValueError(f"{key} is {values}, not three numbers")
-    red, green, blue = map(float, values)
-    return red, green, blue
+    return tuple(map(float, values))
 
 
 def _short_side(image: Image.Image, side: int) -> tuple[int, int]:

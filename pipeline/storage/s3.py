@@ -94,7 +94,7 @@ def exists(path: str) -> bool:
         try:
             files.info(path)
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if _answer(error)[1] == "NoSuchBucket":
                 raise
             return False
         return True
@@ -159,7 +159,7 @@ def put(local: str, path: str) -> None:
         try:
             upload()
         except FileNotFoundError as error:
-            if _code(error) != "NoSuchUpload":
+            if _answer(error)[1] != "NoSuchUpload":
                 raise
             upload()
 
@@ -187,8 +187,15 @@ def _named(path: str, error: Exception) -> Exception:
     from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    if response := _response(error):
-        return _refused_or_unavailable(path, response, error)
+    status, code, message = _answer(error)
+    if code == "NoSuchBucket":
+        return S3Refused(f"there is no bucket for {path}; create it, or correct its name or AWS_ENDPOINT_URL")
+    if status in (404, 412):  # no such file; a file that was replaced while it was read
+        return error
+    if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
+        return _unavailable(path, f"{status} {code}: {message}")
+    if status or code:
+        return S3Refused(f"S3 refuses {path} ({status} {code}: {_one_line(message)}); {_ACCESS}")
     if isinstance(error, HTTPClientError | ConnectionError | ResponseParserError | BrokenBody | TimeoutError):
         return _unavailable(path, str(error))
     if isinstance(error, BotoCoreError | ValueError):  # ValueError: the endpoint is no URL
@@ -196,16 +203,19 @@ def _named(path: str, error: Exception) -> Exception:
     return error
 
 
-def _refused_or_unavailable(path: str, response: dict[str, Any], error: Exception) -> Exception:
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code, message = (response["Error"].get(key, "") for key in ("Code", "Message"))
-    if code == "NoSuchBucket":
-        return S3Refused(f"there is no bucket for {path}; create it, or correct its name or AWS_ENDPOINT_URL")
-    if status in (404, 412):  # no such file; a file that was replaced while it was read
-        return error
-    if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
-        return _unavailable(path, f"{status} {code}: {message}")
-    return S3Refused(f"S3 refuses {path} ({status} {code}: {_one_line(message)}); {_ACCESS}")
+def _answer(error: Exception) -> tuple[int, str, str]:
+    """HTTP status, code and message of S3's answer behind an error; zero and empty without one."""
+    from botocore.exceptions import ClientError
+
+    for found in (error, error.__cause__):  # s3fs raises Python's errors from botocore's
+        if isinstance(found, ClientError):
+            answer = {"Code": "", "Message": ""} | found.response["Error"]
+            return (
+                found.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
+                answer["Code"],
+                answer["Message"],
+            )
+    return 0, "", ""
 
 
 def _unavailable(path: str, why: str) -> S3Unavailable:
@@ -217,16 +227,3 @@ def _unavailable(path: str, why: str) -> S3Unavailable:
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def _response(error: BaseException | None) -> dict[str, Any] | None:
-    """S3's answer behind an error; s3fs raises Python's errors from botocore's."""
-    from botocore.exceptions import ClientError
-
-    found = next((e for e in (error, error and error.__cause__) if isinstance(e, ClientError)), None)
-    return dict(found.response) if found else None
-
-
-def _code(error: Exception) -> str:
-    response = _response(error)
-    return str(response["Error"].get("Code", "")) if response else ""

@@ -48,14 +48,10 @@ class TagRules:
     excluded: frozenset[str] = EXCLUDED  # remove one to admit its pictures
     dropped_meta: tuple[str, ...] = DROPPED_META
     special: frozenset[str] = SPECIAL  # as words
-    aliases: Mapping[str, str] = field(default_factory=dict)  # old name -> new name
-    implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tag -> more general tags
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)  # old name -> new name
+    implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)  # tag -> more general tags
     implied: Implied = "add"
     blacklist: frozenset[str] = frozenset()  # removed from the text; the pictures are kept
-
-    def __hash__(self) -> int:
-        named = frozenset(self.aliases.items()), frozenset(self.implications.items())
-        return hash((self.excluded, self.dropped_meta, self.special, self.implied, self.blacklist, named))
 
 
 class TagReader:

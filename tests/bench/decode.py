@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from pipeline.pictures import crops
 from pipeline.pictures.crops import downsize, square_crop
-from pipeline.pictures.decoder import Picture, Refused, decode, inspect
+from pipeline.pictures.decoder import DEFAULT_LIMITS, OpenedImage, Picture, decode, open_image
 
 ROOT = Path(__file__).parents[2]
 # Width and height in pixels, portrait and landscape: 1.5 to 4 megapixels.
@@ -83,14 +83,14 @@ def write_pictures(folder: Path, raw: list[str], most: int) -> str:
     """One folder a kind, one file a picture; in words, what they are."""
     found: dict[str, list[bytes]] = {format: [] for format in ENCODERS}
     for data in real_pictures(raw) if raw else drawn_pictures(most):
-        header = inspect(data)
-        if not isinstance(header, Refused) and len(found.get(header.format, range(most))) < most:
-            found[header.format].append(data)
+        opened = open_image(data, DEFAULT_LIMITS)
+        if isinstance(opened, OpenedImage) and len(found.get(opened.header.format, range(most))) < most:
+            found[opened.header.format].append(data)
     listed = []
     for format, files in found.items():
-        megapixels = [
-            header.width * header.height / 1e6 for data in files if not isinstance(header := inspect(data), Refused)
-        ]
+        opened_files = [open_image(data, DEFAULT_LIMITS) for data in files]
+        headers = [opened.header for opened in opened_files if isinstance(opened, OpenedImage)]
+        megapixels = [header.width * header.height / 1e6 for header in headers]
         if files:
             density = sum(map(len, files)) / sum(megapixels) / 1e6
             sizes = f"{min(megapixels):.1f} to {max(megapixels):.1f} megapixels"

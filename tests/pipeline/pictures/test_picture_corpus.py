@@ -1,4 +1,4 @@
-"""Broken and odd pictures, each with what must become of it. All are made here; none is a file of someone else's."""
+"""Broken and odd image files, each with its expected result. All are generated here."""
 
 import gc
 import io
@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, features
 
 from pipeline.pictures.containers import RejectReason as Reason
 from pipeline.pictures.crops import Crop, square_crop
-from pipeline.pictures.decoder import DecodeLimits, Header, Picture, Refused, decode, inspect
+from pipeline.pictures.decoder import DEFAULT_LIMITS, DecodeLimits, Header, Picture, Refused, decode, open_image
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
 needs_littlecms = pytest.mark.skipif(
@@ -37,19 +37,19 @@ RED, LIME, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture: its format, its size after turning, and the colours of some pixels (column, row)."""
+    """A decoded picture: its format, its upright size, and the colours of some pixels (column, row)."""
 
     format: str
     size: tuple[int, int]
     pixels: dict[tuple[int, int], Rgb]
-    notes: tuple[str, ...] = ()  # how each begins
+    notes: tuple[str, ...] = ()  # the beginning of each
     frames: int = 1
-    within: int = 0  # levels of 255 that the colours may differ by
+    within: int = 0  # tolerance of the colours, in levels of 255
 
 
 @dataclass(frozen=True)
 class InPixels:
-    """Refused, but only after the header was read: the fault is in the pixels."""
+    """Refused when the pixels are decoded; the header is good."""
 
     reason: Reason
 
@@ -63,7 +63,7 @@ class Case:
     marks: tuple[pytest.MarkDecorator, ...] = field(default=())
 
 
-# Files made of their parts
+# Files built from their parts
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -95,7 +95,7 @@ def chunk(kind: bytes, body: bytes = b"") -> bytes:
 def png(
     width: int, height: int, bits: int, colour: int, rows: bytes, *extra: bytes, after: bytes = b"", interlaced: int = 0
 ) -> bytes:
-    """`extra` chunks stand before the pixels, `after` behind them."""
+    """`extra` chunks come before the pixels, `after` follows them."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced))
     pixels = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + after + chunk(b"IEND")
@@ -135,13 +135,13 @@ def animation_control(frames: int) -> bytes:
 
 
 def gif(width: int, height: int, *blocks: bytes) -> bytes:
-    """A screen whose four colours are black, red, lime and blue."""
+    """A screen with the palette black, red, lime, blue."""
     palette = bytes(chain(BLACK, RED, LIME, BLUE))
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x81, 0, 0) + palette + b"".join(blocks) + b";"
 
 
 def gif_image(width: int, height: int, index: int, x: int = 0, y: int = 0) -> bytes:
-    """A rectangle of one colour; the table of codes is cleared before every pixel, so that codes keep their 3 bits."""
+    """A rectangle of one colour. The code table is cleared before every pixel, so that codes stay at 3 bits."""
     bits = "".join(f"{code:03b}"[::-1] for code in [*([4, index] * (width * height)), 5])
     data = bytes(int(bits[at : at + 8][::-1], 2) for at in range(0, len(bits), 8))
     blocks = b"".join(bytes([len(data[at : at + 255])]) + data[at : at + 255] for at in range(0, len(data), 255))
@@ -187,10 +187,10 @@ def webp_animation(width: int, height: int, frames: Iterable[tuple[int, int, Ima
 
 
 def odd_webp(counted: bool = True) -> bytes:
-    """A picture in a chunk of odd length, with one byte of padding."""
+    """An image in a chunk of odd length, with one byte of padding."""
     frame = webp_frame(flat((1, 2, 3), size=(8, 8)))
     body = frame[8 : 8 + struct.unpack_from("<I", frame, 4)[0]]
-    body += bytes(1 - len(body) % 2)  # what follows the last pixel is ignored
+    body += bytes(1 - len(body) % 2)  # bytes after the last pixel are ignored
     return riff(riff_chunk(frame[:4], body), size=4 + 8 + len(body) + counted)
 
 
@@ -202,13 +202,13 @@ def jpeg_segment(marker: int, body: bytes) -> bytes:
 
 
 def jpeg(*segments: bytes, image: Image.Image | None = None, **options: Any) -> bytes:
-    """A JPEG with these segments behind its first marker."""
+    """A JPEG with these segments after its first marker."""
     data = encoded(halves() if image is None else image, "JPEG", **{"quality": 95, "subsampling": 0} | options)
     return data[:2] + b"".join(segments) + data[2:]
 
 
 def jpeg_with_byte(marker: int, offset: int, value: int, **options: Any) -> bytes:
-    """A JPEG whose segment `marker` has another value at `offset` from the marker."""
+    """A JPEG with `value` at `offset` from the marker of a segment."""
     data = bytearray(jpeg(**options))
     data[data.index(bytes([0xFF, marker])) + offset] = value
     return bytes(data)
@@ -220,7 +220,7 @@ def many_scans(count: int, size: int = 64) -> bytes:
 
 
 def repeated_sequential_scan(count: int) -> bytes:
-    """One scan for each component, which no progressive mode is needed for; the last one again and again."""
+    """A sequential JPEG with one scan per component, and the last scan repeated."""
     data = encoded(Image.new("L", (64, 64), 90), "JPEG")
     frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
     tables, head = data[2:frame], struct.pack(">BHHB", 8, 64, 64, 3) + b"\1\x11\0\2\x11\0\3\x11\0"
@@ -231,7 +231,7 @@ def repeated_sequential_scan(count: int) -> bytes:
 
 
 def tiff(orientation: int, order: str = "<") -> bytes:
-    """The shortest EXIF that says how a picture is turned."""
+    """The shortest EXIF block with an orientation."""
     head = b"II*\0" if order == "<" else b"MM\0*"
     return head + struct.pack(f"{order}IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
@@ -244,7 +244,7 @@ def broken_exif() -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 20
 
 
-UPRIGHT = {(0, 0): RED, (31, 31): RED, (0, 32): BLUE, (31, 63): BLUE}  # halves() turned by a quarter, clockwise
+UPRIGHT = {(0, 0): RED, (31, 31): RED, (0, 32): BLUE, (31, 63): BLUE}  # halves() rotated by 90 degrees clockwise
 
 
 def fixed(*numbers: float) -> bytes:
@@ -272,7 +272,7 @@ def curve(gamma: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
 
 
-# Columns: the red, green and blue of each, in XYZ under D50.
+# Columns: the red, green and blue primaries in XYZ under D50.
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 
@@ -287,7 +287,7 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def in_srgb(colour: Rgb, primaries: np.ndarray, gamma: float) -> Rgb:
-    """By the definition of sRGB (IEC 61966-2-1), colours outside of it cut."""
+    """According to sRGB (IEC 61966-2-1), with colours outside its gamut clipped."""
     linear = (np.linalg.inv(SRGB) @ primaries @ (np.array(colour) / 255) ** gamma).clip(0, 1)
     values = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     red, green, blue = (round(value) for value in (255 * values).tolist())
@@ -312,7 +312,7 @@ def one_colour(colour: Rgb, format: str = "PNG", notes: tuple[str, ...] = (), wi
 
 
 def claiming(format: str, width: int, height: int) -> bytes:
-    """A small file whose header claims this size."""
+    """A small file with a header that claims this size."""
     if format == "PNG":
         return png(width, height, 8, 2, bytes(100))
     if format == "GIF":
@@ -330,7 +330,7 @@ def still_and_moved(format: str, **options: Any) -> bytes:
 
 
 def palette_png(bits: int, *extra: bytes) -> bytes:
-    """Index 1 of black, red and white, everywhere."""
+    """Every pixel has index 1 of the palette black, red, white."""
     row = {1: b"\xff", 2: b"\x55\x55", 4: b"\x11" * 4, 8: b"\1" * 8}[bits]
     return png(8, 8, bits, 3, png_rows(row, 8), chunk(b"PLTE", bytes(chain(BLACK, RED, WHITE))), *extra)
 
@@ -541,7 +541,7 @@ DEPTHS = [
         lambda: jpeg_with_byte(0xEE, 1, 0xED, image=flat((255, 0, 0, 0), "CMYK"), quality=100),
         one_colour(BLACK, "JPEG", within=2),
     ),
-    # The ink of cyan is read as brightness; magenta and yellow, in the middle, as colourless.
+    # Cyan is read as brightness; magenta and yellow, in the middle of their range, as colourless.
     Case(
         "ycck jpeg",
         lambda: jpeg_with_byte(0xEE, 15, 2, image=flat((60, 127, 127, 0), "CMYK"), quality=100),
@@ -741,7 +741,7 @@ ODD = [
         lambda: b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)) + chunk(b"IEND"),
         Reason.TRUNCATED,
     ),
-    # Known weakness: where the compressed rows have an end, Pillow does not tell that it came early.
+    # Known weakness: Pillow does not notice that the compressed rows end early if they end properly.
     Case(
         "png with too few rows",
         lambda: png(8, 8, 8, 0, png_rows(b"\xff" * 8, 5)),
@@ -876,7 +876,7 @@ LIMITS = [
     Case("sequential jpeg of endless scans", lambda: repeated_sequential_scan(200), Reason.TOO_MANY_SCANS),
 ]
 
-# Each would keep Pillow's own parser busy for seconds, or has it take memory that nothing bounds.
+# Each makes Pillow's own parser work for seconds or allocate unbounded memory.
 BOMBS = [
     Case("jpeg of comments", lambda: jpeg(jpeg_segment(0xFE, b"") * 500_000), Reason.TOO_FRAGMENTED),
     Case(
@@ -939,6 +939,11 @@ PROFILES = [replace(case, marks=(needs_littlecms,)) for case in PROFILES]
 CORPUS = [*FORMATS, *TURNS, *ALPHA, *DEPTHS, *PROFILES, *ANIMATIONS, *ODD, *REFUSED, *LIMITS, *BOMBS]
 
 
+def inspect(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Header | Refused:
+    opened = open_image(data, limits)
+    return opened if isinstance(opened, Refused) else opened.header
+
+
 def can_run(case: Case) -> bool:
     return not any(mark.args[0] for mark in case.marks)
 
@@ -947,13 +952,13 @@ def parameters(cases: Iterable[Case]) -> list[Any]:
     return [pytest.param(case, id=case.name, marks=case.marks) for case in cases]
 
 
-def test_every_case_has_a_name_of_its_own() -> None:
+def test_case_names_are_unique() -> None:
     assert len({case.name for case in CORPUS}) == len(CORPUS) >= 150
 
 
 @pytest.fixture
 def _no_collection() -> Iterator[None]:
-    """What other tests left behind would warn while a picture is decoded, if it were collected then."""
+    """Garbage of other tests could warn if it were collected while a picture is decoded."""
     gc.disable()
     yield
     gc.enable()
@@ -961,8 +966,8 @@ def _no_collection() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_collection")
 @pytest.mark.parametrize("case", parameters(CORPUS))
-def test_a_picture_becomes_what_it_must(case: Case) -> None:
-    """Header, picture and crop agree; nothing is raised, and nothing is warned of."""
+def test_a_file_gives_the_expected_picture_or_reason(case: Case) -> None:
+    """Header, picture and crop agree; nothing raises or warns."""
     data = case.make()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -1007,13 +1012,13 @@ def assert_shown(expected: Shown, header: Header, picture: Picture, crop: Crop) 
     pixels_HWC = np.asarray(picture.image).astype(int)
     for (x, y), colour in expected.pixels.items():
         np.testing.assert_allclose(pixels_HWC[y, x], colour, atol=expected.within, err_msg=f"column {x}, row {y}")
-    # Not resized, so that the crop is the picture's own pixels.
+    # The crop is not resized, so its pixels are the picture's.
     side = min(expected.size)
     assert np.array_equal(crop.pixels_HWC, pixels_HWC[:side, :side])
 
 
-def test_threads_decode_the_whole_corpus_without_a_warning() -> None:
-    """The filters of warnings belong to the process: nothing here may set them for a moment."""
+def test_threads_decode_the_corpus_like_one_thread_and_do_not_warn() -> None:
+    """Warning filters are process-wide: the decoder must not set them, not even for a moment."""
     files = [(case.make(), case.limits) for case in CORPUS if case not in BOMBS and can_run(case)]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -1028,7 +1033,7 @@ def outcome(answer: Picture | Refused) -> tuple[Any, ...]:
     return (answer.header, answer.image.tobytes()) if isinstance(answer, Picture) else (answer.reason, answer.detail)
 
 
-def test_ninety_five_megapixels_are_within_the_limit_and_warn_of_nothing() -> None:
+def test_ninety_five_megapixels_are_within_the_limit_and_do_not_warn() -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert inspect(claiming("PNG", 10_000, 9_500)) == Header(format="PNG", width=10_000, height=9_500, frames=1)
@@ -1036,11 +1041,11 @@ def test_ninety_five_megapixels_are_within_the_limit_and_warn_of_nothing() -> No
     assert not warned
 
 
-# Bounds. A process forked for each file tells how far its memory grew and how long it computed.
+# Bounds. A process forked for each file reports how much memory and processor time it took.
 
 MEASURE = """
 import json, os, pickle, resource, sys, time
-from pipeline.pictures.decoder import DecodeLimits, Refused, decode, inspect
+from pipeline.pictures.decoder import DecodeLimits, Refused, decode, open_image
 
 def use():
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -1048,7 +1053,7 @@ def use():
 
 limits = DecodeLimits(min_side=1)
 for name, data in pickle.load(sys.stdin.buffer):
-    for look in (inspect, decode):
+    for look in (open_image, decode):
         child = os.fork()
         if not child:
             megabytes, seconds = use()
@@ -1062,7 +1067,7 @@ for name, data in pickle.load(sys.stdin.buffer):
 
 
 def measured(files: dict[str, bytes]) -> list[tuple[str, str, str, int, float]]:
-    """Name, function, outcome, megabytes and seconds of the processor for inspecting and for decoding each file."""
+    """Name, function, outcome, megabytes and processor seconds of opening and of decoding each file."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE],
         input=pickle.dumps(list(files.items())),
@@ -1075,16 +1080,16 @@ def measured(files: dict[str, bytes]) -> list[tuple[str, str, str, int, float]]:
     return rows
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count the memory of a process otherwise")
-def test_bombs_cost_a_second_and_a_hundred_megabytes_at_most() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_a_bomb_costs_at_most_a_second_and_100_megabytes() -> None:
     cases = [case for case in BOMBS if can_run(case)] + [case for case in LIMITS if "bomb" in case.name]
     for name, look, _, megabytes, seconds in measured({case.name: case.make() for case in cases}):
         assert megabytes < 100, (name, look, megabytes)
         assert seconds < 1, (name, look, seconds)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count the memory of a process otherwise")
-def test_decoding_takes_at_most_eighteen_bytes_for_each_pixel() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_decoding_takes_at_most_18_bytes_per_pixel() -> None:
     """The memory stated in DecodeLimits, measured at 4 megapixels; 8 MB are allowed for the code of the codec."""
     size = (2000, 2000)
     waves = Image.linear_gradient("L").resize(size).convert("RGB")
@@ -1104,5 +1109,5 @@ def test_decoding_takes_at_most_eighteen_bytes_for_each_pixel() -> None:
     }
     for name, look, found, megabytes, _ in measured(files):
         assert found == "shown", name
-        most = 8 if look == "inspect" else 8 + 18 * size[0] * size[1] / 2**20
+        most = 8 if look == "open_image" else 8 + 18 * size[0] * size[1] / 2**20
         assert megabytes <= most, (name, look, megabytes)
