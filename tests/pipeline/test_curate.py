@@ -5,9 +5,10 @@ Shards are processed one after the other in this process; test_jobs.py runs the 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
 from pipeline.curation.command import curate_command
 from pipeline.curation.compare import compare
 from pipeline.curation.explain import explain
-from pipeline.curation.plan import plan_lines, quality_table, read_inputs, rule_work
+from pipeline.curation.plan import CurationInputs, plan_lines, quality_table, read_inputs, rule_work
 from pipeline.curation.selection import Curation, ShardWork, content_digest
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+from pipeline.storage import run_record
 from pipeline.storage.shards import Store
 
 RULES = Rules(min_side=100)
@@ -78,16 +80,19 @@ class Dataset:
         self.store.write_table(f"rejected/{name}", pa.Table.from_pylist([], REJECTED), REJECTED)
 
     def curation(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> Curation:
+        return self._resolved(rules, name, renew)[0]
+
+    def _resolved(self, rules: Rules, name: str, renew: bool) -> tuple[Curation, CurationInputs]:
         rules = with_artists(rules)
         inputs = read_inputs(self.store, rules)
         quality, borders = quality_table(self.store, f"selections/{name}", inputs, rules.preset, renew)
         self.store.write(f"selections/{name}/quality.json", borders.encode())
-        return Curation(self.store.root, name, rules, tag_rules(rules), quality)
+        return Curation(self.store.root, name, rules, tag_rules(rules), quality), inputs
 
     def curate(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> None:
-        curation = self.curation(rules, name, renew)
+        curation, inputs = self._resolved(rules, name, renew)
         self.done = []
-        job.curate(curation, read_inputs(self.store, rules), self._one_by_one, {"stage": "512"})
+        job.curate(curation, inputs, self._one_by_one, {"stage": "512"})
 
     def _one_by_one(
         self, work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str
@@ -115,6 +120,15 @@ class Dataset:
     def record(self, name: str = "test") -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.store.read(f"selections/{name}/selection.json"))
         return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """Neither flushes files to disk nor reads the versions of packages again for every selection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr(run_record, "versions", cache(run_record.versions))
+        yield
 
 
 @pytest.fixture
