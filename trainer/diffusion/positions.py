@@ -1,17 +1,17 @@
-"""Where each token lies in its picture: the position map of a crop, of a whole picture, and of a moved camera.
+"""Position maps: where each token lies in its picture, for a crop, a whole picture and a moved camera.
 
-A position is a pair (y, x), y down and x right, 0 at the centre of the WHOLE picture, taken at the centre of a token:
+A position is a pair (y, x) of a token's centre, y down and x right, relative to the centre of the WHOLE picture:
 
     position = (pixel - picture centre) / unit
 
-Both conventions use the same unit for y and x, so a circle stays a circle; they differ in what the unit is.
+The unit is the same for y and x, so circles stay circles. There are two conventions for it.
 
-- paper: unit = sqrt(W * H), so the picture spans r_H = sqrt(H/W) by r_W = sqrt(W/H), whose product is 1 (HDM report,
-  section 3.4). The report's formula counts from the corner; from the centre, a zoom leaves the middle where it is.
-- released: unit = half the longer side, which then spans [-1, 1]. The public weights want one pair per LATENT pixel:
-  give them the latent grid where `paper` takes the token grid.
+- paper: unit = sqrt(W * H), so the picture spans r_H = sqrt(H/W) by r_W = sqrt(W/H), with product 1 (HDM report,
+  section 3.4). The report counts from the corner; counting from the centre makes a zoom keep the middle in place.
+- released: unit = half the longer side, which spans [-1, 1]. The public weights need one pair per LATENT pixel, so pass
+  the latent grid in place of the token grid.
 
-Axes: B batch, G tokens along one side of the crop, N tokens row by row, 2 = (y, x).
+Axes: B batch, R token rows, G token columns, N tokens row by row, 2 = (y, x).
 """
 
 import math
@@ -32,13 +32,15 @@ def crop_position_map(
     grid: int,
     convention: Convention = "paper",
 ) -> Tensor:
-    """Position map (B, grid * grid, 2), float32, of square crops, on the device of the inputs.
+    """Position map (B, grid * grid, 2), float32, of square crops (HDM report, section 3.5), on the inputs' device.
 
-    x0_B, y0_B: left and top edge of each crop; crop: its side; width_B, height_B: the picture it was cut from, after
-    resizing; all in pixels. It equals the same cut of `full_position_map`, bit for bit, wherever the crop starts on a
-    multiple of crop / grid (HDM report, section 3.5).
+    x0_B, y0_B: left and top edge of each crop; crop: its side; width_B, height_B: size of the resized picture it was
+    cut from; all in pixels. If a crop starts on a multiple of crop / grid, its map is bit-identical to the same part of
+    `full_position_map`.
     """
-    return _position_map(x0_B, y0_B, crop / grid, crop / grid, width_B, height_B, grid, grid, convention)
+    unit_B1 = _unit(width_B, height_B, convention)
+    y_BR = _from_centre(y0_B, crop / grid, grid, height_B) / unit_B1
+    return _pairs(y_BR, _from_centre(x0_B, crop / grid, grid, width_B) / unit_B1)
 
 
 def full_position_map(
@@ -49,20 +51,20 @@ def full_position_map(
     convention: Convention = "paper",
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Position map (rows * columns, 2), float32, of a whole picture of width x height pixels, for sampling."""
-    zero_1 = torch.zeros(1, device=device)
-    map_1N2 = _position_map(
-        zero_1, zero_1, width / columns, height / rows, zero_1 + width, zero_1 + height, rows, columns, convention
-    )
-    return map_1N2[0]
+    """Position map (rows * columns, 2), float32, of a whole picture. width, height: in pixels."""
+    start_1 = torch.zeros(1, device=device)
+    width_1, height_1 = start_1 + width, start_1 + height
+    unit_11 = _unit(width_1, height_1, convention)
+    y_1R = _from_centre(start_1, height / rows, rows, height_1) / unit_11
+    return _pairs(y_1R, _from_centre(start_1, width / columns, columns, width_1) / unit_11)[0]
 
 
 def camera(position_map: Tensor, x_shift: float = 0.0, y_shift: float = 0.0, zoom: float = 1.0) -> Tensor:
-    """The position map (..., 2) seen by a moved camera: position += (y_shift, x_shift), then position /= zoom.
+    """The position map (..., 2) that a moved camera sees: (position + (y_shift, x_shift)) / zoom.
 
-    Positive x_shift moves the camera right, positive y_shift down, zoom above 1 goes closer (HDM report, section 3.8).
-    Shifts are in the map's own unit: 0.25 is a quarter of a square picture in `paper`, an eighth of the longer side in
-    `released`. Raises ValueError unless the shifts are finite and the zoom is finite and above 0.
+    Positive x_shift moves the camera right, positive y_shift down; zoom above 1 moves closer (HDM report, section 3.8).
+    Shifts are in the map's unit: 0.25 is a quarter of a square picture for `paper`, an eighth of the longer side for
+    `released`. Raises ValueError unless both shifts are finite and the zoom is finite and above 0.
     """
     if not (math.isfinite(x_shift) and math.isfinite(y_shift)):
         raise ValueError(f"camera shift must be a finite number: got x_shift={x_shift}, y_shift={y_shift}")
@@ -71,32 +73,22 @@ def camera(position_map: Tensor, x_shift: float = 0.0, y_shift: float = 0.0, zoo
     return (position_map + position_map.new_tensor([y_shift, x_shift])) / zoom
 
 
-def _position_map(
-    x0_B: Tensor,
-    y0_B: Tensor,
-    token_width: float,
-    token_height: float,
-    width_B: Tensor,
-    height_B: Tensor,
-    rows: int,
-    columns: int,
-    convention: Convention,
-) -> Tensor:
-    """Token centres in pixels, exact in float32, then one subtraction and one division: equal pixels, equal bits."""
+def _unit(width_B: Tensor, height_B: Tensor, convention: Convention) -> Tensor:
+    """The unit of a position in pixels, (B, 1), float32."""
     width_B1, height_B1 = width_B.float()[:, None], height_B.float()[:, None]
     if convention == "paper":
-        unit_B1 = torch.sqrt(width_B1 * height_B1)
-    elif convention == "released":
-        unit_B1 = torch.maximum(width_B1, height_B1) / 2
-    else:
-        raise ValueError(f"position convention must be paper or released: got {convention!r}")
-    device = x0_B.device
-    y_BR = y0_B.float()[:, None] + (torch.arange(rows, device=device) + 0.5) * token_height
-    x_BG = x0_B.float()[:, None] + (torch.arange(columns, device=device) + 0.5) * token_width
-    y_BR = (y_BR - height_B1 / 2) / unit_B1
-    x_BG = (x_BG - width_B1 / 2) / unit_B1
-    batch = x0_B.shape[0]
-    map_BRG2 = torch.stack(
-        [y_BR[:, :, None].expand(batch, rows, columns), x_BG[:, None, :].expand(batch, rows, columns)], dim=-1
-    )
-    return map_BRG2.flatten(1, 2)
+        return torch.sqrt(width_B1 * height_B1)
+    if convention == "released":
+        return torch.maximum(width_B1, height_B1) / 2
+    raise ValueError(f"position convention must be paper or released: got {convention!r}")
+
+
+def _from_centre(start_B: Tensor, token: float, count: int, size_B: Tensor) -> Tensor:
+    """Distance (B, count) of token centres from the picture's centre along one axis, in pixels, exact in float32."""
+    centre_BN = start_B.float()[:, None] + (torch.arange(count, device=start_B.device) + 0.5) * token
+    return centre_BN - size_B.float()[:, None] / 2
+
+
+def _pairs(y_BR: Tensor, x_BG: Tensor) -> Tensor:
+    """All pairs (y, x), row by row: (B, R * G, 2)."""
+    return torch.stack(torch.broadcast_tensors(y_BR[:, :, None], x_BG[:, None, :]), dim=-1).flatten(1, 2)

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024): the momentum of a matrix, made nearly orthogonal, is the step.
+"""The Muon optimizer (Jordan et al. 2024): steps by the nearly orthogonalised momentum of each matrix.
 
-torch.optim.Muon does the same, one matrix after the other and always in bfloat16: 2.4 s for a step of the demo's model
-on a CPU without bfloat16 products, where the rest of a training step takes 0.2 s (tests/bench/RESULTS.md). Here the
-matrices of one shape go together, in float32 on a CPU and in bfloat16 on a GPU.
+torch.optim.Muon handles one matrix at a time and always in bfloat16. On a CPU without bfloat16 arithmetic that takes
+2.4 s for a step of the demo's model, whose whole training step otherwise takes 0.2 s (tests/bench/RESULTS.md). This one
+batches matrices of one shape, in float32 on a CPU and in bfloat16 on a GPU.
 
 Axes: M matrices of one shape, R rows, C columns, R <= C.
 """
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# The odd polynomial a x + b x^3 + c x^5 of Muon's authors: five times over it takes singular values from 0.01 to 1 to
-# between 0.7 and 1.2, sooner than it would take them to exactly 1.
+# The authors' Newton-Schulz iteration x -> a x + b x^3 + c x^5. Five iterations move singular values in [0.01, 1] into
+# [0.7, 1.2], in fewer iterations than convergence to exactly 1 would need.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
 def orthogonalise(matrices_MRC: Tensor) -> Tensor:
-    """Each matrix with its singular values moved to about 1 (0.7 to 1.2), its singular vectors kept."""
+    """Moves the singular values of each matrix to about 1 (0.7 to 1.2) and keeps its singular vectors."""
     dtype = torch.bfloat16 if matrices_MRC.is_cuda else torch.float32
     x_MRC = matrices_MRC.to(dtype)
-    x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above the norm
+    x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value exceeds the Frobenius norm
     for _ in range(_ITERATIONS):
         gram_MRR = x_MRC @ x_MRC.mT
         polynomial_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=_B, alpha=_C)
@@ -34,11 +34,11 @@ def orthogonalise(matrices_MRC: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonal steps, decoupled weight decay. Takes matrices only.
+    """Nesterov momentum, orthogonalised steps and decoupled weight decay, for matrices.
 
-    A step is scaled by sqrt(max(1, rows / columns)), as its authors do, so that one rate serves every shape and width.
-    As with torch's fused optimizers, weights and momenta stay as they are where `found_inf`, a 0-dim tensor on the
-    device, is not 0; the host does not wait for it.
+    Steps are scaled by sqrt(max(1, rows / columns)), as by its authors, so one learning rate serves every shape and
+    width. As in torch's fused optimizers, a step changes nothing if `found_inf`, a 0-dim tensor on the device, is not
+    0; the host does not wait for it. Raises ValueError for a parameter that is not a matrix.
     """
 
     found_inf: Tensor | None = None
@@ -51,17 +51,17 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the loss is not evaluated again"
+        assert closure is None, "Muon does not re-evaluate the loss"
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[tuple(parameter.shape)].append(parameter)
             for parameters in by_shape.values():
-                self._step_alike(parameters, group)
+                self._step_same_shape(parameters, group)
 
-    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of matrices that have the same shape."""
+    def _step_same_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of all matrices of one shape, as a batch."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
@@ -76,7 +76,10 @@ class Muon(Optimizer):
         if self.found_inf is not None:
             skip = self.found_inf.bool()
             momentum_MRC = torch.where(skip, before_MRC, momentum_MRC)
-            step_MRC, kept = step_MRC.masked_fill(skip, 0), kept.masked_fill(skip, 1)  # 0 times nan would be nan
+            step_MRC, kept = (
+                step_MRC.masked_fill(skip, 0),
+                kept.masked_fill(skip, 1),
+            )  # 0 * nan would be nan
         torch._foreach_copy_(momenta, momentum_MRC.unbind())
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, step_MRC.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)

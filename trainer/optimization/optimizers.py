@@ -1,8 +1,9 @@
-"""Which parameter learns how fast: muP by role, a handful of fused groups, a cosine schedule.
+"""The optimizer: learning rates by muP role in a few fused parameter groups, and a cosine schedule.
 
-Under muP (arXiv 2203.03466, table 3, Adam) the best rate does not move with the width if hidden and output matrices
-learn at rate / fan_in, everything else at the plain rate. So a rate found on a narrow model serves a wide one. The
-papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of XUT-base.
+Under muP (arXiv 2203.03466, table 3, Adam) the best learning rate does not depend on the width if hidden and output
+matrices learn at rate / fan_in and everything else at the plain rate, so a rate found on a narrow model fits a wide
+one. The papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of
+XUT-base.
 """
 
 import math
@@ -19,27 +20,30 @@ from trainer.optimization.muon import Muon
 
 Role = Literal["input", "hidden", "condition", "output", "vector", "frozen"]
 
-# Of an adapter (trainer.runs.lora), whose rank does not grow with the width: A has a fan-out that stays, B a fan-in. So muP
-# gives A the rate / fan_in and B the plain one, as LoRA+ (arXiv 2402.12354) finds best. Never Muon: it makes an update
-# of one spectral norm in A and in B, and what changes the model is their product, in which each scales the other.
+# The matrices of an adapter (trainer.runs.lora), whose rank does not grow with the width: A has a fixed fan-out, B a
+# fixed fan-in. muP thus gives A rate / fan_in and B the plain rate, which LoRA+ (arXiv 2402.12354) finds best. Muon is
+# unsuitable: it fixes the spectral norm of updates to A and to B, but the model sees their product.
 _ADAPTER_ROLES: dict[str, Role] = {"lora_A": "output", "lora_B": "input"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Defaults: the papers' first stage, with the rate that is best for the demo's width."""
+    """Settings of optimizer and schedule. Defaults: the papers' first stage, with the best rate for the demo's width.
 
-    # muon: for hidden matrices; the rest stay with AdamW, the condition's too: a batch gives their gradient no more
-    # directions than it has samples, and Muon would raise the noise in all others.
+    Raises ValueError naming the field if a value is out of range.
+    """
+
+    # muon: Muon for hidden matrices, AdamW for the rest. The condition's matrices stay with AdamW because the rank of
+    # their gradient is at most the number of samples, and Muon would amplify noise in all other directions.
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3  # peak, of AdamW, at the base width
-    base_width: int = 128  # fan-in at which hidden matrices learn at the plain rate: the demo's width
-    betas: tuple[float, float] = (0.9, 0.98)  # the papers: 0.995 from the 512 stage on
+    learning_rate: float = 2e-3  # AdamW's peak, at the base width
+    base_width: int = 128  # fan-in at which hidden matrices learn at the plain rate; the demo's width
+    betas: tuple[float, float] = (0.9, 0.98)  # the papers use 0.995 from the 512 stage on
     eps: float = 1e-8
-    weight_decay: float = 0.02  # of matrices only; the papers: 0.005, then 0.002 later
+    weight_decay: float = 0.02  # matrices only; the papers use 0.005, then 0.002 in later stages
     warmup_steps: int = 1000
-    final_ratio: float = 0.01  # of the peak, where the cosine ends
-    # Muon's steps have the same spectral norm at every width: its rate needs no scaling. 0.02 is its authors' choice.
+    final_ratio: float = 0.01  # learning rate at the end of the cosine, as a share of the peak
+    # Muon's steps have the same spectral norm at every width, so its rate is not scaled. 0.02 is its authors' choice.
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
 
@@ -60,12 +64,12 @@ class OptimizerConfig:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """The role of every parameter, by name.
+    """The muP role of every parameter, by name.
 
-    frozen: does not learn. vector: biases, norms, rotary frequencies. input: matrices whose fan-in stays when the model
-    gets wider (the model names these layers in INPUT_LAYERS). output: those whose fan-out stays (OUTPUT_LAYERS).
-    condition: matrices that grow both ways and see one vector a sample (CONDITION_LAYERS). hidden: those that see
-    tokens. The two matrices of an adapter are output and input.
+    frozen: does not require gradients. vector: biases, norms, rotary frequencies. Matrices have one of four roles:
+    input, if the fan-in does not grow with the width (the model lists these layers in INPUT_LAYERS); output, if the
+    fan-out does not (OUTPUT_LAYERS); condition, if both grow and the layer sees one vector per sample
+    (CONDITION_LAYERS); hidden, if both grow and it sees tokens. The A and B matrices of adapters are output and input.
     """
     inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
     outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
@@ -89,16 +93,16 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """One optimizer over all that learns. Each group carries its peak rate as `initial_lr` and its `role`.
+    """One optimizer for all trainable parameters. Each group has its peak rate as `initial_lr` and its `role`.
 
-    Give it the model itself, not a compiled or distributed wrapper, whose names differ.
+    model: the model itself, not a compiled or distributed wrapper, whose parameter names differ.
     """
     roles = parameter_roles(model)
     members: dict[tuple[Role, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         role = roles[name]
         if role == "condition" and config.kind == "adamw":
-            role = "hidden"  # one group: only Muon tells them apart
+            role = "hidden"  # one group: only Muon distinguishes them
         if role != "frozen":
             scaled = role in ("output", "condition") or (role == "hidden" and config.kind == "adamw")
             members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)
@@ -123,7 +127,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for its groups, AdamW for the others, behind one list of groups, one state dict and one `found_inf`."""
+    """Muon and AdamW, each with its own groups, behind one list of groups, one state dict and one `found_inf`."""
 
     found_inf: Tensor | None = None
 
@@ -135,26 +139,26 @@ class MuonAndAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "neither part evaluates the loss again"
+        assert closure is None, "neither optimizer re-evaluates the loss"
         for part, first, last in self.parts:
-            # Handed over at every step: load_state_dict replaces both.
+            # Assigned at every step because load_state_dict replaces both.
             part.param_groups, part.state = self.param_groups[first:last], self.state
             part.found_inf = self.found_inf  # type: ignore[attr-defined]
             part.step()
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """One step; where `skip`, a 0-dim bool on the device of the parameters, is true, nothing of it is left.
+    """One optimizer step that changes nothing if `skip`, a 0-dim bool tensor on the parameters' device, is true.
 
-    Weights, moments and counts are then bit-equal to those before, whatever the gradients, and the host does not wait
-    to know. `found_inf` is how torch.amp tells fused optimizers, whose kernels return at once; Muon here knows it too.
+    Weights, moments and counts then stay bit-identical, whatever the gradients, and the host does not wait for the
+    value. It is passed as `found_inf`, which torch.amp uses to stop fused optimizers and `Muon` honours too.
     """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The state of `build_optimizer(model, ...)` by parameter's name, dot, state's name. Not copies."""
+    """The optimizer state by "<parameter name>.<state name>". The tensors are the optimizer's own, not copies."""
     return {
         f"{name}.{key}": tensor
         for name, parameter in model.named_parameters()
@@ -163,34 +167,34 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, with copies; rates and groups stay this optimizer's own.
+    """The inverse of `optimizer_tensors`; copies the tensors and keeps this optimizer's rates and groups.
 
-    ValueError for tensors of another model or another kind of optimizer.
+    Raises ValueError for the state of another model or another kind of optimizer.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     loaded: dict[Tensor, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         keys = ("momentum",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
         for parameter in group["params"]:
-            # A parameter that never had a gradient has no state; one that has some of it has all.
+            # A parameter that never had a gradient has no state; any other has all of it.
             found = {key: tensors[name] for key in keys if (name := f"{names[parameter]}.{key}") in tensors}
             fits = all(t.shape == (() if key == "step" else parameter.shape) for key, t in found.items())
             if found and len(found) == len(keys) and fits:
                 loaded[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
-    strange = tensors.keys() - {f"{names[p]}.{key}" for p, state in loaded.items() for key in state}
-    if strange:
+    unknown = tensors.keys() - {f"{names[p]}.{key}" for p, state in loaded.items() for key in state}
+    if unknown:
         raise ValueError(
-            f"this optimizer state is of another model or kind of optimizer: {len(strange)} of its tensors do not fit, "
-            f"{min(strange)} among them; go on with the settings that it was saved with"
+            f"this optimizer state is of another model or kind of optimizer: {len(unknown)} of its tensors do not fit, "
+            f"such as {min(unknown)}. Continue with the settings that it was saved with"
         )
     optimizer.state.clear()
     optimizer.state.update(loaded)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak rate at update number `step` (from 0): linear warm-up, then a cosine to `final_ratio`.
+    """Share of the peak learning rate at update `step`, from 0: linear warm-up, then a cosine to `final_ratio`.
 
-    A pure function: a resumed run needs nothing but its step. Warm-up takes at most a tenth of a short run.
+    Warm-up takes at most a tenth of the run. It depends only on its arguments, so a resumed run has the same schedule.
     """
     warmup = min(config.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -200,6 +204,6 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Every group at `factor` of its peak."""
+    """Sets every group to `factor` times its peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

@@ -35,9 +35,9 @@ from trainer.runs.ema import trainable_parameters, trainable_state
 from trainer.runs.lora import add_adapters, merge_adapters, merge_folder, write_adapters
 from trainer.runs.weights import save_model, trained_model, weights_hash
 
-# Shared with the tests of workers: a source of samples and a bulletin without Ray.
+# Shared with the tests of workers: a source of samples and a reporter without Ray.
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "training" / "test_worker.py"))
-worker, Heard = _SHARED["worker"], _SHARED["Heard"]
+worker, Recorder = _SHARED["worker"], _SHARED["Recorder"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +188,7 @@ def live(dataset: Path, random_run: Path, tmp_path_factory: pytest.TempPathFacto
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    trained = worker(resolve(command), Heard())
+    trained = worker(resolve(command), Recorder())
     assert trained.run() == 3
     torch.set_num_threads(threads)
     return trained
@@ -227,7 +227,7 @@ def test_adapters_move_their_base_stays_and_a_checkpoint_has_nothing_but_them(li
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(ask: Callable[..., Training]) -> None:
-    whole, parts, again = Heard(), Heard(stops_after=1), Heard()
+    whole, parts, again = Recorder(), Recorder(stops_after=1), Recorder()
     assert worker(ask(RATE, steps=4, run="whole"), whole).run() == 4
     assert worker(ask(RATE, steps=4, run="parts"), parts).run() == 2
     assert worker(ask(RATE, steps=4, run="parts"), again).run() == 4
@@ -302,7 +302,7 @@ def test_rank_and_base_cannot_change_but_the_base_may_move(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(random_run, base)
-    worker(ask(start_from=str(base)), Heard()).run()
+    worker(ask(start_from=str(base)), Recorder()).run()
     assert "lora.rank: 4 -> 8" in refused(ask, start_from=str(base), lora=8)
     assert "lora.rank: 4 -> 0" in refused(ask, start_from=None, lora=None)
     assert ask(start_from=None, steps=5).start_step == 3, "the run knows its base"
@@ -334,7 +334,7 @@ def test_a_base_that_is_trained_on_leaves_the_adapters_where_they_began(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(random_run, base)
-    worker(ask(start_from=str(base)), Heard()).run()
+    worker(ask(start_from=str(base)), Recorder()).run()
     first = newest(base)
     tensors = {name: first.tensors(name) for name in ("model", "ema")}
     tensors["ema"]["patch_in.bias"] += 1
@@ -475,7 +475,7 @@ def test_adapters_that_do_not_fit_are_named_by_what_is_missing_unknown_and_missh
 
 
 def test_a_stage_may_go_on_from_merged_adapters(ask: Callable[..., Training], lora_run: Path) -> None:
-    live = worker(ask(lora=None, start_from=str(lora_run), run="whole"), Heard())
+    live = worker(ask(lora=None, start_from=str(lora_run), run="whole"), Recorder())
     wanted = trained_model(newest(lora_run)).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in live.loop.model.state_dict().items())
 
@@ -499,9 +499,9 @@ def test_released_weights_are_adapted_drawn_with_their_own_positions_and_go_back
     training = ask("codec=dct", "text_encoder=local", "evaluate_every=2", RATE, start_from=str(released), stage="demo")
     assert (training.model.position_grid, training.stage.patch_size) == ("latent", 2)
     check_device(training, gpus=0)
-    heard = Heard()
-    assert worker(training, heard).run() == 3
-    assert len(heard.evaluations) == 2
+    recorder = Recorder()
+    assert worker(training, recorder).run() == 3
+    assert len(recorder.evaluations) == 2
     picture = PictureModel.load(training.run, CPU)
     seen: list[dict[str, Tensor]] = []
     handle = picture.model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
