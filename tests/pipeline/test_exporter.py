@@ -1,4 +1,4 @@
-"""What the exporter says is what lies in the dataset, whatever happens to it meanwhile."""
+"""The exporter's metrics equal the content of the dataset, also while it changes."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def write_captions(store: Store, name: str, reasons: list[str | None]) -> None:
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Two shards of images, one of which is captioned, partly by another engine too, and selected."""
+    """Two shards of images. One of them is captioned by two engines, scored and selected."""
     place = tmp_path if request.param == "local" else f"{request.getfixturevalue('bucket')}/exporter-{tmp_path.name}"
     store = Store(f"{place}/dataset")
     store.write("dataset.json", b"{}")
@@ -77,13 +77,13 @@ def read(metrics: DatasetMetrics) -> Metrics:
 
 
 def of(found: Metrics, name: str) -> dict[Any, float]:
-    """By the one label, or by several."""
+    """The values of a metric by its label, or by a tuple of labels."""
     return {labels[0] if len(labels) == 1 else labels: value for (at, labels), value in found.items() if at == name}
 
 
-def test_the_rows_in_each_state_are_those_of_the_finished_shards(store: Store) -> None:
+def test_rows_are_counted_in_finished_shards(store: Store) -> None:
     metrics = DatasetMetrics(store)
-    assert read(metrics) == {}, "nothing is said before the first look"
+    assert read(metrics) == {}, "no metrics before the first scan"
     metrics.scan()
     found = read(metrics)
     assert of(found, "up") == {(): 1}
@@ -101,7 +101,7 @@ def test_the_rows_in_each_state_are_those_of_the_finished_shards(store: Store) -
     assert sum(of(found, "bytes").values()) == sum(store.sizes().values()) - len(b"{}"), "all but dataset.json"
 
 
-def test_a_second_look_reads_what_is_new_and_nothing_else(
+def test_a_second_scan_reads_only_new_and_changed_shards(
     store: Store, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = DatasetMetrics(store)
@@ -124,8 +124,8 @@ def test_a_second_look_reads_what_is_new_and_nothing_else(
     assert of(found, "rejected_rows") == {"video": 2, "not decodable": 1}
 
 
-def test_a_spoilt_shard_is_counted_and_read_when_it_is_mended(store: Store) -> None:
-    store.write("images/b.parquet", b"spoilt")
+def test_a_damaged_shard_is_counted_and_read_once_it_is_repaired(store: Store) -> None:
+    store.write("images/b.parquet", b"damaged")
     metrics = DatasetMetrics(store)
     metrics.scan()
     assert of(read(metrics), "ingested_rows") == {(): 5}
@@ -136,15 +136,15 @@ def test_a_spoilt_shard_is_counted_and_read_when_it_is_mended(store: Store) -> N
     assert of(read(metrics), "unreadable_shards")["images"] == 0
 
 
-def test_the_age_is_that_of_the_newest_shard_at_the_time_of_the_scrape(tmp_path: Path) -> None:
+def test_ages_are_of_the_newest_shard_and_as_of_the_scrape(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write("dataset.json", b"{}")
     now = time.time()
     for name, age in (("a", 500), ("b", 300)):
         write_ids(store, f"images/{name}.parquet", 1)
         os.utime(tmp_path / "images" / f"{name}.parquet", (now - age, now - age))
-    store.write("images/run.json", b"{}")  # is no shard
-    (tmp_path / "images" / ".c.parquet.0123abcd").write_bytes(bytes(1000))  # half written
+    store.write("images/run.json", b"{}")  # not a shard
+    (tmp_path / "images" / ".c.parquet.0123abcd").write_bytes(bytes(1000))  # unfinished
     metrics = DatasetMetrics(store)
     metrics.scan()
     first = of(read(metrics), "newest_shard_age_seconds")["images"]
@@ -156,7 +156,7 @@ def test_the_age_is_that_of_the_newest_shard_at_the_time_of_the_scrape(tmp_path:
     assert of(read(metrics), "disk_free_bytes")[()] <= shutil.disk_usage(tmp_path).total
 
 
-def test_the_server_outlives_its_dataset(tmp_path: Path) -> None:
+def test_the_server_survives_the_removal_of_its_dataset(tmp_path: Path) -> None:
     dataset, away = tmp_path / "dataset", tmp_path / "away"
     store = Store(str(dataset))
     command = [sys.executable, "-m", "pipeline.exporter", "--dataset", dataset, "--port", "0", "--every", "1"]
@@ -167,7 +167,7 @@ def test_the_server_outlives_its_dataset(tmp_path: Path) -> None:
         assert process.stdout
         url = process.stdout.readline().partition(" at ")[2].partition(",")[0]
         assert url.startswith("http://127.0.0.1:")
-        assert wait_for(url, up=0) == {"hdm_dataset_up"}, "there is no dataset to tell of"
+        assert wait_for(url, up=0) == {"hdm_dataset_up"}, "there is no dataset"
         store.write("dataset.json", b"{}")
         write_ids(store, "images/a.parquet", 5)
         assert "hdm_dataset_ingested_rows" in wait_for(url, up=1)
@@ -191,7 +191,7 @@ def test_the_server_outlives_its_dataset(tmp_path: Path) -> None:
 
 
 def wait_for(url: str, up: float) -> set[str]:
-    """The names of what is served, but for those of the look itself, once the dataset is `up`."""
+    """Names of the metrics once `up` has this value, apart from the two about the scan itself."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -202,7 +202,7 @@ def wait_for(url: str, up: float) -> set[str]:
     raise TimeoutError(url)
 
 
-def test_what_cannot_be_exported_is_refused_in_a_line(call_job: RunJob, tmp_path: Path, bucket: str) -> None:
+def test_invalid_commands_are_refused_in_one_line(call_job: RunJob, tmp_path: Path, bucket: str) -> None:
     for place in (f"{tmp_path}/nowhere", f"{bucket}/nowhere"):
         refused = call_job("pipeline/exporter.py", "--dataset", place, "--port", "0")
         assert refused.returncode == 2

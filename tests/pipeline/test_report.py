@@ -177,6 +177,20 @@ def test_the_census_equals_a_count_by_hand(surveyed: Surveyed) -> None:
         assert counted[0] == sum(count for year, count in years.items() if year < measure.edges[0])
         assert counted[-1] == sum(count for year, count in years.items() if year >= measure.edges[-1])
         assert counted[measure.edges.index(2020) + 1] == years[2020]
+        sides = [(p["width"], p["height"]) for p in posts]
+        values = {
+            "megapixels": [width * height / 1e6 for width, height in sides],
+            "short_side": [min(width, height) for width, height in sides],
+            "aspect": [width / height for width, height in sides],
+            "score": [np.nan if p["score"] is None else p["score"] for p in posts],
+            "favourites": [p["favourites"] for p in posts],
+            "year": [p["created_at"].year if p["created_at"] else np.nan for p in posts],
+            "tags": [sum(len(p[f"tags_{category}"]) for category in TAG_CATEGORIES) for p in posts],
+        }
+        for measure in IMAGE_MEASURES:
+            bins = measure.bin_of(np.array(values[measure.name], float))
+            expected_bins = np.bincount(bins[bins >= 0], minlength=measure.bins)
+            assert census.histograms[measure.name][view].sum(axis=0).tolist() == expected_bins.tolist(), measure.name
         by_source = Counter(p["source"] if p["source"] in SOURCES else "other" for p in posts)
         assert census.histograms["megapixels"][view].sum(axis=1).tolist() == [by_source[name] for name in SOURCES]
     rating = Counter("none" if p["rating"] is None else p["rating"] for shard in images.values() for p in shard)

@@ -15,7 +15,7 @@ def random_hashes(count: int, seed: int) -> Hashes:
 
 
 def flipped(hashes: Hashes, bits: int, seed: int) -> Hashes:
-    """Each hash with so many of its bits, chosen anew for each, flipped."""
+    """Each hash with `bits` random bits flipped."""
     rng = np.random.default_rng(seed)
     masks = [sum(1 << bit for bit in rng.choice(64, bits, replace=False).tolist()) for _ in hashes]
     return hashes ^ np.array(masks, np.uint64)
@@ -28,7 +28,7 @@ def keepers(
     pixels: NDArray[np.int64],
     aspect: NDArray[np.float64] | None = None,
 ) -> list[str | None]:
-    """For each row the id of the row that is kept in its place, None where it is kept itself."""
+    """For each row the id of the row that is kept instead, None if the row itself is kept."""
     number: dict[Hashable, int] = {}
     numbers = np.array([number.setdefault(each, len(number)) for each in content], np.uint64)
     group = groups(numbers, phash, np.ones(len(ids)) if aspect is None else aspect).tolist()
@@ -38,14 +38,14 @@ def keepers(
     return [None if kept[name] == row else ids[kept[name]] for row, name in enumerate(group)]
 
 
-def answers(phash: Hashes) -> list[str | None]:
-    """Rows that are told apart by nothing but their perceptual hashes: the lowest id is kept."""
+def kept_instead(phash: Hashes) -> list[str | None]:
+    """The kept rows of rows that differ only in their perceptual hashes: of copies the lowest id."""
     ids = [f"danbooru:{row}" for row in range(len(phash))]
     return keepers(ids, range(len(phash)), phash, np.ones(len(phash), np.int64))
 
 
 def brute_force(phash: Hashes) -> list[str | None]:
-    """Every pair compared, groups joined one pair at a time."""
+    """The same by comparing every pair."""
     group = list(range(len(phash)))
     near = np.bitwise_count(phash[:, None] ^ phash[None, :]) <= NEAR_BITS
     for left, right in np.argwhere(np.triu(near, 1)).tolist():
@@ -54,26 +54,26 @@ def brute_force(phash: Hashes) -> list[str | None]:
     return [None if name == row else f"danbooru:{name}" for row, name in enumerate(group)]
 
 
-def test_near_duplicates_are_those_that_comparing_all_pairs_finds() -> None:
+def test_near_duplicates_equal_those_of_comparing_all_pairs() -> None:
     base = random_hashes(1900, seed=0)
     planted = [flipped(base[20 * bits : 20 * bits + 14], bits, seed=bits) for bits in range(7)]
     chained = flipped(planted[3][:2], 4, seed=9)
     phash = np.random.default_rng(1).permutation(np.concatenate([base, *planted, chained]))
     expected = brute_force(phash)
-    assert answers(phash) == expected
+    assert kept_instead(phash) == expected
     assert sum(kept is not None for kept in expected) == 5 * 14 + 2
 
 
-def test_crowded_hashes_are_compared_too() -> None:
-    """Simple pictures: few bits set, so that all have blocks in common."""
+def test_crowded_hashes_are_compared_as_well() -> None:
+    """Simple pictures have few bits set, so that many of them agree in some blocks."""
     rng = np.random.default_rng(0)
     sparse = [sum(1 << bit for bit in rng.choice(64, 7, replace=False).tolist()) for _ in range(1000)]
     phash = np.array(sparse, np.uint64)
-    assert answers(phash) == brute_force(phash)
+    assert kept_instead(phash) == brute_force(phash)
 
 
 @pytest.mark.parametrize("bits", range(1, NEAR_BITS + 2))
-def test_every_place_of_up_to_four_bits_is_found_and_none_of_five(bits: int) -> None:
+def test_pairs_with_any_four_differing_bits_are_found_and_none_with_five(bits: int) -> None:
     one = random_hashes(1, seed=3)
     rng = np.random.default_rng(bits)
     for _ in range(200):
@@ -86,8 +86,8 @@ def test_every_place_of_up_to_four_bits_is_found_and_none_of_five(bits: int) -> 
 def test_a_chain_is_one_group() -> None:
     steps = [0, 0b1111, 0b1111_1111, 0b1111_1111_1111]
     phash = np.array([1 << 40 | step for step in steps], np.uint64)
-    assert answers(phash) == [None, "danbooru:0", "danbooru:0", "danbooru:0"]
-    assert answers(phash[[0, 2, 3]]) == [None, None, "danbooru:1"]
+    assert kept_instead(phash) == [None, "danbooru:0", "danbooru:0", "danbooru:0"]
+    assert kept_instead(phash[[0, 2, 3]]) == [None, None, "danbooru:1"]
 
 
 def test_equal_bytes_are_duplicates_whatever_their_hash() -> None:
@@ -96,12 +96,12 @@ def test_equal_bytes_are_duplicates_whatever_their_hash() -> None:
     assert kept == [None, None, "danbooru:1"]
 
 
-def test_flat_pictures_are_not_like_each_other() -> None:
-    assert answers(np.array([FLAT, FLAT, FLAT | 1, FLAT | 1], np.uint64)) == [None, None, None, "danbooru:2"]
+def test_flat_pictures_are_no_copies_of_each_other() -> None:
+    assert kept_instead(np.array([FLAT, FLAT, FLAT | 1, FLAT | 1], np.uint64)) == [None, None, None, "danbooru:2"]
 
 
-def test_another_shape_is_another_picture() -> None:
-    """Near hashes; shapes of 3:2 as drawn, halved and trimmed, of 1:1 and of 2:3."""
+def test_pictures_of_different_shapes_are_no_copies() -> None:
+    """Near hashes. Shapes: 3:2 in full size, halved and trimmed; 1:1; 2:3."""
     phash = np.full(5, 1 << 40 | 1 << 7, np.uint64) ^ np.array([0, 0, 1, 1, 0], np.uint64)
     pixels, aspect = np.array([240, 60, 58, 40, 240]), np.array([1.5, 1.5, 1.45, 1, 2 / 3])
     ids = [f"danbooru:{row}" for row in range(5)]
@@ -110,7 +110,7 @@ def test_another_shape_is_another_picture() -> None:
     assert keepers(ids, ["a"] * 5, phash, pixels, aspect) == [None] + ["danbooru:0"] * 4
 
 
-def test_both_kinds_of_likeness_join_one_group() -> None:
+def test_equal_bytes_and_near_hashes_join_one_group() -> None:
     phash = np.array([1 << 50, 1 << 50 | 1, 1 << 20], np.uint64)
     phash[2] = random_hashes(1, seed=0)[0]
     kept = keepers(["danbooru:3", "danbooru:2", "danbooru:1"], ["a", "b", "b"], phash, np.ones(3, np.int64))
@@ -127,12 +127,14 @@ def test_both_kinds_of_likeness_join_one_group() -> None:
         (["pixiv:10_p0", "pixiv:9_p2"], [100, 100], "pixiv:9_p2"),
     ],
 )
-def test_one_is_kept_by_pixels_then_source_then_number(ids: list[str], pixels: list[int], best: str) -> None:
+def test_the_kept_copy_has_most_pixels_then_source_then_number(
+    ids: list[str], pixels: list[int], best: str
+) -> None:
     kept = keepers(ids, ["a", "a"], random_hashes(2, seed=0), np.array(pixels))
     assert kept == [None if name == best else best for name in ids]
 
 
-def test_the_order_of_the_rows_changes_nothing() -> None:
+def test_the_result_does_not_depend_on_the_order_of_the_rows() -> None:
     rng = np.random.default_rng(0)
     base = random_hashes(500, seed=1)
     phash = np.concatenate(
@@ -150,20 +152,20 @@ def test_the_order_of_the_rows_changes_nothing() -> None:
         assert dict(zip(shuffled, kept, strict=True)) == expected
 
 
-def test_who_is_kept_is_a_duplicate_of_nothing() -> None:
-    kept = answers(random_hashes(3000, seed=0) & random_hashes(3000, seed=1) & random_hashes(3000, seed=2))
+def test_a_kept_row_is_a_copy_of_no_other_row() -> None:
+    kept = kept_instead(random_hashes(3000, seed=0) & random_hashes(3000, seed=1) & random_hashes(3000, seed=2))
     for name in set(kept) - {None}:
         assert kept[int(str(name).split(":")[1])] is None
 
 
-def test_no_rows_are_no_duplicates() -> None:
+def test_an_empty_dataset_has_no_copies() -> None:
     assert keepers([], [], np.zeros(0, np.uint64), np.zeros(0, np.int64)) == []
 
 
 def links(
     posts: list[tuple[int, int]], pages: list[tuple[int, int, int]], aspect: float = 1.0
 ) -> list[tuple[int, int]]:
-    """Posts are (linked work, hash), pages are (work, page, hash), all rows in this order; aspect is that of posts."""
+    """Rows are posts (linked work, hash), then pages (work, page, hash). `aspect` is that of the posts."""
     rows = len(posts) + len(pages)
     linked, work, page = np.full((3, rows), -1)
     linked[: len(posts)] = [post[0] for post in posts]
@@ -176,16 +178,16 @@ def links(
 
 def test_a_post_is_linked_to_the_page_of_its_work_that_looks_most_like_it() -> None:
     pages = [(7, 0, 0b11111), (7, 1, 0b1), (8, 0, 0), (7, 2, 0b10)]
-    assert links([(7, 0)], pages) == [(0, 2)]  # page 1 and page 2 alike: the first; work 8 is none of its own
+    assert links([(7, 0)], pages) == [(0, 2)]  # pages 1 and 2 are equally near: the first; work 8 is another one
     assert links([(8, 0b1), (7, 0b11011), (9, 0), (-1, 0)], pages) == [(0, 6), (1, 4)]
 
 
-def test_a_link_to_a_picture_that_looks_or_is_shaped_otherwise_is_none() -> None:
+def test_a_link_to_a_picture_of_another_look_or_shape_is_ignored() -> None:
     far, near = 2 ** (LINKED_BITS + 1) - 1, 2**LINKED_BITS - 1
     assert links([(7, 0), (8, 0)], [(7, 0, far), (8, 0, near)]) == [(1, 3)]
     assert links([(7, 0)], [(7, 0, 0)], aspect=1.2) == []
 
 
-def test_links_join_groups_also_of_flat_pictures() -> None:
+def test_links_join_flat_pictures_as_well() -> None:
     phash, pair = np.array([FLAT, FLAT, FLAT], np.uint64), (np.array([0]), np.array([2]))
     assert groups(np.arange(3, dtype=np.uint64), phash, np.ones(3), pair).tolist() == [0, 1, 0]

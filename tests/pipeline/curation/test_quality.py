@@ -74,11 +74,11 @@ def later() -> pa.Table:
         ("explicit", 10, "low quality"),
     ],
 )
-def test_the_published_table_is_compared_by_more_than(rating: str, favourites: int, word: str) -> None:
+def test_a_word_needs_more_favourites_than_its_border(rating: str, favourites: int, word: str) -> None:
     assert word_of(KOHAKU_PUBLISHED, "danbooru", rating, day("2012-01-01"), favourites) == word
 
 
-def test_the_published_table_knows_neither_other_sites_nor_no_rating() -> None:
+def test_the_published_table_has_no_words_for_other_sites_or_unknown_ratings() -> None:
     assert word_of(KOHAKU_PUBLISHED, "pixiv", "general", day("2012-01-01"), 1000) is None
     assert word_of(KOHAKU_PUBLISHED, "danbooru", None, day("2012-01-01"), 1000) is None
 
@@ -98,7 +98,7 @@ def test_percentiles_split_a_hundred_posts_exactly() -> None:
         assert ranked == [word for word, count in zip(PRESETS[name].words, counts, strict=True) for _ in range(count)]
 
 
-def test_borders_are_numpys_percentiles_that_occur() -> None:
+def test_borders_equal_numpys_inverted_cdf_percentiles() -> None:
     rng = np.random.default_rng(1)
     for count in (50, 51, 77, 1000):
         popularity = np.floor(rng.lognormal(2, 1.5, count))
@@ -113,7 +113,7 @@ def test_equal_posts_have_equal_words() -> None:
     assert words == ["worst quality"] * 99 + ["masterpiece"]
 
 
-def test_each_year_and_rating_is_judged_by_itself() -> None:
+def test_posts_are_compared_within_their_year_and_rating() -> None:
     low = posts(list(range(100)), created_at=day("2010-06-01"))
     high = posts(list(range(1000, 1100)), created_at=day("2020-06-01"))
     other = posts(list(range(50, 150)), rating="explicit", created_at=day("2010-06-01"))
@@ -148,7 +148,7 @@ def test_a_small_source_still_has_a_cell() -> None:
     assert word_of(table, "pixiv", "general", day("2015-01-01"), 3) == "good"
 
 
-def test_a_later_post_is_judged_by_the_same_table() -> None:
+def test_later_posts_get_words_from_the_same_table() -> None:
     table = QualityTable.compute(HALVES, together(posts([float(number) for number in range(100)]), later()))
     for rating, date in (
         ("general", day("2016-01-01")),
@@ -161,7 +161,7 @@ def test_a_later_post_is_judged_by_the_same_table() -> None:
     assert word_of(table, "elsewhere else", "general", day("2015-06-01"), 50) is None
 
 
-def test_the_young_and_the_unvoted_get_no_word_and_set_no_border() -> None:
+def test_young_posts_and_posts_without_votes_get_no_word_and_do_not_count() -> None:
     old = posts([float(number) for number in range(100)], created_at=day("2015-06-01"))
     young = posts([0.0] * 1000, created_at=day("2020-11-01"))
     newest = posts([0.0], created_at=day("2021-01-01"))
@@ -175,7 +175,7 @@ def test_the_young_and_the_unvoted_get_no_word_and_set_no_border() -> None:
     assert word_of(table, "danbooru", "general", day("2020-10-03"), 50) is None
 
 
-def test_a_table_survives_json() -> None:
+def test_a_table_is_equal_after_a_round_trip_through_json() -> None:
     rng = np.random.default_rng(0)
     sample = together(*[posts(rng.integers(0, 99, 60).tolist(), "pixiv", rating, day(f"{year}-06-01"))
                         for rating in (None, "general") for year in (2012, 2013)])  # fmt: skip
@@ -184,7 +184,7 @@ def test_a_table_survives_json() -> None:
         assert QualityTable.from_json(table.to_json()).words_of(sample) == table.words_of(sample)
 
 
-def test_a_table_of_nothing_judges_nothing() -> None:
+def test_a_table_of_no_posts_gives_no_words() -> None:
     table = QualityTable.compute(HALVES, posts([]))
     assert table.borders == {}
     assert table.words_of(posts([])) == []

@@ -1,4 +1,4 @@
-"""The rules of a stage, as given and as a file overrides them."""
+"""The rules of the stages, and files that override them."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def overridden(tmp_path: Path, text: str, stage: str = "512") -> object:
     return override(RULES[stage], tmp_path / "mine.toml")
 
 
-def test_the_1024_stage_asks_for_both_ends_as_the_report_does() -> None:
+def test_the_1024_stage_has_both_ends_of_the_quality_scale_as_in_the_report() -> None:
     rules = RULES["1024"]
     assert set(rules.quality) == {"masterpiece", "best quality", "low quality", "worst quality"}
     assert set(rules.eras) == {"newest", "recent", "old"}
 
 
-def test_a_file_overrides_the_named_fields_and_the_command_its_preset(tmp_path: Path) -> None:
+def test_a_file_overrides_the_fields_that_it_sets_and_preset_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
         'min_side = 700\nmax_aspect = 2\nratings = ["general"]\npreset = "animagine31"\n'
@@ -64,7 +64,7 @@ def test_a_file_overrides_the_named_fields_and_the_command_its_preset(tmp_path: 
         ("min_side = ", "give a TOML file such as"),
     ],
 )
-def test_what_is_no_rule_is_refused_in_one_line(tmp_path: Path, text: str, named: str) -> None:
+def test_an_invalid_rule_is_refused_in_one_line(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(UsageError) as error:
         overridden(tmp_path, text)
     assert named in str(error.value)
@@ -79,7 +79,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         tag_rules(override(RULES["512"], tmp_path / "mine.toml"))
 
 
-def test_files_beside_the_rules_file_come_before_the_shipped_ones_and_none_may_be_asked_for(tmp_path: Path) -> None:
+def test_files_beside_the_rules_file_precede_shipped_files_and_an_empty_name_means_none(tmp_path: Path) -> None:
     (tmp_path / "aliases.txt").write_text("old -> new\n")
     (tmp_path / "people.txt").write_text("# ours\nA\nb_c\n")
     (tmp_path / "mine.toml").write_text(
@@ -108,7 +108,7 @@ def test_wrong_tag_files_are_refused(tmp_path: Path, file: str, text: str, named
         tag_rules(override(RULES["512"], tmp_path / "mine.toml"))
 
 
-def test_the_shipped_example_and_tag_files_hold_what_they_say() -> None:
+def test_the_shipped_example_and_tag_files_can_be_used() -> None:
     rules = override(RULES["512"], EXAMPLE)
     assert rules.artists
     reader = TagReader(tag_rules(rules))
