@@ -39,6 +39,8 @@ ONLY_IN = {
         "pipeline/core/cluster.py",
         "pipeline/core/dataflow.py",
         "trainer/cluster/launch.py",
+        "trainer/cluster/loader_actors.py",
+        "trainer/cluster/monitor.py",
         "trainer/cluster/replicas.py",
     },
     "transformers": {
@@ -47,8 +49,8 @@ ONLY_IN = {
         "trainer/encoders/text.py",
     },
     "diffusers": {
+        "trainer/encoders/load_codec.py",
         "trainer/encoders/random_encoders.py",
-        "trainer/encoders/vae.py",
         "trainer/exporting/diffusers_export.py",
         "trainer/exporting/exported/constants.py",
         "trainer/exporting/exported/hdm_codec.py",

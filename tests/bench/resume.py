@@ -27,7 +27,7 @@ import psutil
 
 from pipeline.storage.shards import Store
 from trainer.samples.data import CropConfig, TrainingData
-from trainer.samples.layout import KEPT, Selection
+from trainer.samples.row_index import ROW_INDEX_FILE, Selection
 from trainer.samples.training_text import CaptionConfig
 
 ROOT = Path(__file__).parents[2]
@@ -110,16 +110,16 @@ def planning(dataset: Path, folder: Path) -> None:
     shards = len(list((dataset / "images").iterdir()))
     samples = planned(dataset, folder, 0.0)
     print(f"| planned, {shards:,} shards, {samples:,} samples | first {first:.1f} s; going on {shown} |", flush=True)
-    (folder / KEPT).unlink()
+    (folder / ROW_INDEX_FILE).unlink()
 
 
 def planned(dataset: Path, folder: Path, place: float) -> int:
     """Samples of an epoch, of whose first batch at a place from 0 to 1 everything is known."""
     selection = Selection.load(str(dataset), NAME, 64)
     crop = CropConfig(64, CaptionConfig(), seed=0)
-    data = TrainingData.load(selection, crop, batch_size=_BATCH, hold_out=0.01, keep_layout=str(folder))
+    data = TrainingData.load(selection, crop, batch_size=_BATCH, hold_out=0.01, index_folder=str(folder))
     start = int(place * data.order.count)
-    data.layout.locate(data.order.samples(np.arange(start, start + _BATCH)))
+    data.row_index.locate(data.order.samples(np.arange(start, start + _BATCH)))
     return data.order.count
 
 

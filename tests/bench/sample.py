@@ -19,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from trainer.drawing.pictures import PictureModel, Settings, picture_png
+from trainer.drawing.picture_files import picture_png
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 from trainer.encoders.random_encoders import qwen3_600m, sdxl_vae
-from trainer.model.xut import XUT, XUTConfig
-from trainer.recipe.settings import PRESETS
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
+from trainer.recipe.stage_config import PRESETS
 
 SHAPES = PRESETS | {"released": XUTConfig.released}
 
@@ -69,7 +72,7 @@ def main() -> None:
 def draw_all(drawing: PictureModel, way: Way, count: int) -> float:
     """Seconds."""
     side = drawing.nearest_size(drawing.resolution)
-    settings = Settings(width=side, height=side, **way.settings)
+    settings = SamplingSettings(width=side, height=side, **way.settings)
     started = time.perf_counter()
     for start in range(0, count, way.at_once):
         seeds = range(start, start + way.at_once)

@@ -43,18 +43,22 @@ import torch
 from memory import family, proportional_memory
 from PIL import Image, ImageDraw
 from stream_others import BATCH, Figures, measure
+from trainer.cluster.loader_actors import loader_source
 
 from pipeline.core.cluster import cluster
 from pipeline.core.records import SELECTION, TEXT_CATEGORIES, TIER
-from pipeline.pictures.decoder import Crop, Header, Picture, downsize, square_crop
+from pipeline.pictures.crops import Crop, downsize, square_crop
+from pipeline.pictures.decoder import Header, Picture
 from pipeline.storage.shards import Store
-from trainer.cluster.launch import keep_freed_memory, streamed
+from trainer.cluster.launch import keep_freed_memory
 from trainer.diffusion.keyed_random import Stream, sample_generator
-from trainer.recipe.resolve import Command, Training, resolve
+from trainer.recipe.command import Command
+from trainer.recipe.resolve import resolve
+from trainer.recipe.training import Training
 from trainer.samples.data import TrainingData, text_parts
 from trainer.samples.row_groups import read_row_group
 from trainer.samples.training_text import training_text
-from trainer.training.process_group import Team
+from trainer.training.worker_group import WorkerGroup
 
 ROOT = Path(__file__).parents[2]
 PINNED = ("mosaicml-streaming==0.13.0", "webdataset==1.0.2")
@@ -194,7 +198,7 @@ def through_ray(training: Training, data: Any, left_out: float, seconds: float) 
     def consume(training: Training, data: TrainingData) -> Figures:
         keep_freed_memory()
         started = time.perf_counter()
-        return measure(started, streamed(data, training, Team(0, 1, None)).batches(training), left_out, seconds)
+        return measure(started, loader_source(data, training, WorkerGroup(0, 1, None)).batches(training), left_out, seconds)
 
     figures: Figures = ray.get(consume.remote(training, data))
     return figures
@@ -209,13 +213,13 @@ def print_figures_of_threads(folder: Path) -> None:
 
 def thread_pool(data: TrainingData) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     threads = os.cpu_count() or 2
-    read = lru_cache(2 * threads)(partial(read_row_group, data.layout))
+    read = lru_cache(2 * threads)(partial(read_row_group, data.row_index))
     rng = np.random.default_rng(0)
 
     def rows() -> Iterator[tuple[int, int]]:
         while True:
-            for group in rng.permutation(len(data.layout.counts_G)).tolist():
-                yield from ((group, row) for row in range(data.layout.counts_G[group]))
+            for group in rng.permutation(len(data.row_index.counts_G)).tolist():
+                yield from ((group, row) for row in range(data.row_index.counts_G[group]))
 
     def batch(places: list[tuple[int, int]], chances: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
         crops, texts = [], []
@@ -312,7 +316,7 @@ def memory_row(folder: Path, times: int) -> str:
     quarters = [max(looks[at * len(looks) // 4 : (at + 1) * len(looks) // 4]) for at in range(4)]
     shown = ", ".join(f"{quarter:.2f}" for quarter in quarters)
     return (
-        f"| memory with {data.layout.count} pictures ({times}x), peaks of four parts of {WATCHED:.0f} s "
+        f"| memory with {data.row_index.count} pictures ({times}x), peaks of four parts of {WATCHED:.0f} s "
         f"| {shown} GiB, of it {before:.2f} before; {figures.rate:.0f} images/s |"
     )
 

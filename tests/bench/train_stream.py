@@ -1,6 +1,6 @@
-"""BENCH: training with samples streamed from the dataset against the same ones held in memory, which cost no reading.
+"""BENCH: training with samples loader_source from the dataset against the same ones held in memory, which cost no reading.
 
-One Ray Train job takes turns: a block of steps on streamed batches, then a block on those again. So both do the same
+One Ray Train job takes turns: a block of steps on loader_source batches, then a block on those again. So both do the same
 work (a step's depends on how long its texts are) on the same machine within a minute of each other. The first quarter
 of each block is left out: what was read ahead before it began is used up there. The first pair is of a job that still
 warms up.
@@ -14,18 +14,22 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 
+from trainer.cluster.loader_actors import loader_source
+
 from pipeline.core.cluster import cluster
-from trainer.cluster.launch import streamed, train
-from trainer.recipe.resolve import Command, Training, resolve
+from trainer.cluster.launch import train
+from trainer.recipe.command import Command
+from trainer.recipe.resolve import resolve
+from trainer.recipe.training import Training
 from trainer.samples.data import Batch, TrainingData
-from trainer.training.process_group import Team
-from trainer.training.worker import Source
+from trainer.training.worker_group import WorkerGroup
+from trainer.training.worker import SampleSource
 
 STEPS = 40  # of a block
 
 
-def in_turns(data: TrainingData, training: Training, team: Team) -> Source:
-    source = streamed(data, training, team)
+def in_turns(data: TrainingData, training: Training, team: WorkerGroup) -> SampleSource:
+    source = loader_source(data, training, team)
     count = STEPS * training.accumulation
 
     def batches(training: Training) -> Iterator[Batch]:
@@ -59,8 +63,8 @@ def main() -> None:
     blocks = [statistics.mean(rates[start + 1 : start + 4]) for start in range(0, len(rates), 4)]
     pairs = list(zip(blocks[::2], blocks[1::2], strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    shown = ", ".join(f"{streamed:.1f} / {from_memory:.1f}" for streamed, from_memory in pairs)
-    what = f"training of stage {args.stage}: samples streamed / the same from memory"
+    shown = ", ".join(f"{loader_source:.1f} / {from_memory:.1f}" for loader_source, from_memory in pairs)
+    what = f"training of stage {args.stage}: samples loader_source / the same from memory"
     print(f"| {what} | {ratio:.0%}, median of {len(pairs)}: {shown} images/s |")
 
 

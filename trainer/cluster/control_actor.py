@@ -1,5 +1,4 @@
-"""What driver and workers of a training tell each other. A file of its own that needs no torch: whoever starts the
-actor imports its file, and all that launch.py imports is five seconds of a core."""
+"""The actor through which driver and workers communicate. Imports no torch, because its process imports this file."""
 
 from typing import TYPE_CHECKING
 
@@ -7,34 +6,34 @@ if TYPE_CHECKING:
     from trainer.training.metrics import Line
 
 
-class Board:
-    """An actor beside the driver. It outlives workers that are started again."""
+class ControlActor:
+    """Runs beside the driver and survives restarts of the workers."""
 
     def __init__(self) -> None:
-        self.lines: list[Line | str] = []  # figures, or a remark
+        self.messages: list[Line | str] = []  # metrics or warnings
         self.stops = False
         self.failure = ""
         self.steps = 0
 
-    def tell(self, line: "Line | str") -> None:
-        self.lines.append(line)
+    def add_message(self, message: "Line | str") -> None:
+        self.messages.append(message)
 
-    def since(self, number: int) -> tuple[list["Line | str"], str]:
-        """What was told after the first `number`, and why the workers gave up."""
-        return self.lines[number:], self.failure
+    def messages_from(self, number: int) -> tuple[list["Line | str"], str]:
+        """The messages after the first `number`, and the reason why the job failed, if it did."""
+        return self.messages[number:], self.failure
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         self.stops = True
 
-    def is_stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stops
 
-    def give_up(self, why: str) -> None:
-        """Workers that are started again need not try."""
+    def fail(self, why: str) -> None:
+        """Marks the job as failed, so that restarted workers end at once."""
         self.failure = self.failure or why
 
-    def end(self, steps: int) -> None:
+    def finish(self, steps: int) -> None:
         self.steps = steps
 
-    def ended_at(self) -> int:
+    def steps_taken(self) -> int:
         return self.steps

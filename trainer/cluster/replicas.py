@@ -12,8 +12,9 @@ import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.core.errors import JobFailed, UsageError
-from trainer.drawing.pictures import PictureModel, Request
-from trainer.web.live import Drawn, ModelFacts, Step, follow, load_model
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import PictureRequest
+from trainer.web.stream import DrawingStep, DrawnPicture, ModelInfo, load_model, stream_picture
 
 try:
     from ray import serve
@@ -29,15 +30,15 @@ class _Replica:
     def __init__(self, run: str) -> None:
         self._model = PictureModel.load(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    async def draw(self, request: Request) -> AsyncIterator[Step | Drawn]:
-        async with aclosing(follow(self._model, request)) as news:  # type: ignore[type-var]
+    async def draw(self, request: PictureRequest) -> AsyncIterator[DrawingStep | DrawnPicture]:
+        async with aclosing(stream_picture(self._model, request)) as news:  # type: ignore[type-var]
             async for what in news:
                 yield what
 
 
 @dataclass(frozen=True)
 class Replicas:
-    facts: ModelFacts
+    info: ModelInfo
     count: int
     handle: Any
 
@@ -53,7 +54,7 @@ class Replicas:
             raise UsageError(f"--replicas {count}: the cluster has {gpus} GPUs, and each replica takes one")
         count = count or max(1, gpus)
         # Here, too: what cannot be loaded is refused in one line, and not by each replica in a log of its own.
-        facts = ModelFacts.of(load_model(run, torch.device("cpu")))
+        info = ModelInfo.of(load_model(run, torch.device("cpu")))
         kind = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         name = f"hdm-page-{uuid.uuid4().hex[:8]}"  # a cluster may have many
@@ -63,7 +64,7 @@ class Replicas:
             name="painter", num_replicas=count, max_ongoing_requests=1, ray_actor_options=kind
         )
         what = "GPUs" if gpus else "CPUs"
-        about = f"{facts.about.rpartition(', on ')[0]}, on {count} {what} of Ray Serve"
+        description = f"{info.description.rpartition(', on ')[0]}, on {count} {what} of Ray Serve"
         # Also where it is stopped while they start, which lasts as long as GPUs are not free: a cluster outlives it.
         try:
             try:
@@ -71,12 +72,12 @@ class Replicas:
             except RuntimeError as error:
                 why = str(error).splitlines()[0]
                 raise JobFailed(f"the replicas did not start ({why}); every node must see {run}") from error
-            yield cls(replace(facts, about=about), count, handle.options(stream=True))
+            yield cls(replace(info, description=description), count, handle.options(stream=True))
         finally:
             serve.delete(name)
 
-    async def draw(self, request: Request) -> AsyncIterator[Step | Drawn]:
-        """As `live.follow`, by whichever replica is free."""
+    async def draw(self, request: PictureRequest) -> AsyncIterator[DrawingStep | DrawnPicture]:
+        """As `stream.stream_picture`, by whichever replica is free."""
         news = self.handle.draw.remote(request)
         try:
             async for what in news:

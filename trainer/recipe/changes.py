@@ -1,29 +1,54 @@
-"""What differs between a run as it was begun and as it is asked for now, and what of it a run can bear. Pure."""
+"""Which settings differ between two records of a run, and which of the differences the run cannot continue with."""
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-Changes = dict[str, tuple[Any, Any]]  # field, named as --set names it -> before, now
+Changes = dict[str, tuple[Any, Any]]  # field, named as in --set -> (before, now)
 
-# What the weights mean: those of another model, of other latents or of other embeddings are noise. With every field of
-# the model itself, among them those that change no shape: its patches, positions and branches are what it learnt.
+# Weights are meaningless with other latents or other text embeddings.
 ENCODERS = ("codec", "text_encoder")
-# What the optimizer's state means: Muon keeps one moment of a matrix, AdamW two.
-_STATE = ("optimizer.kind",)
-# What decides which sample has which position: a checkpoint keeps one integer of the order, and in another order it
-# would see samples twice and others never. The resolution chooses the tier of pictures, whose row groups are dealt.
-# With every field of the selection but the place of the dataset, which may have been moved.
-_ORDER = ("resolution", "batch_size", "seed", "streams", "window", "hold_out")
-_DATASET = "selection.dataset"
-# All else may change, and is printed: rates, schedule, captions, dropout, text length, precision, memory, logging. It
-# changes what the steps to come do and neither the place in the data nor the sense of what was kept.
+# The fields that each kind of saved state depends on. All other fields may change between starts.
+_DEPENDS_ON = {
+    # Includes model fields that change no shape: the weights have learnt their positions and branches.
+    "weights": r"codec|text_encoder|model\..+",
+    # The rank and the base weights, which are compared by hash because their folder may move.
+    "adapters": r"lora\..+",
+    # Muon keeps one moment per matrix, AdamW two.
+    "optimizer": r"optimizer\.kind",
+    # A checkpoint stores one position. In another order the run would repeat some samples and miss others. The
+    # resolution selects the tier of pictures and so its row groups. The dataset folder may move.
+    "data order": r"resolution|batch_size|seed|streams|window|hold_out|selection\.(?!dataset$).+",
+}
+Affected = Literal["weights", "adapters", "optimizer", "data order"]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Fields whose values differ. Fields in only one record are ignored: another version of the program wrote it."""
+    old, new = flat(before), flat(now)
+    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+
+
+def affecting(changed: Changes, *states: Affected) -> Changes:
+    """The changes that make any of these kinds of saved state unusable."""
+    pattern = "|".join(_DEPENDS_ON[state] for state in states)
+    return {name: pair for name, pair in changed.items() if re.fullmatch(pattern, name)}
+
+
+def listed(changed: Changes) -> str:
+    """For example "samples: 36000 -> 72000, workers: 1 -> 2"."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return ", ".join(f"{name}: {text(before)} -> {text(now)}" for name, (before, now) in changed.items())
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a run's record (`Training.record`) by the names that --set has for them, as JSON keeps them."""
+    """The settings in a record (`Training.record`) by the names that --set uses, with JSON's types."""
     stage = dict(record["stage"])
-    del stage["model"], stage["patch_size"], stage["selection"]  # said in full by the record's model and selection
+    del stage["model"], stage["patch_size"], stage["selection"]  # the record has these in full
     settings = {name: record[name] for name in ("steps", "workers", "checkpoints") if name in record}
     lora = record.get("lora") or {"rank": 0, "sha256": "none"}
     settings |= {"lora.rank": lora["rank"], "lora.base": lora["sha256"][:12]}
@@ -40,42 +65,3 @@ def _dotted(fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Between two records. A field that only one has is no change: the other was written by another version."""
-    old, new = flat(before), flat(now)
-    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-
-
-def of_weights(changed: Changes) -> Changes:
-    """Those after which the weights mean nothing."""
-    return {name: pair for name, pair in changed.items() if name in ENCODERS or name.startswith("model.")}
-
-
-def of_adapters(changed: Changes) -> Changes:
-    """Those after which adapters mean nothing: another rank, or other weights below them; the folder may have moved."""
-    return {name: pair for name, pair in changed.items() if name.startswith("lora.")}
-
-
-def of_state(changed: Changes) -> Changes:
-    """Those after which the optimizer's state means nothing."""
-    return {name: pair for name, pair in changed.items() if name in _STATE}
-
-
-def of_order(changed: Changes) -> Changes:
-    """Those after which a position means another sample."""
-    return {
-        name: pair
-        for name, pair in changed.items()
-        if name in _ORDER or (name.startswith("selection.") and name != _DATASET)
-    }
-
-
-def listed(changed: Changes) -> str:
-    """ "samples: 36000 -> 72000, ..." """
-    return ", ".join(f"{name}: {_text(before)} -> {_text(now)}" for name, (before, now) in changed.items())
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""--set field=value: a command line's text -> typed fields of a frozen dataclass. Knows no recipe and no model."""
+"""--set field=value: text -> typed fields of a frozen dataclass. Knows nothing of the recipe or the model."""
 
 import dataclasses
 import difflib
@@ -13,17 +13,18 @@ Config = TypeVar("Config")
 
 
 def parse(settings: Sequence[str]) -> dict[str, str]:
-    """["optimizer.kind=muon", ...] -> names and texts; of two for one field the last counts. UsageError without "="."""
+    """["optimizer.kind=muon", ...] -> values by field. The last value of a field wins. UsageError without an "="."""
+    values = {}
     for setting in settings:
-        name, equals, _ = setting.partition("=")
+        name, equals, text = setting.partition("=")
         if not (equals and name.strip()):
             raise UsageError(f"--set {setting}: give a field and its value, as in --set samples=1000")
-    pairs = (setting.partition("=") for setting in settings)
-    return {name.strip(): text.strip() for name, _, text in pairs}
+        values[name.strip()] = text.strip()
+    return values
 
 
 def field_types(config: type[Any]) -> dict[str, Any]:
-    """The annotation of every field, by name; the fields of a nested dataclass as outer.inner."""
+    """The annotation of every field by name. Fields of nested dataclasses are named outer.inner."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(config).items():
         if dataclasses.is_dataclass(hint):
@@ -34,13 +35,11 @@ def field_types(config: type[Any]) -> dict[str, Any]:
 
 
 def typed(settings: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Each text as a value of its field's annotation. UsageError for an unknown field, which names the nearest ones, or
-    a value of another type."""
-    for name in settings:
-        if name not in known:
-            raise UsageError(f"--set {name}={settings[name]}: {_unknown(name, known)}")
+    """Each text converted to its field's annotation. UsageError for an unknown field or a value of another type."""
     values = {}
     for name, text in settings.items():
+        if name not in known:
+            raise UsageError(f"--set {name}={text}: {_unknown(name, known)}")
         try:
             values[name] = _value(text, known[name])
         except ValueError as error:
@@ -49,7 +48,10 @@ def typed(settings: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, An
 
 
 def replaced(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with these fields, all at once: some are only right together. ValueError where the config refuses."""
+    """The config with these fields replaced at once, because some are valid only together.
+
+    Raises the config's ValueError for invalid values.
+    """
     nested: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
     for name, value in values.items():
@@ -58,8 +60,7 @@ def replaced(config: Config, values: Mapping[str, Any]) -> Config:
             nested.setdefault(outer, {})[inner] = value
         else:
             own[outer] = value
-    for outer, inner_values in nested.items():
-        own[outer] = replaced(getattr(config, outer), inner_values)
+    own |= {outer: replaced(getattr(config, outer), inner_values) for outer, inner_values in nested.items()}
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 
@@ -67,7 +68,7 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
     group = [field for field in known if field.startswith(f"{name}.")]
     if group:
         return f"{name} is a group of fields: set one of {', '.join(group)}"
-    # learning_rate is as near to optimizer.learning_rate as the whole name would be.
+    # Fields with the same last part count as near: learning_rate suggests optimizer.learning_rate.
     last = name.rpartition(".")[2]
     near = [field for field in known if field.rpartition(".")[2] == last]
     near += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
@@ -80,7 +81,7 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _value(text: str, hint: Any) -> Any:
-    """ValueError, which says what the field takes, for anything else."""
+    """The text as a value of the annotation. ValueError that says what the field takes."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin is Literal:
         if text not in choices:
@@ -97,30 +98,21 @@ def _value(text: str, hint: Any) -> Any:
     if origin is tuple:
         parts = [part.strip() for part in text.split(",")]
         if len(parts) != len(choices):
-            raise ValueError(f"must be {len(choices)} values with commas between them")
+            raise ValueError(f"must be {len(choices)} values separated by commas")
         return tuple(_value(part, choice) for part, choice in zip(parts, choices, strict=True))
-    return _plain(text, hint)
-
-
-def _plain(text: str, kind: Any) -> Any:
-    if kind is bool:
+    if hint is bool:
         if text not in ("true", "false"):
             raise ValueError("must be true or false")
         return text == "true"
-    if kind is int:
+    if hint in (int, float):
         try:
-            return int(text)
+            number = hint(text)
         except ValueError:
-            raise ValueError("must be a whole number") from None
-    if kind is float:
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError("must be a number") from None
+            raise ValueError("must be a whole number" if hint is int else "must be a number") from None
         if not math.isfinite(number):
             raise ValueError("must be a finite number")
         return number
-    assert kind is str, f"--set does not know how to read a field of type {kind}"
+    assert hint is str, f"--set cannot read a field of type {hint}"
     if not text:
         raise ValueError("must not be empty")
     return text

@@ -1,61 +1,75 @@
-"""What one training stage is: every number of the recipe in one place.
+"""Every number of the recipe: the fields of a training stage, and the table of the five stages.
 
-The stages 256, 512, 768 and 1024 are the HDM report's table (section 4.2), with three freedoms. Its rates are muP's at
-base width 1; ours are at `OptimizerConfig.base_width`, so theirs are divided by it. It gives no averaged weights: the
-half-lives here are a tenth of a stage or less. And its first stage's whole batch of 128 is the micro batch of a card of
-about 40 GB: `--set micro_batch=64` takes the same steps with half the activations.
+The stages 256, 512, 768 and 1024 follow the table in section 4.2 of the HDM report, with three differences:
 
-Checkpoints are 35 to 45 minutes apart at the speed of the authors' four RTX 5090: 243, 98, 56 and 20.7 images/s.
+- The report gives muP learning rates at base width 1. Here they are divided by `OptimizerConfig.base_width`, 128.
+- The report has no averaged weights. `ema_decay` gives the average a half-life of at most a tenth of the stage.
+- Stage 256 puts the report's 128 crops per GPU into one micro batch, which takes a card of about 40 GB.
+  `--set micro_batch=64` takes the same steps with half of the activations.
+
+The report does not list AdamW's betas, weight decay, gradient clipping and caption dropout. They are those of the
+authors' released training configs.
+
+`checkpoint_every` is 35 to 45 minutes at the speed of the authors' four RTX 5090: 243, 98, 56 and 20.7 images/s.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
-from trainer.model.xut import Checkpointing
+from trainer.model.xut import Checkpointing, Precision
 from trainer.optimization.optimizers import OptimizerConfig
 from trainer.samples.training_text import CaptionConfig
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage trains on square crops of one size. The step count is samples / batch_size.
+    """One training stage on square crops of one size. It takes samples / batch_size optimizer steps.
 
-    ValueError, which names the field, for a number out of its range.
+    ValueError, which names the field, for a number out of range.
     """
 
-    after: str | None  # the stage whose newest weights it starts from
-    selection: str  # which of the dataset's selections
+    # --- Data (section 4.2; square crops: 3.5) ---
+    after: str | None  # previous stage, whose newest checkpoint initializes this one; None: random weights
+    selection: str  # name of the dataset's selection
     resolution: int  # pixels: side of the square crop
     samples: int  # crops seen in the whole stage
     batch_size: int  # crops per optimizer step, summed over all workers
-    micro_batch: int  # crops that a worker takes through the model at once, at most: changes memory and speed only
-    model: str  # preset of XUTConfig
-    patch_size: int  # latent pixels along the side of a token
-    codec: str  # pixels <-> latents, see latents.py
-    text_encoder: str  # folder or hub name of a causal language model; "local": made from the selection's captions
-    text_tokens: int  # longest text, in tokens of the encoder
-    text_multiple: int = 32  # a batch's texts are padded to a multiple of so many tokens: few graphs, little padding
-    selection_rate: float  # share of image tokens that TREAD routes around the middle blocks
-    optimizer: OptimizerConfig
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
-    clip_norm: float = 3.0  # of the whole gradient; the papers: 3, then 1 from the 512 stage on
-    timestep_shift: float = 1.0  # above 1 trains more often near pure noise, where a picture's layout is decided
-    ema_decay: float = 0.9999
-    flip: float = 0.0  # probability of a mirrored crop; never where the text speaks of sides or letters
-    precision: Precision = "bf16"  # of the model's products; weights and their state stay fp32
-    checkpointing: Checkpointing = "none"  # blocks whose activations are computed again in the backward pass
-    compiled: bool = True  # on a GPU: model and image encoder as compiled graphs, minutes at the start
-    seed: int = 0
-    hold_out: float = 0.002  # share of the selection that is kept for validation and never trained on
-    streams: int = 16  # of the data order: any number of workers that divides it sees the same batches
-    window: int = 4  # row groups of a stream whose rows are shuffled together
-    checkpoint_every: int = 1000  # optimizer steps
-    keep_last: int = 3  # checkpoints
-    keep_every: int = 0  # optimizer steps: the checkpoints of its multiples are kept for good; 0: none
-    evaluate_every: int = 1000  # optimizer steps
-    log_every: int = 10  # optimizer steps
+    micro_batch: int  # crops per forward pass of a worker, at most; affects memory and speed only
+    flip: float = 0.0  # probability of mirroring a crop; never if the text mentions sides or letters
+    hold_out: float = 0.002  # share of the selection kept for validation and never trained on
+    seed: int = 0  # of all random numbers of the training
+    streams: int = 16  # of the data order; the number of workers must divide it and does not change the batches
+    window: int = 4  # row groups of a stream that are shuffled together
+
+    # --- Model and encoders (sections 3.1, 3.2) ---
+    model: str  # XUTConfig preset: tiny, small, base or large
+    patch_size: int  # latent pixels per token, along a side
+    codec: str  # image encoder: "dct", "pixel", or folder or hub name of an SDXL-family VAE
+    text_encoder: str  # folder or hub name of a causal language model; "local": built from the selection's captions
+    text_tokens: int  # longest text, in tokens of the text encoder; the report's context length
+    text_multiple: int = 32  # texts are padded to a multiple of this many tokens, to limit compiled graphs
+
+    # --- Objective (section 2.1; TREAD: 3.6) ---
+    selection_rate: float  # share of image tokens that TREAD routes around the middle blocks; 0: off
+    timestep_shift: float = 1.0  # above 1 trains more often near pure noise, where the composition is decided
+    captions: CaptionConfig = field(default_factory=CaptionConfig)  # dropout and mixing of tags and captions
+
+    # --- Optimization ---
+    optimizer: OptimizerConfig  # kind, learning rates, betas, weight decay, warm-up
+    clip_norm: float = 3.0  # largest norm of the whole gradient
+    ema_decay: float = 0.9999  # of the averaged weights, per optimizer step
+
+    # --- Hardware ---
+    precision: Precision = "bf16"  # of the model's matrix products; weights, moments and EMA are fp32
+    checkpointing: Checkpointing = "none"  # blocks whose activations are recomputed in the backward pass
+    compiled: bool = True  # torch.compile the model and the VAE on a GPU, which takes minutes at the start
+
+    # --- Checkpoints and logs, in optimizer steps ---
+    checkpoint_every: int = 1000  # steps between checkpoints
+    keep_last: int = 3  # number of newest checkpoints to keep
+    keep_every: int = 0  # checkpoints at multiples of this step are kept for good; 0: none
+    evaluate_every: int = 1000  # steps between validation losses and picture grids
+    log_every: int = 10  # steps between log lines
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_1:
@@ -68,8 +82,8 @@ class StageConfig:
             self._require(name, getattr(self, name) > 0, "above 0")
         self._require("flip", 0 <= self.flip <= 1, "a probability, from 0 to 1")
 
-    def _require(self, name: str, right: bool, wanted: str) -> None:
-        if not right:
+    def _require(self, name: str, valid: bool, wanted: str) -> None:
+        if not valid:
             raise ValueError(f"{name} must be {wanted}: got {getattr(self, name)}")
 
 
@@ -79,17 +93,26 @@ _AT_LEAST_1 = (
 )
 
 
-def _hdm_optimizer(rate: float, betas: tuple[float, float], weight_decay: float) -> OptimizerConfig:
-    """AdamW with the papers' rate for a base width of 1: 0.5 / fan_in in the hidden matrices is theirs exactly."""
-    scaled = rate / OptimizerConfig.base_width
-    return OptimizerConfig(kind="adamw", learning_rate=scaled, betas=betas, weight_decay=weight_decay)
+def _hdm(rate: float, betas: tuple[float, float], weight_decay: float, **fields: Any) -> StageConfig:
+    """A stage of the report: XUT-base, VAE and text encoder of sections 3.1 to 3.3, AdamW.
 
+    `rate` is the learning rate at base width 1. Hidden matrices then learn at rate / fan_in, as in the report.
+    """
+    return StageConfig(
+        selection=str(fields["resolution"]),
+        model="base",
+        patch_size=2,
+        codec="KBlueLeaf/EQ-SDXL-VAE",
+        text_encoder="Qwen/Qwen3-0.6B",
+        optimizer=OptimizerConfig(
+            kind="adamw", learning_rate=rate / OptimizerConfig.base_width, betas=betas, weight_decay=weight_decay
+        ),
+        **fields,
+    )
 
-_EQ_SDXL_VAE = "KBlueLeaf/EQ-SDXL-VAE"
-_QWEN3 = "Qwen/Qwen3-0.6B"
 
 STAGES = {
-    # 64-pixel crops on two CPU cores in minutes. What was tried is in tests/bench/RESULTS.md.
+    # Not in the report: 64-pixel crops on two CPU cores in minutes. tests/bench/RESULTS.md has the trials.
     "demo": StageConfig(
         after=None,
         selection="demo",
@@ -101,98 +124,86 @@ STAGES = {
         patch_size=1,
         codec="dct",
         text_encoder="local",
-        text_tokens=40,  # the longest texts; the tags are in order of name, and a cut would always take the same ones
-        text_multiple=8,  # a third of the tokens would be padding with 32, and there is no graph to compile
+        text_tokens=40,  # fits the longest text; truncation would always drop the same tags, which are sorted by name
+        text_multiple=8,  # with 32 a third of the tokens would be padding, and no graph is compiled
         selection_rate=0.25,
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_learning_rate=0.03, warmup_steps=100),
-        # The tag engine's caption is the tags: mostly that alone, so that few texts leave out the main object.
+        # The tag engine's caption is the list of tags. Mostly it is used alone, so that few texts miss the main object.
         captions=CaptionConfig(group_dropout=0.6, caption_only=0.85, tags_only=0.15),
-        # Neighbouring latents of 8x8 blocks say much the same, so an outline still shows through noise that hides a
-        # detail: without the shift most steps go to noise at which outlines are known already.
+        # Neighbouring latents of 8x8 blocks are nearly equal, so outlines survive noise that hides details. Without
+        # the shift most steps would train at noise levels at which the outlines are already visible.
         timestep_shift=3.0,
         ema_decay=0.997,
         precision="fp32",
-        compiled=False,  # would take as long as the training
+        compiled=False,  # compiling would take as long as the training
         hold_out=0.01,
         checkpoint_every=500,
         evaluate_every=500,
     ),
-    "256": StageConfig(
+    "256": _hdm(
+        rate=0.5,
+        betas=(0.9, 0.98),
+        weight_decay=0.02,
+        clip_norm=3.0,
         after=None,
-        selection="256",
         resolution=256,
         samples=152_500_000,
         batch_size=2048,
         micro_batch=128,
-        model="base",
-        patch_size=2,
-        codec=_EQ_SDXL_VAE,
-        text_encoder=_QWEN3,
         text_tokens=256,
         selection_rate=0.5,
-        optimizer=_hdm_optimizer(0.5, betas=(0.9, 0.98), weight_decay=0.02),
-        clip_norm=3.0,
         checkpoint_every=250,
         keep_every=10_000,
     ),
-    "512": StageConfig(
+    "512": _hdm(
+        rate=0.1,
+        betas=(0.9, 0.995),
+        weight_decay=0.005,
+        clip_norm=1.0,
         after="256",
-        selection="512",
         resolution=512,
         samples=42_340_000,
         batch_size=512,
         micro_batch=64,
-        model="base",
-        patch_size=2,
-        codec=_EQ_SDXL_VAE,
-        text_encoder=_QWEN3,
+        checkpointing="all",  # "blocks" recomputes half as much and needs 12 GB more
         text_tokens=256,
         selection_rate=0.5,
-        optimizer=_hdm_optimizer(0.1, betas=(0.9, 0.995), weight_decay=0.005),
-        clip_norm=1.0,
-        checkpointing="all",  # "blocks" computes half as much again, where 12 GB more are there
         checkpoint_every=500,
         keep_every=10_000,
     ),
-    "768": StageConfig(
+    "768": _hdm(
+        rate=0.05,
+        betas=(0.9, 0.995),
+        weight_decay=0.002,
+        clip_norm=1.0,
+        ema_decay=0.9995,  # 16,541 steps: with 0.9999 a fifth of the average would be the previous stage
         after="512",
-        selection="768",
         resolution=768,
         samples=8_469_000,
         batch_size=512,
         micro_batch=64,
-        model="base",
-        patch_size=2,
-        codec=_EQ_SDXL_VAE,
-        text_encoder=_QWEN3,
+        checkpointing="all",
         text_tokens=256,
         selection_rate=0.5,
-        optimizer=_hdm_optimizer(0.05, betas=(0.9, 0.995), weight_decay=0.002),
-        clip_norm=1.0,
-        ema_decay=0.9995,  # 16,541 steps: 0.9999 would still be a fifth the stage before
-        checkpointing="all",
         checkpoint_every=250,
         keep_every=5_000,
         evaluate_every=500,
     ),
-    "1024": StageConfig(
+    "1024": _hdm(
+        rate=0.02,
+        betas=(0.9, 0.995),
+        weight_decay=0.002,
+        clip_norm=1.0,
+        ema_decay=0.9995,  # 14,253 steps
         after="768",
-        selection="1024",
         resolution=1024,
         samples=3_649_000,
         batch_size=256,
         micro_batch=16,
-        model="base",
-        patch_size=2,
-        codec=_EQ_SDXL_VAE,
-        text_encoder=_QWEN3,
-        text_tokens=512,
-        selection_rate=0.0,  # off: pictures under guidance are better for it (HDM report, section 4.2)
-        optimizer=_hdm_optimizer(0.02, betas=(0.9, 0.995), weight_decay=0.002),
-        clip_norm=1.0,
-        timestep_shift=1.0,  # the papers'; SD3 and PRX take 3 at this size, where more noise hides as much
-        ema_decay=0.9995,  # 14,253 steps
         checkpointing="all",
+        text_tokens=512,
+        selection_rate=0.0,  # off: pictures drawn with guidance are better for it (section 4.2)
+        timestep_shift=1.0,  # the report's; SD3 and PRX use 3 at this size, where the same noise hides less
         checkpoint_every=200,
         keep_every=5_000,
         evaluate_every=500,

@@ -1,12 +1,12 @@
-"""Which sample is at which position of training: canonical streams, a pure function of (seed, epoch, position).
+"""The sample at each position of the training: canonical streams, a pure function of (seed, epoch, position).
 
-Two wishes pull against each other: global batches must not depend on the number of workers, and each row group should
-be read about once an epoch, by one worker. So an epoch's row groups, permuted, are dealt to a fixed number of streams
-(as in MosaicML Streaming); every stream gives the same number of rows to every batch, and a worker takes whole streams.
+The global batches must not depend on the number of workers, and each row group should be read about once per epoch, by
+one worker. Therefore the permuted row groups of an epoch are dealt to a fixed number of streams, as in MosaicML
+Streaming. Every stream contributes the same number of rows to each batch, and a worker reads whole streams.
 
-Positions count samples from the start of training. Batch b of B samples begins at position b * B; an epoch begins
-wherever the one before it ended, perhaps inside a batch. What of an epoch does not fill whole batches is its pool:
-dealt row by row, at its beginning to the rest of a batch, at its end to the first part of one.
+Positions count samples from the start of the training. Batch b of B samples begins at position b * B. An epoch begins
+where the previous one ended, possibly inside a batch. The samples of an epoch that do not fill whole batches are its
+pool. They are dealt row by row: at the start to the batch that the previous epoch began, at the end to the next one.
 
     epoch:   | pool | batch | batch | ... | batch | pool |
     batch:   | stream 0 | stream 1 | ... | stream C-1 |       slots; worker 0 of 2 has the first half
@@ -25,29 +25,28 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-# What a random permutation is of. Never 0: numpy seeds [s, e] and [s, e, 0] give the same numbers.
+# Last part of a permutation's seed. Never 0: numpy gives the same numbers for the seeds [s, e] and [s, e, 0].
 _OF_GROUPS, _OF_ROWS, _OF_WINDOW = 1, 2, 3
 
 
-def streams_of(batch_size: int, streams: int) -> int:
-    """The most streams, of `streams` at most, that both give equal shares to a batch and are dealt equally to whatever
-    number of workers divides it."""
+def effective_streams(batch_size: int, streams: int) -> int:
+    """The largest divisor of `streams` that also divides the batch, so that every stream gets an equal share."""
     return math.gcd(streams, batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Samples are numbered row group by row group: the first row group has 0 to counts_G[0] - 1.
+    """Samples are numbered by row group: the first row group has samples 0 to counts_G[0] - 1.
 
-    Nothing is planned ahead: `samples` permutes an epoch's row groups and the rows of the windows that it is asked for.
+    Nothing is precomputed. `samples` permutes the row groups of an epoch and the rows of the windows it needs.
     """
 
     counts_G: Sequence[int] | NDArray[np.integer[Any]]  # samples of each row group; may be 0
-    batch_size: int  # samples of all workers together
-    streams: int  # divides the batch size; a multiple of every number of workers
-    window: int  # row groups among whose rows a stream is shuffled: what must be held in memory for it
+    batch_size: int  # samples per optimizer step, summed over the workers
+    streams: int  # divides the batch size; a multiple of the number of workers
+    window: int  # row groups of a stream that are shuffled together and so must fit into memory
     seed: int
-    first_epoch: int = 0  # the number of the epoch at position 0: that of a run that goes on with other samples
+    first_epoch: int = 0  # number of the epoch at position 0; above 0 after a change of the data order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts_G", np.asarray(self.counts_G, np.int64))
@@ -59,16 +58,16 @@ class Order:
 
     @property
     def count(self) -> int:
-        """Samples of an epoch."""
+        """Samples per epoch."""
         return int(np.sum(self.counts_G))
 
     def epochs(self, positions: Sequence[int] | Indices) -> tuple[Indices, Indices]:
-        """The number of each position's epoch, and its place in that epoch."""
+        """The epoch number of each position, and its place in that epoch."""
         epoch_P, place_P = np.divmod(np.asarray(positions, np.int64), self.count)
         return epoch_P + self.first_epoch, place_P
 
     def samples(self, positions: Sequence[int] | Indices) -> Indices:
-        """sample_P: the samples at these positions, which may lie in several epochs."""
+        """sample_P: the sample at each position. Positions may lie in several epochs."""
         epoch_P, place_P = self.epochs(positions)
         sample_P = np.empty_like(place_P)
         for epoch in np.unique(epoch_P):
@@ -77,19 +76,13 @@ class Order:
         return sample_P
 
 
-def rank_slots(batch_size: int, rank: int, workers: int) -> range:
-    """The slots of a batch, from 0, that one of `workers` ranks takes."""
-    assert batch_size % workers == 0, (batch_size, workers)
-    share = batch_size // workers
-    return range(rank * share, (rank + 1) * share)
-
-
 def micro_batches(step: int, batch_size: int, rank: int, workers: int, micro: int) -> list[range]:
-    """The positions that a rank takes in optimizer step `step` (from 0), `micro` at a time."""
-    slots = rank_slots(batch_size, rank, workers)
-    assert len(slots) % micro == 0, (len(slots), micro)
-    first = step * batch_size + slots.start
-    return [range(first + at, first + at + micro) for at in range(0, len(slots), micro)]
+    """The positions of a rank's share of optimizer step `step` (from 0), split into micro batches of size `micro`."""
+    share = batch_size // workers
+    assert batch_size % workers == 0, (batch_size, workers)
+    assert share % micro == 0, (share, micro)
+    first = step * batch_size + rank * share
+    return [range(first + at, first + at + micro) for at in range(0, share, micro)]
 
 
 # --- One epoch --------------------------------------------------------------------------------------------------------
@@ -97,14 +90,14 @@ def micro_batches(step: int, batch_size: int, rank: int, workers: int, micro: in
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:
-    """An epoch's row groups one after the other, those without samples left out."""
+    """The permuted row groups of an epoch, without those that have no samples."""
 
     group_S: Indices
-    end_S: Indices  # samples of the sequence up to the end of each
-    first_S: Indices  # the number of each one's first sample
+    end_S: Indices  # samples of the sequence up to the end of each row group
+    first_S: Indices  # number of each row group's first sample
 
 
-# Keyed by the object itself: comparing the counts of 40,000 row groups would cost more than planning them.
+# Order is hashed by identity, because comparing the counts of 40,000 row groups would cost more than planning them.
 @lru_cache(maxsize=4)
 def _sequence(order: Order, epoch: int) -> _Sequence:
     count_G = np.asarray(order.counts_G)
@@ -113,15 +106,15 @@ def _sequence(order: Order, epoch: int) -> _Sequence:
 
 
 def _samples(order: Order, epoch: int, place_P: Indices) -> Indices:
-    """The samples at these places of an epoch."""
+    """The samples at these places of one epoch."""
     end_S = _sequence(order, epoch).end_S
     count, batch, share = order.count, order.batch_size, order.batch_size // order.streams
-    head = min(count, -(epoch - order.first_epoch) * count % batch)  # the rest of a batch that the last epoch began
+    head = min(count, -(epoch - order.first_epoch) * count % batch)  # completes the previous epoch's last batch
     steps = (count - head) // batch
-    length = steps * share  # of each stream
+    length = steps * share  # samples of each stream
     in_streams, dealt = order.streams * length, place_P - head
 
-    # Where in the sequence each place lies, before shuffling, and the part [start, stop) of it that its shuffle keeps.
+    # Position of each place in the unshuffled sequence, and the part [start, stop) that its shuffle stays within.
     streamed_P = (dealt >= 0) & (dealt < in_streams)
     step_P, slot_P = np.divmod(dealt, batch)
     stream_P = slot_P // share
@@ -130,7 +123,7 @@ def _samples(order: Order, epoch: int, place_P: Indices) -> Indices:
     start_P = np.where(streamed_P, stream_P * length, in_streams)
     stop_P = np.where(streamed_P, start_P + length, count)
 
-    # The pool stays in the order of its row groups: then each worker's slots of it lie in few of them.
+    # The pool keeps the order of its row groups, so that each worker's slots lie in few of them.
     window_P = np.where(streamed_P, order.window, 1)
     first_P = np.searchsorted(end_S, at_P, side="right") // window_P * window_P
     last_P = np.minimum(first_P + window_P, len(end_S)) - 1
@@ -149,7 +142,8 @@ def _samples(order: Order, epoch: int, place_P: Indices) -> Indices:
 def _window(order: Order, epoch: int, start: int, stop: int) -> Indices:
     """The samples from `start` to `stop` of an epoch's sequence, shuffled.
 
-    The rows of a row group are permuted first: or a row group that is cut would always be cut at the same row.
+    The rows of each row group are permuted first, so that a row group split between windows is split differently in
+    every epoch.
     """
     sequence = _sequence(order, epoch)
     first = int(np.searchsorted(sequence.end_S, start, side="right"))

@@ -1,7 +1,7 @@
-"""Tags and caption -> training text: what is kept, shuffled and left out. Pure.
+"""Tags and caption -> training text: which parts are kept, shuffled and dropped. Pure functions.
 
-The order taught to the model: special (1girl, multiple girls ...), character, copyright, artist, general tags,
-natural-language caption, then quality, era, rating and meta words; all joined by commas.
+Parts are joined by commas in this order: special tags (1girl, multiple girls ...), character, copyright, artist,
+general tags, caption, then quality, era, rating and meta words.
 """
 
 import re
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Field separators of the files that such captions were first kept in: inside our text they would be noise.
+# Field separators of the file formats that such captions come from. They are noise in a training text.
 _SEPARATORS = re.compile(r"\|\|\||%%|\$\$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextParts:
-    """What is known about a picture, in words as the model reads them ("long hair", not "long_hair")."""
+    """Everything known about a picture, with spaces instead of underscores ("long hair")."""
 
-    special: tuple[str, ...] = ()  # how many of whom: 1girl, 2boys, no humans
+    special: tuple[str, ...] = ()  # number of characters: 1girl, 2boys, no humans
     character: tuple[str, ...] = ()
     copyright: tuple[str, ...] = ()
     artist: tuple[str, ...] = ()
@@ -32,18 +32,18 @@ class TextParts:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
-    """Probabilities. Dropout 0.25 / 0.3 are those of the HDM recipe; special tags are never dropped."""
+    """Probabilities. tag_dropout and group_dropout are HDM's. Special tags are never dropped."""
 
-    tag_dropout: float = 0.25  # of each general tag
-    group_dropout: float = 0.3  # of each other group as a whole: prompts rarely name all of them
-    caption_dropout: float = 0.1  # of the whole text: trains guidance's unconditional branch
-    caption_only: float = 0.25  # natural caption without the general tags, where both are there
-    tags_only: float = 0.25  # general tags without the caption; in the rest of the cases both
+    tag_dropout: float = 0.25  # of dropping each general tag
+    group_dropout: float = 0.3  # of dropping each group as a whole, because prompts rarely name all groups
+    caption_dropout: float = 0.1  # of an empty text, which trains the unconditional branch of guidance
+    caption_only: float = 0.25  # of the caption without general tags, if the picture has both
+    tags_only: float = 0.25  # of general tags without the caption; otherwise the text has both
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value} is a probability: from 0 to 1")
+                raise ValueError(f"{name} {value} must be a probability, from 0 to 1")
         if self.caption_only + self.tags_only > 1:
             raise ValueError(
                 f"caption_only {self.caption_only} + tags_only {self.tags_only} is above 1: lower one of them"
@@ -51,10 +51,10 @@ class CaptionConfig:
 
 
 def training_text(parts: TextParts, generator: np.random.Generator, config: CaptionConfig) -> str:
-    """One of the many texts that a picture is trained with; the same state of the generator gives the same text.
+    """A random text for a picture; the same generator state gives the same text.
 
-    "" for caption_dropout of the pictures. The general tags fall under both dropouts, the caption under neither: it is
-    left out by tags_only alone.
+    Empty with probability caption_dropout. Both dropouts apply to the general tags. The caption is only dropped by
+    tags_only.
     """
     if generator.random() < config.caption_dropout:
         return ""
@@ -87,7 +87,7 @@ def training_text(parts: TextParts, generator: np.random.Generator, config: Capt
 
 
 def full_text(parts: TextParts) -> str:
-    """Everything that is known, in order and without chance: for evaluation and as a prompt."""
+    """Every part, nothing dropped or shuffled: for validation and as a prompt."""
     return _join(
         parts.special,
         parts.character,
@@ -101,7 +101,7 @@ def full_text(parts: TextParts) -> str:
 
 
 def _sentences(caption: str | None) -> tuple[str, ...]:
-    """The caption without its last full stop, because a comma may follow it."""
+    """The caption without its final full stop, because a comma may follow."""
     return () if caption is None else (caption.strip().removesuffix("."),)
 
 

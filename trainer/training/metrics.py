@@ -1,22 +1,22 @@
-"""Counts and seconds -> the figures of a run: speed, share of the GPU's peak, money, time. Pure, but for `Stopwatch`.
+"""Counts and seconds -> the metrics of a run: speed, share of the GPU's peak, cost, time left.
 
-A line holds what happened since the line before it (loss, speed, shares) and what adds up over the run (money, steps
-that were skipped). METRICS says what each figure is.
+A line holds averages since the previous line (loss, speed, shares) and totals of the run (cost, skipped steps).
+METRICS describes each metric.
 """
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
 
-from trainer.model.flops import products
-from trainer.model.xut import XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.flops import count_flops
 
-Line = dict[str, float | None]  # by name; None where there is nothing to say
+Line = dict[str, float | None]  # values by metric name; None if unknown
 
 
 class Metric(NamedTuple):
@@ -24,40 +24,39 @@ class Metric(NamedTuple):
     description: str
 
 
-# Of the gauges that Ray hands to Prometheus and its dashboard, before the names below.
-GAUGE_PREFIX = "hdm_train_"
+GAUGE_PREFIX = "hdm_train_"  # of the Prometheus gauges
 
 METRICS = {
-    "step": Metric("steps", "optimizer steps, those included that were skipped"),
-    "loss": Metric("", "mean of the weighted squared error of the velocity"),
-    "grad_norm": Metric("", "norm of the whole gradient before it is clipped"),
-    "learning_rate": Metric("", "of AdamW at the base width"),
+    "step": Metric("steps", "optimizer steps taken, including skipped ones"),
+    "loss": Metric("", "mean weighted squared error of the velocity"),
+    "grad_norm": Metric("", "norm of the whole gradient before clipping"),
+    "learning_rate": Metric("", "AdamW's learning rate at the base width"),
     "images_per_second": Metric("1/s", "crops trained on, over all workers"),
-    "tokens_per_second": Metric("1/s", "image and text tokens given to the model, padding included, over all workers"),
+    "tokens_per_second": Metric("1/s", "image and text tokens given to the model, including padding, over all workers"),
     "teraflops": Metric(
         "TFLOP/s",
-        "matrix products of the model's forward and backward pass, over all workers; left out are the encoders, what "
-        "checkpointing recomputes, norms, softmax and the optimizer",
+        "matrix products of the model's forward and backward pass, over all workers; without the encoders, "
+        "recomputation by checkpointing, norms, softmax and the optimizer",
     ),
     "share_of_peak": Metric("", "teraflops over the dense bfloat16 peak of all GPUs"),
-    "data_wait_share": Metric("", "share of the time in which a worker waits for its batch"),
-    "encoder_share": Metric("", "share of the time that goes into the image and the text encoder"),
-    "gpu_memory_bytes": Metric("bytes", "most memory that tensors took on a GPU"),
-    "seconds": Metric("s", "trained so far, over all starts of the run"),
-    "dollars": Metric("$", "spent so far, over all starts of the run"),
-    "hours_left": Metric("h", "until the last step, at the pace since this start"),
-    "skipped_steps": Metric("steps", "skipped because loss or gradient was not finite, over all starts of the run"),
-    "replaced_samples": Metric("samples", "since this start, unreadable ones that another sample stands in for"),
-    "failed_saves": Metric("", "checkpoints since this start that could not be saved"),
-    "failed_writes": Metric("", "lines and pictures since this start that could not be logged"),
-    "validation_loss": Metric("", "mean loss on held-out samples at eight fixed times, averaged weights"),
+    "data_wait_share": Metric("", "share of the time that workers wait for batches"),
+    "encoder_share": Metric("", "share of the time spent in the image and text encoders"),
+    "gpu_memory_bytes": Metric("bytes", "peak memory of tensors on a GPU"),
+    "seconds": Metric("s", "training time, over all starts of the run"),
+    "dollars": Metric("$", "cost, over all starts of the run"),
+    "hours_left": Metric("h", "time to the last step at the speed of this start"),
+    "skipped_steps": Metric("steps", "steps skipped because loss or gradient were not finite, over all starts"),
+    "replaced_samples": Metric("samples", "unreadable samples replaced by others, since this start"),
+    "failed_saves": Metric("", "checkpoints that could not be saved, since this start"),
+    "failed_writes": Metric("", "lines and pictures that could not be logged, since this start"),
+    "validation_loss": Metric("", "mean loss of the averaged weights on held-out samples at eight fixed times"),
     "tag_agreement": Metric("", "share of the prompts' tags that the tagger finds in the pictures"),
-}  # fmt: skip
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Counts:
-    """What a worker has done since it started. Sums over workers and differences over time are counts again."""
+    """Totals of a worker since it started. They can be added over workers and subtracted over time."""
 
     images: float = 0
     tokens: float = 0
@@ -67,18 +66,14 @@ class Counts:
     replaced: float = 0  # samples
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts.of([a + b for a, b in zip(self.numbers(), other.numbers(), strict=True)])
+        return Counts(*(a + b for a, b in zip(self.numbers(), other.numbers(), strict=True)))
 
     def __sub__(self, other: "Counts") -> "Counts":
-        return Counts.of([a - b for a, b in zip(self.numbers(), other.numbers(), strict=True)])
+        return Counts(*(a - b for a, b in zip(self.numbers(), other.numbers(), strict=True)))
 
     def numbers(self) -> list[float]:
-        """For one all-reduce, as float64: its sum over workers is what `of` takes."""
+        """The fields as a list, for one all-reduce; `Counts(*numbers)` is the inverse."""
         return list(astuple(self))
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> "Counts":
-        return cls(**{field.name: number for field, number in zip(fields(cls), numbers, strict=True)})
 
 
 def batch_counts(
@@ -91,8 +86,8 @@ def batch_counts(
     replaced: int = 0,
     frozen: bool = False,
 ) -> Counts:
-    """Of one (micro-)batch: tokens are those of one image and its padded text. frozen: only adapters learn."""
-    done = products(model, image_tokens, text_tokens, selection_rate)
+    """Counts of one micro batch. `text_tokens` includes padding. frozen: only adapters are trained."""
+    done = count_flops(model, image_tokens, text_tokens, selection_rate)
     return Counts(
         images=images,
         tokens=images * (image_tokens + text_tokens),
@@ -103,8 +98,8 @@ def batch_counts(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark:
-    """Where a job stands. What lies between two marks is a window."""
+class Snapshot:
+    """Progress of a job at a point in time. A log line covers the time between two snapshots."""
 
     step: int
     seconds: float = 0  # since this start of the run
@@ -112,29 +107,29 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spent:
-    """What the starts of a run before this one took."""
+class EarlierCost:
+    """Totals of the run's earlier starts."""
 
     seconds: float = 0
     dollars: float = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """What a job's figures are reckoned with."""
+class JobContext:
+    """Constants of a job that its metrics are computed with."""
 
     start_step: int
     stop_step: int
     workers: int
     peak_teraflops: float | None  # of one worker's GPU, see `peak_teraflops`
-    price_per_hour: float | None  # dollars, of all machines together
-    before: Spent = Spent()
+    price_per_hour: float | None  # dollars, for all machines together
+    before: EarlierCost = EarlierCost()
 
 
 def log_line(
-    pace: Pace,
-    last: Mark,
-    now: Mark,
+    job: JobContext,
+    last: Snapshot,
+    now: Snapshot,
     *,
     loss: float,
     grad_norm: float,
@@ -144,17 +139,17 @@ def log_line(
     failed_saves: int = 0,
     failed_writes: int = 0,
 ) -> Line:
-    """The figures between two marks; ValueError unless time and steps have passed between them.
+    """The metrics between two snapshots. ValueError unless both time and steps lie between them.
 
-    A checkpoint or an evaluation between them counts as training time: make `last` a mark of after it to leave it out.
+    Checkpoints and evaluations in between count as training time; take `last` after them to exclude it.
     """
     seconds = now.seconds - last.seconds
     if seconds <= 0 or now.step <= last.step:
         raise ValueError(f"no window: {seconds} s and {now.step - last.step} steps since the last line")
     done = now.counts - last.counts
     teraflops = done.operations / seconds / 1e12
-    peak = None if pace.peak_teraflops is None else pace.workers * pace.peak_teraflops
-    dollars = None if pace.price_per_hour is None else pace.before.dollars + pace.price_per_hour * now.seconds / 3600
+    peak = None if job.peak_teraflops is None else job.workers * job.peak_teraflops
+    dollars = None if job.price_per_hour is None else job.before.dollars + job.price_per_hour * now.seconds / 3600
     return {
         "step": now.step,
         "loss": loss,
@@ -164,12 +159,12 @@ def log_line(
         "tokens_per_second": done.tokens / seconds,
         "teraflops": teraflops,
         "share_of_peak": None if peak is None else teraflops / peak,
-        "data_wait_share": done.waiting_seconds / (pace.workers * seconds),
-        "encoder_share": done.encoding_seconds / (pace.workers * seconds),
+        "data_wait_share": done.waiting_seconds / (job.workers * seconds),
+        "encoder_share": done.encoding_seconds / (job.workers * seconds),
         "gpu_memory_bytes": gpu_memory_bytes,
-        "seconds": pace.before.seconds + now.seconds,
+        "seconds": job.before.seconds + now.seconds,
         "dollars": dollars,
-        "hours_left": (pace.stop_step - now.step) * now.seconds / (now.step - pace.start_step) / 3600,
+        "hours_left": (job.stop_step - now.step) * now.seconds / (now.step - job.start_step) / 3600,
         "skipped_steps": skipped_steps,
         "replaced_samples": now.counts.replaced,
         "failed_saves": failed_saves,
@@ -178,23 +173,23 @@ def log_line(
 
 
 def progress_text(line: Mapping[str, float | None]) -> str:
-    """A line for the end of a progress bar; what goes wrong is named only where something does."""
+    """A line's metrics for the end of a progress bar. Failures are listed only if there are any."""
 
-    def said(name: str, form: str) -> list[str]:
+    def known(name: str, form: str) -> list[str]:
         value = line.get(name)
         return [] if value is None else [form.format(value)]
 
-    parts = said("loss", "loss {:.3f}") + said("images_per_second", "{:.0f} images/s")
-    parts += [" ".join(said("teraflops", "{:.3g} TFLOP/s") + said("share_of_peak", "({:.0%} of peak)"))]
-    parts += said("data_wait_share", "waiting for data {:.0%}") + said("dollars", "${:.2f}")
-    parts += said("hours_left", "{:.1f} h left")
+    parts = known("loss", "loss {:.3f}") + known("images_per_second", "{:.0f} images/s")
+    parts += [" ".join(known("teraflops", "{:.3g} TFLOP/s") + known("share_of_peak", "({:.0%} of peak)"))]
+    parts += known("data_wait_share", "waiting for data {:.0%}") + known("dollars", "${:.2f}")
+    parts += known("hours_left", "{:.1f} h left")
     for name in ("skipped_steps", "replaced_samples", "failed_saves", "failed_writes"):
-        parts += said(name, "{:.0f} " + name.replace("_", " ")) if line.get(name) else []
+        parts += known(name, "{:.0f} " + name.replace("_", " ")) if line.get(name) else []
     return ", ".join(part for part in parts if part)
 
 
-# Dense bfloat16 with fp32 accumulation, TFLOP/s, by what torch calls the device without "NVIDIA": figures of NVIDIA's
-# data sheets, halved where a sheet counts sparse matrices. Laptop and MIG devices are others, and unknown.
+# Dense bfloat16 TFLOP/s with fp32 accumulation, by torch's device name without "NVIDIA". From NVIDIA's data sheets,
+# halved if a sheet counts sparse matrices. Laptop and MIG devices differ and are not listed.
 _PEAKS = (
     (r"GeForce RTX 3090", 71.0),  # GA102 white paper, appendix A
     (r"RTX A6000", 154.8),  # GA102 white paper, appendix B
@@ -211,13 +206,13 @@ _PEAKS = (
 
 
 def peak_teraflops(device_name: str) -> float | None:
-    """Of `torch.cuda.get_device_name()`; None for one that is not in the table, as "cpu"."""
+    """Peak of the device that `torch.cuda.get_device_name()` names; None if it is unknown, as for "cpu"."""
     name = device_name.removeprefix("NVIDIA ").strip()
     return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, name)), None)
 
 
 class Stopwatch:
-    """Adds up the time that a device spends within `running`; on a GPU without making the host wait for it."""
+    """Sums the time a device spends inside `running`. On a GPU the host does not wait until `seconds` is called."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -231,20 +226,16 @@ class Stopwatch:
             yield
             self._seconds += time.perf_counter() - started
             return
-        begin, end = _event(), _event()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         yield
         end.record()
         self._open.append((begin, end))
 
     def seconds(self) -> float:
-        """So far; waits for what the GPU has not finished yet."""
+        """The sum so far; waits for unfinished work on the GPU."""
         for begin, end in self._open:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
         self._open.clear()
         return self._seconds
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""The figures of a run, kept: metrics.jsonl and evaluation.jsonl always, TensorBoard by default, Weights & Biases when
-asked for. The only file that knows the latter two.
+"""Logs of a run: metrics.jsonl, evaluation.jsonl and TensorBoard always, Weights & Biases on request.
 
-Nothing that fails here ends a training: a write that fails is counted and said once, and the next one is tried anew.
+Only this file imports tensorboard and wandb. A failed write never ends a training: it is counted and reported once, and
+the next one is tried again.
 """
 
 import json
@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,131 +19,113 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core.errors import UsageError
-from trainer.training.metrics import Line, Spent
+from trainer.training.metrics import EarlierCost, Line
 
 METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
-_STARTS_FILE = (
-    "starts.jsonl"  # a line for each start but the first: the step it went on from, and what was spent before
-)
+_STARTS_FILE = "starts.jsonl"  # one line per resumed start: its first step and the cost before it
 _INSTALL = 'pip install -c deploy/constraints.txt -e ".[{}]"'
+_WANDB_PROJECT = "homemade-diffusion"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    tensorboard: bool = True
-    wandb: str | None = None  # project; WANDB_MODE=offline keeps everything in the run folder
-
-
-def check_writers(config: LogConfig) -> None:
-    """UsageError, with the mend, where what is asked for is not installed or nobody is logged in: before training."""
-    if config.tensorboard:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UsageError(f"TensorBoard is not installed: {_INSTALL.format('trainer')}, or leave it off") from error
-    if config.wandb is None:
+def check_writers(with_wandb: bool) -> None:
+    """UsageError if a package is missing or wandb has no login. Called before training starts."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"TensorBoard is not installed: {_INSTALL.format('trainer')}") from error
+    if not with_wandb:
         return
     try:
         import wandb
     except ImportError as error:
-        raise UsageError(f"wandb is not installed: {_INSTALL.format('wandb')}, or leave it off") from error
+        raise UsageError(f"wandb is not installed: {_INSTALL.format('wandb')}, or omit --wandb") from error
     if wandb.setup().settings.mode in ("offline", "disabled"):
         return
     try:
         logged_in = wandb.login(prompt=False, verify=False)
     except wandb.Error as error:
-        raise UsageError(
-            f"wandb refuses the login ({str(error).splitlines()[0]}); run: wandb login --relogin"
-        ) from error
+        raise UsageError(f"wandb login failed ({str(error).splitlines()[0]}); run: wandb login --relogin") from error
     if not logged_in:
-        raise UsageError("wandb knows no login here; run: wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
+        raise UsageError("wandb has no login; run: wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
 
 
 class Log:
-    """Of one stage of a run, in its folder. One process of the run has it.
+    """The log of one stage of a run, written by one process.
 
-    start_step: of the checkpoint that the run goes on from; what was logged of later steps is forgotten.
+    `start_step`: step of the checkpoint that the run resumes from. Lines of later steps are removed.
     """
 
-    def __init__(self, folder: Path, start_step: int, config: LogConfig, record: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, start_step: int, with_wandb: bool, record: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.failures = 0  # writes
-        self._said = False
-        self.before = Spent()
-        self._try(folder.mkdir, parents=True, exist_ok=True)
-        self._tensorboard: _TensorBoard | None = None
-        self._with_tensorboard = config.tensorboard
-        self.go_back(start_step)
+        self.failures = 0  # writes that failed
+        self.before = EarlierCost()
         self._wandb: Any = None
-        if config.wandb is not None:
-            self._try(self._start_wandb, config.wandb, record)
+        self._try(folder.mkdir, parents=True, exist_ok=True)
+        self.rewind(start_step)
+        if with_wandb:
+            self._try(self._start_wandb, record)
 
-    def go_back(self, step: int) -> None:
-        """Training goes on from this step's checkpoint: what was logged of later ones is forgotten."""
-        self._try(self._go_on, step)
-        if self._with_tensorboard:
-            self._tensorboard = _TensorBoard(self.folder / "tensorboard", step)
+    def rewind(self, step: int) -> None:
+        """Training continues from this step's checkpoint: removes what was logged of later steps."""
+        self._try(self._rewind_files, step)
+        self._tensorboard = _TensorBoard(self.folder / "tensorboard", step)
 
     def metrics(self, line: Line) -> None:
-        """One line of `metrics.log_line`; "step" among it."""
+        """Logs a line of `metrics.log_line`."""
         self._write(METRICS_FILE, "train", line)
 
     def evaluation(self, line: Line, grid: bytes | None = None) -> None:
-        """Figures of one evaluation, "step" among them, and its grid, a PNG, kept as grids/step-<step>.png."""
+        """Logs the results of an evaluation. `grid` is a PNG, stored as grids/step-<step>.png."""
         self._write(EVALUATION_FILE, "validation", line)
         if grid is not None:
             step = _step(line)
             self._try(_write_whole, self.folder / "grids" / f"step-{step:08d}.png", grid)
-            if self._tensorboard is not None:
-                self._try(self._tensorboard.image, step, "validation/grid", grid)
+            self._try(self._tensorboard.image, step, "validation/grid", grid)
             if self._wandb is not None:
                 self._try(self._send_image, step, grid)
 
     def close(self) -> None:
-        """Waits for what wandb has not sent yet: save what matters first."""
+        """Waits until wandb has sent everything, so save checkpoints first."""
         if self._wandb is not None:
             self._try(self._wandb.finish)
 
     def _write(self, file: str, part: str, line: Line) -> None:
         step = _step(line)
         finite = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
-        # What is not finite is null: NaN is no JSON.
+        # JSON has no NaN: values that are not finite become null.
         self._try(append_line, self.folder / file, {name: finite.get(name) for name in line})
         scalars = {f"{part}/{name}": value for name, value in finite.items() if name != "step"}
-        if self._tensorboard is not None:
-            self._try(self._tensorboard.scalars, step, scalars)
+        self._try(self._tensorboard.scalars, step, scalars)
         if self._wandb is not None:
             self._try(self._wandb.log, {"step": step, **scalars})
 
     def _try(self, write: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         try:
             write(*arguments, **named)
-        except Exception as error:  # from a full disk to whatever wandb makes of a lost network
+        except Exception as error:  # a full disk, or anything wandb raises when the network is down
             self.failures += 1
-            if not self._said:
-                self._said = True
+            if self.failures == 1:
                 why = (str(error).strip().splitlines() or [""])[0]
-                said = f"{type(error).__name__}: {why}"
+                text = f"log: {self.folder} could not be written ({type(error).__name__}: {why}); training goes on"
                 with suppress(OSError):  # stderr may be a file on the same full disk
-                    print(f"log: {self.folder} could not be written ({said}); training goes on", file=sys.stderr)
-                    sys.stderr.flush()
+                    print(text, file=sys.stderr, flush=True)
 
-    def _go_on(self, start_step: int) -> None:
-        self.before = spent(self.folder / METRICS_FILE, self.folder / _STARTS_FILE)
-        if self.before != Spent():
-            # Before its lines are forgotten: a start that is killed before its own first one has cost something too.
-            append_line(self.folder / _STARTS_FILE, {"step": start_step, **asdict(self.before)})
+    def _rewind_files(self, step: int) -> None:
+        self.before = earlier_cost(self.folder / METRICS_FILE, self.folder / _STARTS_FILE)
+        if self.before != EarlierCost():
+            # Stored before its lines are removed: a start that is killed before its first line has a cost, too.
+            append_line(self.folder / _STARTS_FILE, {"step": step, **asdict(self.before)})
         for file in (METRICS_FILE, EVALUATION_FILE):
-            forget_steps_after(start_step, self.folder / file)
+            remove_lines_after(step, self.folder / file)
 
-    def _start_wandb(self, project: str, record: Mapping[str, Any]) -> None:
+    def _start_wandb(self, record: Mapping[str, Any]) -> None:
         import wandb
 
-        identity = self.folder / "wandb-run"  # a run that goes on is the same one there
+        identity = self.folder / "wandb-run"  # so that a resumed run continues the same wandb run
         if not identity.exists():
             _write_whole(identity, uuid.uuid4().hex.encode())
         self._wandb = wandb.init(
-            project=project,
+            project=_WANDB_PROJECT,
             id=identity.read_text(),
             resume="allow",
             dir=str(self.folder),
@@ -151,7 +133,7 @@ class Log:
             config=dict(record),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Steps as an ordinary figure: wandb's own may only grow, and a run that goes on repeats some.
+        # wandb's own step may only grow, but a resumed run repeats steps. So "step" is logged as a metric.
         self._wandb.define_metric("*", step_metric="step")
 
     def _send_image(self, step: int, png: bytes) -> None:
@@ -166,45 +148,43 @@ def _step(line: Mapping[str, float | None]) -> int:
     return int(step)
 
 
-# --- Lines ------------------------------------------------------------------------------------------------------------
+# --- Files of JSON lines ----------------------------------------------------------------------------------------------
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends a JSON line. If that fails the file is unchanged."""
     _append(path, json.dumps(line).encode() + b"\n")
 
 
-def forget_steps_after(step: int, path: Path) -> None:
-    """Of a run that was stopped: the lines since its last checkpoint, which come again, and a half-written one."""
+def remove_lines_after(step: int, path: Path) -> None:
+    """Removes the lines of later steps, which will be repeated, and a half-written one."""
     if path.exists():
         kept = [line for line in _lines(path) if line["step"] <= step]
         _write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def spent(*paths: Path) -> Spent:
-    """What the lines of earlier starts say, steps that were lost since the last checkpoint included."""
-    lines = [line for path in paths if path.exists() for line in _lines(path)]
-    return Spent(
+def earlier_cost(*paths: Path) -> EarlierCost:
+    """Cost of earlier starts according to their lines, including steps lost since the last checkpoint."""
+    lines = [line for path in paths for line in _lines(path)]
+    return EarlierCost(
         seconds=max((line.get("seconds") or 0 for line in lines), default=0),
         dollars=max((line.get("dollars") or 0 for line in lines), default=0),
     )
 
 
 def skipped_steps(folder: Path) -> int:
-    """Counted in the newest line of a stage's folder, 0 where there is none."""
-    path = folder / METRICS_FILE
-    lines = _lines(path) if path.exists() else []
+    """Skipped steps according to the last line of a stage's metrics; 0 without any."""
+    lines = _lines(folder / METRICS_FILE)
     return int(lines[-1].get("skipped_steps") or 0) if lines else 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
             line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                found.append(line)
     return found
 
 
@@ -219,7 +199,6 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Handed to the system at once; where that fails the file is as it was before."""
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -235,10 +214,10 @@ def _append(path: Path, data: bytes) -> None:
 
 
 class _TensorBoard:
-    """One event file for each start of a run, in TensorBoard's format.
+    """Writes one event file per start of a run.
 
-    Written here and not by torch's SummaryWriter: its thread dies with the first write that fails, and every later call
-    raises; and it cannot take back half an event, at which readers stop.
+    torch's SummaryWriter does not fit: after a failed write its thread is dead, prints a traceback and leaves half an
+    event, and its file names order starts by the clock of their machine instead of by number.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -247,43 +226,32 @@ class _TensorBoard:
         self._file: Path | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        self._add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+        self._add(step, [{"tag": tag, "simple_value": value} for tag, value in values.items()])
 
     def image(self, step: int, tag: str, png: bytes) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         width, height = Image.open(BytesIO(png)).size
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        self._add(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
+        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
+        self._add(step, [{"tag": tag, "image": image}])
 
-    def _add(self, step: int, summary: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
+    def _add(self, step: int, values: list[dict[str, Any]]) -> None:
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Readers take the files of a folder in the order of their names.
             number = 1 + len(list(self._folder.glob("events.out.tfevents.*")))
             self._file = self._folder / f"events.out.tfevents.{number:06d}"
-        new = not (self._file.exists() and self._file.stat().st_size)  # empty after a first write that failed
-        _append(self._file, (self._beginning() if new else b"") + _record(Event(step=step, summary=summary)))
-
-    def _beginning(self) -> bytes:
-        """The format's version, and that the steps from here on replace those of earlier files."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = SessionLog(status=SessionLog.START)
-        return _record(Event(file_version="brain.Event:2")) + _record(
-            Event(step=self._start_step + 1, session_log=start)
-        )
+        records = _record(step=step, summary={"value": values})
+        if not (self._file.exists() and self._file.stat().st_size):
+            # Format version, and the START (1) after which readers drop these and later steps of earlier files.
+            start = _record(step=self._start_step + 1, session_log={"status": 1})
+            records = _record(file_version="brain.Event:2") + start + records
+        _append(self._file, records)
 
 
-def _record(event: Any) -> bytes:
-    """An event as its file has it: length, content and their checksums."""
+def _record(**fields: Any) -> bytes:
+    """An Event in the file format: length, content and their checksums."""
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    event.wall_time = time.time()
     buffer = BytesIO()
-    RecordWriter(buffer).write(event.SerializeToString())
+    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
     return buffer.getvalue()

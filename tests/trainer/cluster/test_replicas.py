@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.core.errors import UsageError
-from trainer.drawing.pictures import PictureModel
-from trainer.web.form import Limits, read_form
-from trainer.web.live import Drawn, Step
+from trainer.drawing.picture_model import PictureModel
+from trainer.web.form import RequestLimits, read_form
+from trainer.web.stream import DrawingStep, DrawnPicture
 
 pytest.importorskip("ray.serve", reason='no Ray Serve: pip install -c deploy/constraints.txt "ray[serve]"')
 
@@ -21,7 +21,7 @@ FORM: dict[str, Any] = {
     "prompt": "red star", "negative": "", "width": 64, "height": 64, "steps": 2, "guidance": 3, "sampler": "euler",
     "seed": 7, "x_shift": 0.25, "y_shift": 0, "zoom": 1.5,
 }  # fmt: skip
-LIMITS = Limits(largest_side=4096, most_steps=1000)
+LIMITS = RequestLimits(largest_side=4096, most_steps=1000)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def replicas(ray_address: str, random_run: Path) -> Iterator[Any]:
 
 
 def test_the_page_knows_the_model_that_it_does_not_hold(replicas: Any) -> None:
-    assert (replicas.count, replicas.facts.resolution, replicas.facts.token) == (2, 64, 8)
-    assert replicas.facts.prompts == ["red star"]
+    assert (replicas.count, replicas.info.resolution, replicas.info.token) == (2, 64, 8)
+    assert replicas.info.prompts == ["red star"]
 
 
 def test_two_pictures_are_drawn_at_once_and_are_those_of_the_model(
     replicas: Any, random_run: Path, one_thread: None
 ) -> None:
-    news: list[tuple[int, Step | Drawn]] = []
+    news: list[tuple[int, DrawingStep | DrawnPicture]] = []
 
     async def draw(seed: int) -> None:
         async for what in replicas.draw(read_form(FORM | {"seed": seed, "steps": 40}, LIMITS)):
@@ -56,11 +56,11 @@ def test_two_pictures_are_drawn_at_once_and_are_those_of_the_model(
     model = PictureModel.load(random_run, torch.device("cpu"))
     for seed in (0, 1):
         *steps, drawn = [what for of, what in news if of == seed]
-        assert steps == [Step(done, 40) for done in range(1, 41)]
-        assert isinstance(drawn, Drawn)
+        assert steps == [DrawingStep(done, 40) for done in range(1, 41)]
+        assert isinstance(drawn, DrawnPicture)
         [expected] = model.draw(["red star"], [seed], drawn.request.settings)
         assert np.abs(drawn.pixels.astype(int) - expected).max() <= 1  # another number of threads rounds otherwise
-    places = [number for number, (_, what) in enumerate(news) if isinstance(what, Drawn)]
+    places = [number for number, (_, what) in enumerate(news) if isinstance(what, DrawnPicture)]
     first_of = {seed: [of for of, _ in news].index(seed) for seed in (0, 1)}
     assert max(first_of.values()) < min(places), "the second began before the first was done"
 
@@ -70,10 +70,10 @@ def test_a_replica_is_free_again_when_nobody_follows_it(replicas: Any) -> None:
         for _ in range(3):  # more than there are replicas, of minutes each
             async with aclosing(replicas.draw(read_form(FORM | {"steps": 1000}, LIMITS))) as news:
                 async for what in news:
-                    assert what == Step(1, 1000)
+                    assert what == DrawingStep(1, 1000)
                     break
         last = [what async for what in replicas.draw(read_form(FORM, LIMITS))]
-        assert isinstance(last[-1], Drawn)
+        assert isinstance(last[-1], DrawnPicture)
 
     asyncio.run(asyncio.wait_for(check(), 60))
 

@@ -1,4 +1,4 @@
-"""--set: every kind of field is read as its annotation says, and nothing else is."""
+"""--set: texts are converted by the annotation of their field, and everything else is refused."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -49,11 +49,11 @@ def _set(*settings: str) -> Outer:
         (" inner.high = 3 ", Outer(inner=Inner(high=3.0))),
     ],
 )
-def test_a_text_becomes_what_the_annotation_says(setting: str, wanted: Outer) -> None:
+def test_a_text_is_converted_by_the_fields_annotation(setting: str, wanted: Outer) -> None:
     assert _set(setting) == wanted
 
 
-def test_fields_are_set_all_at_once_and_the_last_of_two_counts() -> None:
+def test_fields_are_set_at_once_and_the_last_value_wins() -> None:
     both = _set("inner.low=0.5", "inner.high=0.6", "samples=2", "samples=3")
     assert both == Outer(samples=3, inner=Inner(low=0.5, high=0.6))
     with pytest.raises(ValueError, match="above"):
@@ -82,7 +82,7 @@ def test_fields_are_set_all_at_once_and_the_last_of_two_counts() -> None:
         ("name=", ["empty"]),
     ],
 )
-def test_anything_else_is_refused_in_one_line_that_names_the_mend(setting: str, words: list[str]) -> None:
+def test_invalid_settings_are_refused_in_one_line_with_a_remedy(setting: str, words: list[str]) -> None:
     with pytest.raises(UsageError) as refused:
         _set(setting)
     message = str(refused.value)

@@ -1,4 +1,4 @@
-"""A command line against a run folder: where training begins, what it may change, and what is refused."""
+"""A command line against a run folder: where training starts, which settings may change, and what is refused."""
 
 import json
 import subprocess
@@ -14,9 +14,12 @@ import torch
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import SELECTION, TEXT_CATEGORIES
-from trainer.recipe.resolve import Command, Training, check_device, resolve
-from trainer.recipe.settings import micro_batch, stage_config
+from trainer.recipe.command import Command
+from trainer.recipe.memory import check_device
+from trainer.recipe.resolve import resolve
+from trainer.recipe.stage_config import micro_batch, stage_config
 from trainer.recipe.stages import STAGES
+from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +29,7 @@ TINY = ("model=tiny", "batch_size=8")
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's, the 256 and the 512 selection of the same rows."""
+    """Selections demo, 256 and 512 of the same rows."""
     folder = tmp_path_factory.mktemp("dataset")
     colours = ("red", "blue", "green", "pink")
     rows = [
@@ -62,7 +65,7 @@ def ask(dataset: Path, tmp_path: Path) -> Any:
 
 
 def save(training: Training, step: int) -> Path:
-    """A checkpoint after `step` steps, as the training job leaves it where nothing is held out."""
+    """A checkpoint after `step` steps, as a training without held-out rows saves it."""
     tensors = {name: {"weight": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
     epoch = training.first_epoch + training.position(step) // ROWS
     return Path(Checkpoints(training.checkpoints).save(step, tensors, training.state(step, epoch)).folder)
@@ -75,10 +78,10 @@ def refused(ask: Any, *settings: str, **flags: Any) -> str:
     return str(error.value)
 
 
-# --- Where things are -----------------------------------------------------------------------------------------------
+# --- Files of a run -------------------------------------------------------------------------------------------------
 
 
-def test_a_first_start_begins_with_new_weights_and_leaves_its_config(ask: Any, tmp_path: Path) -> None:
+def test_a_first_start_begins_with_new_weights_and_writes_its_config(ask: Any, tmp_path: Path) -> None:
     training = ask("demo")
     assert (training.start_step, training.start_position, training.first_epoch) == (0, 0, 0)
     assert training.stop_step == 36_000 // 32
@@ -90,20 +93,20 @@ def test_a_first_start_begins_with_new_weights_and_leaves_its_config(ask: Any, t
     assert training.checkpoints == str(tmp_path / "run/demo/checkpoints")
 
 
-def test_checkpoints_have_a_home_of_their_own_that_the_run_remembers(ask: Any, tmp_path: Path) -> None:
+def test_a_run_remembers_the_folder_of_its_checkpoints(ask: Any, tmp_path: Path) -> None:
     home = str(tmp_path / "elsewhere")
     first = ask("256", *TINY, checkpoints=home)
     assert first.checkpoints == f"{home}/256/checkpoints"
     save(first, 5)
     assert ask("256", *TINY).start_step == 5
-    assert ask("512", *TINY).weights.step == 5, "also found by the stage after it"
+    assert ask("512", *TINY).weights.step == 5, "the next stage finds it"
     assert ask("512", *TINY, checkpoints=str(tmp_path / "third")).weights.step == 5
 
 
-# --- Going on -------------------------------------------------------------------------------------------------------
+# --- Resuming -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
+def test_a_run_resumes_at_its_position_and_lists_changed_settings(ask: Any) -> None:
     first = ask("demo")
     save(first, 7)
     further = ask("demo", "samples=72_000", "optimizer.learning_rate=1e-3", workers=2)
@@ -120,11 +123,11 @@ def test_a_run_goes_on_at_its_place_and_says_what_changed(ask: Any) -> None:
         assert line in notes
 
 
-def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
+def test_a_checkpoint_stores_its_position_in_the_data_order(ask: Any) -> None:
     training = ask("demo")
     state = training.state(3, epoch=3)
     assert (state["position"], state["epoch"], state["first_epoch"]) == (96, 3, 0)
-    again = training.going_on_from(state | {"step": 3})
+    again = training.resumed_from(state | {"step": 3})
     assert (again.start_step, again.position(3), again.position(4)) == (3, 96, 128)
     assert again.state(5, 5) == training.state(5, 5)
 
@@ -139,7 +142,7 @@ def test_a_checkpoint_knows_its_place_in_the_data(ask: Any) -> None:
         ("optimizer.kind=adamw", "optimizer.kind: muon -> adamw"),
     ],
 )
-def test_what_the_weights_mean_cannot_change(ask: Any, setting: str, field: str) -> None:
+def test_settings_that_weights_or_optimizer_depend_on_cannot_change(ask: Any, setting: str, field: str) -> None:
     save(ask("demo"), 7)
     message = refused(ask, "demo", setting, new_order=True)
     assert field in message
@@ -149,7 +152,7 @@ def test_what_the_weights_mean_cannot_change(ask: Any, setting: str, field: str)
 @pytest.mark.parametrize(
     "setting", ["batch_size=16", "seed=1", "streams=8", "window=2", "hold_out=0.1", "resolution=128"]
 )
-def test_what_decides_the_order_of_the_data_changes_only_with_a_new_order(ask: Any, setting: str) -> None:
+def test_settings_of_the_data_order_change_only_with_new_order(ask: Any, setting: str) -> None:
     save(ask("demo"), 7)
     message = refused(ask, "demo", setting)
     assert setting.partition("=")[0] in message
@@ -157,7 +160,7 @@ def test_what_decides_the_order_of_the_data_changes_only_with_a_new_order(ask: A
     assert ask("demo", setting, new_order=True).start_position == 0
 
 
-def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset: Path) -> None:
+def test_a_new_selection_is_refused_or_begins_one_new_epoch(ask: Any, dataset: Path) -> None:
     first = ask("demo")
     save(first, 3)
     epoch = 3 * 32 // ROWS
@@ -170,7 +173,7 @@ def test_a_new_selection_is_refused_or_begins_a_new_epoch_once(ask: Any, dataset
         save(new, 4)
         again = ask("demo", new_order=True)
         assert (again.start_step, again.start_position, again.first_epoch) == (4, 32, epoch + 1)
-        assert "the order of the data is the same" in again.notes[-1]
+        assert "the data order has not changed" in again.notes[-1]
     finally:
         curated_as(dataset, "first")
 
@@ -184,7 +187,7 @@ def test_a_damaged_record_of_the_selection_is_refused(ask: Any, dataset: Path, r
         curated_as(dataset, "first")
 
 
-def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp_path: Path) -> None:
+def test_a_config_file_that_contradicts_the_checkpoints_is_refused(ask: Any, tmp_path: Path) -> None:
     save(ask("demo"), 7)
     path = tmp_path / "run/demo/config.json"
     config = json.loads(path.read_text())
@@ -197,10 +200,10 @@ def test_a_config_of_another_run_beside_the_checkpoints_is_noticed(ask: Any, tmp
     assert ask("demo").start_step == 7
 
 
-# --- Another stage's weights ----------------------------------------------------------------------------------------
+# --- Initial weights ------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_path: Path) -> None:
+def test_a_stage_begins_with_the_newest_weights_of_the_previous_stage(ask: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"weights of stage 256, of which .* has no checkpoint; .*--from nothing"):
         ask("512", *TINY)
     assert ask("512", *TINY, run="new", start_from="nothing").weights is None
@@ -210,17 +213,17 @@ def test_a_stage_begins_with_the_newest_weights_of_the_one_before(ask: Any, tmp_
     encoder = (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns
     training = ask("512", *TINY)
     assert training.weights.folder == str(folder)
-    assert (training.start_step, training.start_position) == (0, 0), "a schedule and an order of its own"
+    assert (training.start_step, training.start_position) == (0, 0), "schedule and data order start anew"
     assert str(folder) in training.notes[-1]
-    assert (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns == encoder, "the weights know this one"
+    assert (tmp_path / "run/text_encoder/tokenizer.json").stat().st_mtime_ns == encoder, "the weights need this one"
     save(training, 2)
     going_on = ask("512", *TINY, start_from=str(tmp_path / "run"))
-    assert (going_on.start_step, going_on.weights) == (2, None), "its own checkpoint counts more"
+    assert (going_on.start_step, going_on.weights) == (2, None), "its own checkpoint takes precedence"
     assert going_on.began_from == str(folder)
     assert ask("256", *TINY).start_step == 9
 
 
-def test_from_takes_another_run_or_checkpoint_with_its_text_encoder_or_nothing(ask: Any, tmp_path: Path) -> None:
+def test_from_takes_a_run_stage_or_checkpoint_with_its_text_encoder_or_nothing(ask: Any, tmp_path: Path) -> None:
     other = ask("256", *TINY, run="other")
     older, newer = save(other, 5), save(other, 9)
     for place, found in ((tmp_path / "other", newer), (tmp_path / "other/256", newer), (older, older)):
@@ -232,7 +235,7 @@ def test_from_takes_another_run_or_checkpoint_with_its_text_encoder_or_nothing(a
     assert "no checkpoint" in refused(ask, "512", *TINY, start_from=str(tmp_path))
 
 
-def test_weights_of_another_model_or_other_encoders_are_refused_by_field(ask: Any) -> None:
+def test_initial_weights_of_another_model_or_encoder_are_refused_by_field(ask: Any) -> None:
     save(ask("256", *TINY), 5)
     assert "model.mlp_dim: 256 -> 512" in refused(ask, "512", *TINY, "model.mlp_dim=512")
     assert "codec: dct -> pixel" in refused(ask, "512", *TINY, "codec=pixel")
@@ -243,7 +246,7 @@ def test_weights_of_another_model_or_other_encoders_are_refused_by_field(ask: An
 # --- The settings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_tiny_model_comes_with_the_embedded_encoders_unless_others_are_named() -> None:
+def test_a_tiny_model_uses_local_encoders_unless_others_are_set() -> None:
     stage, model, notes = stage_config("256", {"model": "tiny", "model.qk_norm": "true"})
     assert (stage.model, stage.codec, stage.text_encoder) == ("tiny", "dct", "local")
     assert model == {"qk_norm": True}
@@ -264,14 +267,14 @@ def test_a_tiny_model_comes_with_the_embedded_encoders_unless_others_are_named()
         ({"optimizer.learning_rate": "-1"}, ["learning_rate", "above 0"]),
     ],
 )
-def test_a_wrong_setting_is_refused_in_one_line(settings: dict[str, str], words: list[str]) -> None:
+def test_an_invalid_setting_is_refused_in_one_line(settings: dict[str, str], words: list[str]) -> None:
     with pytest.raises(UsageError) as error:
         stage_config("256", settings)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_workers_and_micro_batches_always_make_the_whole_batch(ask: Any) -> None:
+def test_workers_and_micro_batches_always_add_up_to_the_batch(ask: Any) -> None:
     for name, stage in STAGES.items():
         for workers in (1, 2, 4, 8, 16):
             micro = micro_batch(stage, workers)
@@ -285,13 +288,13 @@ def test_workers_and_micro_batches_always_make_the_whole_batch(ask: Any) -> None
 
 
 @pytest.mark.parametrize(("workers", "nearest"), [(3, "[2, 4]"), (0, "[1, 2]"), (100, "[8, 16]")])
-def test_workers_that_share_the_streams_unevenly_are_refused_with_the_nearest(workers: int, nearest: str) -> None:
+def test_a_number_of_workers_that_does_not_divide_the_streams_is_refused(workers: int, nearest: str) -> None:
     with pytest.raises(UsageError, match="does not divide") as error:
         micro_batch(STAGES["256"], workers)
     assert nearest in str(error.value)
 
 
-def test_what_cannot_be_is_refused_with_the_mend(ask: Any, tmp_path: Path) -> None:
+def test_impossible_commands_are_refused_with_a_remedy(ask: Any, tmp_path: Path) -> None:
     assert "resolution=64 or 80" in refused(ask, "256", *TINY, "resolution=70")
     assert "less than one batch" in refused(ask, "demo", "samples=5")
     assert refused(ask, "768", *TINY).endswith("--stage 768")
@@ -310,7 +313,7 @@ def _without_text_encoder(ask: Any, tmp_path: Path) -> str:
     return refused(ask, "demo")
 
 
-def test_the_folder_of_an_audit_is_made(ask: Any, tmp_path: Path) -> None:
+def test_the_folder_of_an_audit_file_is_created(ask: Any, tmp_path: Path) -> None:
     audit = ask("demo", audit=str(tmp_path / "new/folder/audit")).audit
     assert Path(audit).read_bytes() == b""
 
@@ -322,7 +325,7 @@ def test_prompts_come_from_a_file_or_the_selection(ask: Any, tmp_path: Path) -> 
     assert ask("demo").prompts == ask("demo").example_prompts
 
 
-def test_a_large_model_without_a_gpu_is_refused_with_what_it_needs_and_what_does_without(ask: Any) -> None:
+def test_a_large_model_without_a_gpu_is_refused_with_its_memory_and_an_alternative(ask: Any) -> None:
     tiny = ask("256", *TINY)
     check_device(tiny, gpus=0)
     base = replace(tiny, stage=STAGES["256"], model=replace(tiny.model, dim=1024, heads=8, mlp_dim=3072, depth=4))
@@ -334,8 +337,8 @@ def test_a_large_model_without_a_gpu_is_refused_with_what_it_needs_and_what_does
     assert all(word in message for word in ("parameters", "GB", "20 bytes", "--set model=tiny", "--set codec=dct"))
 
 
-def test_help_is_there_at_once_and_names_every_stage() -> None:
-    """torch takes seconds to import."""
+def test_help_imports_no_heavy_package_and_names_every_stage() -> None:
+    """Importing torch takes seconds."""
     code = (
         "import runpy, sys; sys.argv = ['run.py', '--help']\n"
         "try: runpy.run_path(sys.path.pop(), run_name='__main__')\n"

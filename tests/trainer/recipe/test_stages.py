@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from pipeline.curation.stage_rules import RULES
-from trainer.model.xut import XUTConfig
+from trainer.model.config import XUTConfig
 from trainer.recipe import memory
-from trainer.recipe.settings import PRESETS
+from trainer.recipe.stage_config import PRESETS
 from trainer.recipe.stages import STAGES
 
-# HDM report, section 4.2: samples, rate at base width 1, batch per GPU, global batch, TREAD, text tokens, hours, and
-# the images/s of the four cards.
+# HDM report, section 4.2: samples, rate at base width 1, batch per GPU, global batch, TREAD rate, text tokens, hours,
+# and images/s of the four GPUs.
 PAPER = {
     "256": (152.5e6, 0.5, 128, 2048, 0.5, 256, 174, 243),
     "512": (42.34e6, 0.1, 64, 512, 0.5, 256, 120, 98),
@@ -22,14 +22,16 @@ GPUS = 4
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_stage_has_the_numbers_of_the_papers(name: str) -> None:
+def test_a_stage_has_the_numbers_of_the_report(name: str) -> None:
     stage = STAGES[name]
     samples, rate, micro_batch, batch_size, selection_rate, text_tokens, hours, images_per_s = PAPER[name]
     assert (stage.samples, stage.micro_batch, stage.batch_size) == (samples, micro_batch, batch_size)
     assert (stage.selection_rate, stage.text_tokens, stage.resolution) == (selection_rate, text_tokens, int(name))
     assert (stage.model, stage.patch_size, stage.optimizer.kind) == ("base", 2, "adamw")
     assert stage.samples / images_per_s / 3600 == pytest.approx(hours, abs=0.5)
-    assert stage.optimizer.learning_rate * stage.optimizer.base_width == pytest.approx(rate), "rate / fan_in is theirs"
+    assert stage.optimizer.learning_rate * stage.optimizer.base_width == pytest.approx(rate), (
+        "hidden rates are the report's"
+    )
     assert stage.batch_size % (GPUS * stage.micro_batch) == 0
     first = name == "256"
     assert stage.optimizer.betas == ((0.9, 0.98) if first else (0.9, 0.995))
@@ -38,22 +40,22 @@ def test_a_stage_has_the_numbers_of_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_checkpoint_is_written_every_half_hour_to_hour_on_the_cards_of_the_papers(name: str) -> None:
+def test_checkpoints_are_30_to_60_minutes_apart_on_the_reports_gpus(name: str) -> None:
     stage, images_per_s = STAGES[name], PAPER[name][-1]
     minutes = stage.checkpoint_every * stage.batch_size / images_per_s / 60
     assert 30 <= minutes <= 60
-    assert stage.keep_every % stage.checkpoint_every == 0, "there is one to keep"
+    assert stage.keep_every % stage.checkpoint_every == 0, "such checkpoints exist"
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_average_of_the_weights_forgets_half_within_a_tenth_of_the_stage(name: str) -> None:
+def test_the_half_life_of_the_averaged_weights_is_at_most_a_tenth_of_the_stage(name: str) -> None:
     stage = STAGES[name]
     steps = stage.samples // stage.batch_size
     assert stage.ema_decay ** (steps / 10) <= 0.5
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_curated_under_its_own_name_and_comes_after_a_smaller_one(name: str) -> None:
+def test_a_stage_has_a_selection_of_its_name_and_follows_a_smaller_one(name: str) -> None:
     stage = STAGES[name]
     assert stage.selection == name
     assert name in RULES
@@ -78,7 +80,7 @@ def test_a_stage_is_curated_under_its_own_name_and_comes_after_a_smaller_one(nam
         ("seed", -1, "at least 0"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_name(field: str, value: float, wanted: str) -> None:
+def test_a_number_out_of_range_is_refused_by_name(field: str, value: float, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*{wanted}.*{value}"):
         replace(STAGES["256"], **{field: value})
 
@@ -87,13 +89,13 @@ def test_a_number_out_of_its_range_is_refused_by_name(field: str, value: float, 
     ("field", "value"),
     [("learning_rate", 0.0), ("weight_decay", -1.0), ("betas", (0.9, 1.0)), ("warmup_steps", -1), ("final_ratio", 2.0)],
 )
-def test_so_is_one_of_the_optimizer(field: str, value: object) -> None:
+def test_an_optimizer_number_out_of_range_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         replace(STAGES["256"].optimizer, **{field: value})
 
 
 def test_the_memory_estimate_follows_its_formula() -> None:
-    """20 bytes a parameter, the activations of a micro batch, 3 GB; and recomputing keeps less and less."""
+    """20 bytes per parameter, the activations of a micro batch, and 3 GB; recomputation keeps less."""
     base, stage = XUTConfig.base(), STAGES["512"]
     assert memory.parameters(base) == pytest.approx(343e6, rel=0.01)
     one, two = (memory.training_bytes(base, stage, micro, 8) for micro in (1, 2))
@@ -108,7 +110,7 @@ def test_the_memory_estimate_follows_its_formula() -> None:
     assert routed < memory.activation_bytes(base, replace(stage, checkpointing="none", selection_rate=0.0), 8)
 
 
-def test_the_memory_estimate_is_near_what_one_step_was_measured_to_take() -> None:
+def test_the_memory_estimate_is_near_one_measured_step() -> None:
     """tests/bench/RESULTS.md: a dense fp32 step of base at 512 pixels, one sample, 96 text tokens: 8.3 GiB."""
     stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96,
                     checkpointing="none")  # fmt: skip

@@ -1,6 +1,6 @@
-"""Batches of a small drawn dataset: what is read, what is held out, what is replaced, from which tier, and mirrored.
+"""Batches of a small drawn dataset: reads, held-out rows, replacements, tiers and mirroring.
 
-The pictures are drawn, ingested, captioned and curated by the pipeline's own functions, in this process.
+The dataset is drawn, ingested, captioned and curated by the pipeline's functions in this process.
 """
 
 import io
@@ -28,10 +28,11 @@ from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
 from pipeline.drawings.sample_posts import plan, shards
 from pipeline.ingestion import validation
 from pipeline.ingestion.preflight import plan_shards
-from pipeline.ingestion.validation import IngestRules, downsize_shard, validate_shard
-from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.ingestion.rules import IngestRules
+from pipeline.ingestion.validation import downsize_shard, validate_shard
+from pipeline.pictures.crops import Crop, square_crop
 from pipeline.sample_data import draw_shard
-from pipeline.storage.fingerprints import image_footers
+from pipeline.storage.fingerprints import image_identities
 from pipeline.storage.shards import Store
 from trainer.diffusion.keyed_random import Stream, keyed_uniform
 from trainer.samples import row_groups
@@ -40,15 +41,15 @@ from trainer.samples.data import (
     Batch,
     CropConfig,
     TrainingData,
+    can_mirror,
+    concatenate,
     held_out_batch,
-    join,
     load_batch,
-    may_be_mirrored,
     mirrored,
     text_parts,
 )
-from trainer.samples.layout import _ARRAYS, KEPT, Layout, Selection, held_out, id_hash
 from trainer.samples.order import micro_batches
+from trainer.samples.row_index import _ARRAYS, ROW_INDEX_FILE, RowIndex, Selection, held_out, id_hash
 from trainer.samples.training_text import CaptionConfig, TextParts, full_text
 
 CROP = CropConfig(resolution=48, captions=CaptionConfig(), seed=5)
@@ -57,7 +58,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Two shards in row groups of about three pictures, a tier of 96 and one of 512 pixels, two selections."""
+    """Two shards with row groups of about three pictures, tiers of 96 and 512 pixels, and two selections."""
     folder = tmp_path_factory.mktemp("data")
     raw, store, rules = Store(str(folder / "raw")), Store(str(folder / "dataset")), IngestRules(downsize=96)
     for name, posts in shards(plan(0, 240)):
@@ -70,7 +71,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
         for shard in made.shards.values():
             validate_shard(shard, store.root, rules)
             downsize_shard(shard, store.root, replace(rules, downsize=512))
-        for name, footer in image_footers(store).items():
+        for name, footer in image_identities(store).items():
             caption_shard(ImageShard(name, footer.rows, footer.digest), store.root, "captions")
     _curate(store, "all", Rules(min_side=64))
     _curate(store, "danbooru", Rules(min_side=64, sources=("danbooru",)))
@@ -126,19 +127,19 @@ def test_an_epoch_has_each_selected_id_once(dataset: Store) -> None:
     assert epoch_of(data).ids != epoch_of(data, 1).ids
 
 
-def test_a_batch_is_the_same_in_parts_in_another_process_and_with_nothing_in_memory(dataset: Store) -> None:
+def test_a_batch_is_the_same_in_parts_after_pickling_and_without_a_cache(dataset: Store) -> None:
     data = load(dataset, replace(CROP, flip=0.5))
     whole = load_batch(data, range(200, 240))
     ROW_GROUPS.forget()
     sent = pickle.loads(pickle.dumps(data))
     parts = [load_batch(sent, range(start, start + 10)) for start in (230, 200, 220, 210)]
-    assert same(whole, join([parts[1], parts[3], parts[2], parts[0]]))
+    assert same(whole, concatenate([parts[1], parts[3], parts[2], parts[0]]))
     assert whole.pixels_BHW3.shape == (40, 48, 48, 3)
     assert len(set(whole.keys_B.tolist())) == 40
 
 
-def test_the_words_of_a_picture_come_with_it(dataset: Store) -> None:
-    """Whichever rows of whichever row groups were selected."""
+def test_pixels_frame_and_text_belong_to_the_same_picture(dataset: Store) -> None:
+    """Also if only some rows of a row group are selected."""
     whole = CaptionConfig(tag_dropout=0, group_dropout=0, caption_dropout=0, caption_only=0, tags_only=0)
     data = load(dataset, replace(CROP, captions=whole, resolution=64), name="danbooru")
     rows = {row["id"]: row for row in dataset.read_table("selections/danbooru/danbooru-0000.parquet").to_pylist()}
@@ -156,7 +157,7 @@ def test_the_words_of_a_picture_come_with_it(dataset: Store) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Every row group of pictures that is read from now on: its shard and number there."""
+    """Shard and number of every row group read from now on."""
     found: list[tuple[str, int]] = []
     read = row_groups._pictures
 
@@ -169,7 +170,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_the_bytes_read_in_an_epoch_are_those_of_its_row_groups(
+def test_an_epoch_reads_about_the_bytes_of_its_row_groups(
     dataset: Store, reads: list[tuple[str, int]], workers: int
 ) -> None:
     data, ids = load(dataset, workers=workers), list[str]()
@@ -180,7 +181,7 @@ def test_the_bytes_read_in_an_epoch_are_those_of_its_row_groups(
             [positions] = micro_batches(step, BATCH, rank, workers, BATCH // workers)
             ids += load_batch(data, positions).ids
     footers = {
-        shard: pq.read_metadata(dataset.path(f"images/{shard}.parquet")) for shard in data.layout.selection.shards
+        shard: pq.read_metadata(dataset.path(f"images/{shard}.parquet")) for shard in data.row_index.selection.shards
     }
 
     def pictures(shard: str, group: int) -> int:
@@ -188,10 +189,10 @@ def test_the_bytes_read_in_an_epoch_are_those_of_its_row_groups(
         assert column.path_in_schema == "image"
         return int(column.total_compressed_size)
 
-    layout = data.layout
-    shard_names = np.array(layout.selection.shards)[layout.shard_G]
-    selected = sum(pictures(*place) for place in zip(shard_names.tolist(), layout.group_G.tolist(), strict=True))
-    assert len(layout.group_G) > 60, "enough row groups for a share"
+    index = data.row_index
+    shard_names = np.array(index.selection.shards)[index.shard_G]
+    selected = sum(pictures(*place) for place in zip(shard_names.tolist(), index.group_G.tolist(), strict=True))
+    assert len(index.group_G) > 60, "enough row groups for a share"
     assert Counter(ids).most_common(1)[0][1] <= 3, "two epochs, and the first part of a third to fill the last batch"
     read = sum(pictures(*place) for place in reads)
     assert selected <= read <= 2 * 1.1 * selected
@@ -200,32 +201,32 @@ def test_the_bytes_read_in_an_epoch_are_those_of_its_row_groups(
 # --- Held out ---------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_pictures_are_never_trained_on_and_all_others_are(dataset: Store) -> None:
+def test_all_pictures_are_either_held_out_or_trained_on(dataset: Store) -> None:
     data = load(dataset, hold_out=0.2)
-    held = held_out_batch(data, range(data.layout.held_out_count))
+    held = held_out_batch(data, range(data.row_index.held_out_count))
     trained = epoch_of(data)
     assert not set(held.ids) & set(trained.ids)
     assert sorted(held.ids + trained.ids) == sorted(selected_ids(dataset))
     assert 0.1 < len(held.ids) / len(trained.ids) < 0.4
 
 
-def test_the_same_pictures_are_held_out_of_every_selection_by_every_share(dataset: Store) -> None:
+def test_held_out_pictures_do_not_depend_on_the_selection_and_are_nested_by_share(dataset: Store) -> None:
     data, part = load(dataset, hold_out=0.2), load(dataset, hold_out=0.2, name="danbooru")
-    held = held_out_batch(data, range(data.layout.held_out_count)).ids
-    held_of_part = held_out_batch(part, range(part.layout.held_out_count)).ids
+    held = held_out_batch(data, range(data.row_index.held_out_count)).ids
+    held_of_part = held_out_batch(part, range(part.row_index.held_out_count)).ids
     assert held_of_part == [name for name in held if name in set(selected_ids(dataset, "danbooru"))]
     assert 0 < len(held_of_part) < len(held)
     fewer = load(dataset, hold_out=0.05)
-    assert 0 < fewer.layout.held_out_count < len(held)
-    assert held_out_batch(fewer, range(fewer.layout.held_out_count)).ids == held[: fewer.layout.held_out_count]
+    assert 0 < fewer.row_index.held_out_count < len(held)
+    assert held_out_batch(fewer, range(fewer.row_index.held_out_count)).ids == held[: fewer.row_index.held_out_count]
 
 
-def test_a_held_out_sample_is_the_middle_of_the_picture_with_its_whole_text_and_keys_of_its_own(dataset: Store) -> None:
+def test_a_held_out_sample_is_the_centre_crop_with_full_text_and_its_own_key(dataset: Store) -> None:
     data = load(dataset, hold_out=0.2)
     batch = held_out_batch(data, [3, 0])
     stage = load(dataset, replace(CROP, seed=6, flip=1.0), hold_out=0.1, window=1)
     assert same(batch, held_out_batch(stage, [3, 0]))
-    assert same(batch, join([held_out_batch(data, [3]), held_out_batch(data, [0])]))
+    assert same(batch, concatenate([held_out_batch(data, [3]), held_out_batch(data, [0])]))
     x0, y0, width, height = batch.frame_B4.T
     assert np.abs(2 * x0 + 48 - width).max() <= 1
     assert np.abs(2 * y0 + 48 - height).max() <= 1
@@ -240,7 +241,7 @@ def _selected(dataset: Store, shard: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_share_held_out_is_the_one_asked_for() -> None:
+def test_the_held_out_share_is_the_requested_one() -> None:
     names = pa.array([f"danbooru:{number}" for number in range(10_000)] + [f"pixiv:{n}_p0" for n in range(10_000)])
     for share in (0.01, 0.5):
         held = held_out(id_hash(names), share)
@@ -260,7 +261,7 @@ def test_the_hash_of_an_id_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 0.99999])
-def test_a_share_that_leaves_nothing_to_train_on_is_refused(dataset: Store, share: float) -> None:
+def test_an_invalid_share_or_one_that_leaves_nothing_is_refused(dataset: Store, share: float) -> None:
     with pytest.raises(UsageError, match="hold_out"):
         load(dataset, hold_out=share)
 
@@ -270,13 +271,13 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(dataset: Store, shar
 
 @pytest.fixture
 def broken(dataset: Store, tmp_path: Path) -> Store:
-    """A copy that may be spoilt."""
+    """A copy of the dataset that a test may damage."""
     shutil.copytree(dataset.root, tmp_path / "dataset")
     return Store(str(tmp_path / "dataset"))
 
 
 def rewrite(store: Store, shard: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Write a shard of pictures anew in the same row groups, each row changed."""
+    """Rewrites a shard of pictures with the same row groups and changed rows."""
     name = f"images/{shard}.parquet"
     with store.open(name) as file:
         parquet = pq.ParquetFile(file)
@@ -286,15 +287,15 @@ def rewrite(store: Store, shard: str, change: Callable[[dict[str, Any]], dict[st
             write(pa.Table.from_pylist([change(row) for row in rows], IMAGES))
 
 
-def test_a_picture_that_cannot_be_read_is_replaced_by_the_next_of_its_row_group_and_named(broken: Store) -> None:
+def test_an_unreadable_picture_is_replaced_by_the_next_of_its_row_group_and_listed(broken: Store) -> None:
     data = load(broken)
     sound = epoch_of(data)
-    layout = data.layout
-    group = int(np.flatnonzero((layout.counts_G > 2) & (layout.shard_G == 0))[3])
-    ids = selected_ids(broken)[layout.counts_G[:group].sum() :][: layout.counts_G[group]]
+    index = data.row_index
+    group = int(np.flatnonzero((index.counts_G > 2) & (index.shard_G == 0))[3])
+    ids = selected_ids(broken)[index.counts_G[:group].sum() :][: index.counts_G[group]]
     ROW_GROUPS.forget()
     last, first = ids[-1], ids[0]
-    rewrite(broken, layout.selection.shards[0], lambda row: row | ({"image": b"x"} if row["id"] == last else {}))
+    rewrite(broken, index.selection.shards[0], lambda row: row | ({"image": b"x"} if row["id"] == last else {}))
     found = epoch_of(data)
     [(name, why)] = found.replaced
     assert name == last
@@ -308,18 +309,18 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_next_of_its_row_group_
     assert load_batch(data, [place]).ids == [first]
 
 
-def test_a_lost_row_group_is_replaced_by_all_of_the_next(broken: Store) -> None:
+def test_a_damaged_row_group_is_replaced_by_the_pictures_of_the_next(broken: Store) -> None:
     data = load(broken)
-    sound, layout = epoch_of(data), data.layout
+    sound, index = epoch_of(data), data.row_index
     ROW_GROUPS.forget()
-    path = Path(broken.path(f"images/{layout.selection.shards[0]}.parquet"))
-    lost, place = 4, int(layout.group_G[4])
+    path = Path(broken.path(f"images/{index.selection.shards[0]}.parquet"))
+    lost, place = 4, int(index.group_G[4])
     column = pq.read_metadata(path).row_group(place).column(IMAGES.get_field_index("image"))
     content = bytearray(path.read_bytes())
     content[column.data_page_offset : column.data_page_offset + 64] = bytes([255]) * 64
     path.write_bytes(content)
     found = epoch_of(data)
-    of_group = [selected_ids(broken)[layout.counts_G[:g].sum() :][: layout.counts_G[g]] for g in (lost, lost + 1)]
+    of_group = [selected_ids(broken)[index.counts_G[:g].sum() :][: index.counts_G[g]] for g in (lost, lost + 1)]
     assert sorted(name for name, _ in found.replaced) == sorted(of_group[0])
     changed = [(a, b) for a, b in zip(sound.ids, found.ids, strict=True) if a != b]
     assert sorted(a for a, _ in changed) == sorted(of_group[0])
@@ -327,67 +328,67 @@ def test_a_lost_row_group_is_replaced_by_all_of_the_next(broken: Store) -> None:
     assert len({b for _, b in changed}) == min(map(len, of_group))
 
 
-def test_a_lost_shard_costs_its_own_samples_and_a_lost_dataset_the_job(broken: Store) -> None:
+def test_a_lost_shard_is_replaced_and_a_lost_dataset_ends_the_job(broken: Store) -> None:
     data = load(broken)
-    danbooru, pixiv = data.layout.selection.shards
+    danbooru, pixiv = data.row_index.selection.shards
     Path(broken.path(f"images/{pixiv}.parquet")).unlink()
     found = epoch_of(data)
     assert sorted(name for name, _ in found.replaced) == sorted(row["id"] for row in _selected(broken, pixiv))
     assert "FileNotFoundError" in found.replaced[0][1]
     ROW_GROUPS.forget()
     Path(broken.path(f"images/{danbooru}.parquet")).unlink()
-    with pytest.raises(JobFailed, match=r"cannot be read: FileNotFoundError.*mend"):
+    with pytest.raises(JobFailed, match=r"cannot be read: FileNotFoundError.*repair"):
         load_batch(data, range(8))
 
 
-def test_a_held_out_picture_that_cannot_be_read_is_replaced_too(broken: Store) -> None:
+def test_an_unreadable_held_out_picture_is_replaced(broken: Store) -> None:
     data = load(broken, hold_out=0.2)
     [name, following] = held_out_batch(data, [4, 5]).ids
-    shard = next(shard for shard in data.layout.selection.shards if shard.startswith(name.partition(":")[0]))
+    shard = next(shard for shard in data.row_index.selection.shards if shard.startswith(name.partition(":")[0]))
     rewrite(broken, shard, lambda row: row | ({"image": b"x"} if row["id"] == name else {}))
     found = held_out_batch(data, [4, 5])
     assert found.ids == [following, following]
     assert [pair[0] for pair in found.replaced] == [name]
 
 
-def test_pictures_that_were_ingested_again_are_not_taken_for_the_selected_ones(broken: Store) -> None:
+def test_pictures_ingested_again_after_the_selection_are_refused(broken: Store) -> None:
     data = load(broken)
-    rewrite(broken, data.layout.selection.shards[0], lambda row: row | {"id": row["id"] + "0"})
+    rewrite(broken, data.row_index.selection.shards[0], lambda row: row | {"id": row["id"] + "0"})
     with pytest.raises(ValueError, match=r"other rows than the selection 'all'.*curate"):
         epoch_of(data)
 
 
-def same_layout(one: Layout, two: Layout) -> bool:
+def same_index(one: RowIndex, two: RowIndex) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(two, name)) for name in _ARRAYS)
 
 
-def test_a_kept_layout_is_the_computed_one_and_needs_no_shard_opened(broken: Store, tmp_path: Path) -> None:
+def test_a_cached_row_index_equals_the_built_one_and_opens_no_shard(broken: Store, tmp_path: Path) -> None:
     selection = Selection.load(broken.root, "all")
-    first = Layout.kept_in(str(tmp_path), selection, 0.2)
-    assert same_layout(first, Layout.of(selection, 0.2))
-    for shard in selection.shards:  # the pictures' listing stays
+    first = RowIndex.load_or_build(str(tmp_path), selection, 0.2)
+    assert same_index(first, RowIndex.build(selection, 0.2))
+    for shard in selection.shards:  # the listing of the pictures is unchanged
         broken.remove(f"selections/all/{shard}.parquet")
-    assert same_layout(Layout.kept_in(str(tmp_path), selection, 0.2), first)
+    assert same_index(RowIndex.load_or_build(str(tmp_path), selection, 0.2), first)
 
 
-def test_a_layout_is_computed_anew_where_anything_that_it_was_made_from_changed(broken: Store, tmp_path: Path) -> None:
+def test_a_row_index_is_rebuilt_if_any_of_its_inputs_changed(broken: Store, tmp_path: Path) -> None:
     selection, kept = Selection.load(broken.root, "all"), str(tmp_path)
-    with_held_out = Layout.kept_in(kept, selection, 0.2)
-    assert Layout.kept_in(kept, selection, 0.0).held_out_count == 0 < with_held_out.held_out_count
-    assert Layout.kept_in(kept, Selection.load(broken.root, "danbooru")).count < selection.count
-    (tmp_path / KEPT).write_bytes(b"half")
-    assert Layout.kept_in(kept, selection).count == selection.count
+    with_held_out = RowIndex.load_or_build(kept, selection, 0.2)
+    assert RowIndex.load_or_build(kept, selection, 0.0).held_out_count == 0 < with_held_out.held_out_count
+    assert RowIndex.load_or_build(kept, Selection.load(broken.root, "danbooru")).count < selection.count
+    (tmp_path / ROW_INDEX_FILE).write_bytes(b"half")
+    assert RowIndex.load_or_build(kept, selection).count == selection.count
     shard = selection.shards[0]
     pictures = broken.read_table(f"images/{shard}.parquet")
     broken.write_table(f"images/{shard}.parquet", pictures.slice(0, 1), IMAGES)
     with pytest.raises(ValueError, match="other rows than the selection"):
-        Layout.kept_in(kept, selection)
+        RowIndex.load_or_build(kept, selection)
 
 
 # --- Tiers and mirroring ----------------------------------------------------------------------------------------------
 
 
-def test_the_smallest_tier_that_is_large_enough_and_whole_is_read(broken: Store) -> None:
+def test_the_smallest_sufficient_and_complete_tier_is_read(broken: Store) -> None:
     def folder(resolution: int | None) -> str:
         return Selection.load(broken.root, "all", resolution).images
 
@@ -397,12 +398,14 @@ def test_the_smallest_tier_that_is_large_enough_and_whole_is_read(broken: Store)
     assert folder(None) == "images"
     broken.remove("images-512/pixiv-0000.parquet")
     assert folder(512) == "images"
-    assert Selection.load(broken.root, "danbooru", 512).images == "images-512", "it has all shards of this selection"
+    assert Selection.load(broken.root, "danbooru", 512).images == "images-512", (
+        "complete for this selection"
+    )
 
 
 def test_a_tier_gives_the_same_pictures(dataset: Store) -> None:
     large, small = epoch_of(load(dataset)), load(dataset, resolution=48)
-    assert small.layout.selection.images == "images-96"
+    assert small.row_index.selection.images == "images-96"
     positions = np.argsort(small.order.samples(range(small.order.count)))
     by_id = dict(zip(large.ids, large.pixels_BHW3, strict=True))
     batch = load_batch(small, positions)
@@ -417,12 +420,12 @@ def test_a_tier_gives_the_same_pictures(dataset: Store) -> None:
     assert differences.mean() < 4, "of 255"
 
 
-def test_mirroring_changes_sides_alone_and_spares_what_has_writing(dataset: Store) -> None:
+def test_mirroring_flips_pixels_and_frame_of_pictures_without_writing(dataset: Store) -> None:
     plain, turned, half = (epoch_of(load(dataset, replace(CROP, flip=flip))) for flip in (0.0, 1.0, 0.5))
     assert plain.ids == turned.ids == half.ids
     assert plain.texts == turned.texts == half.texts
     rows = {row["id"]: row for shard in dataset.shards("selections/all") for row in _selected(dataset, shard)}
-    may = np.array([may_be_mirrored(text_parts(rows[name])) for name in plain.ids])
+    may = np.array([can_mirror(text_parts(rows[name])) for name in plain.ids])
     assert 0.5 < may.mean() < 1, "some are signed"
     x0, y0, width, height = plain.frame_B4.T
     frame_B4 = np.stack([width - x0 - 48, y0, width, height], axis=1)
@@ -437,7 +440,7 @@ def test_mirroring_changes_sides_alone_and_spares_what_has_writing(dataset: Stor
 
 
 def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture() -> None:
-    """Its frame says where it lies in that one."""
+    """Including its frame."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
 
     def png(pixels_HWC: np.ndarray) -> bytes:
@@ -468,11 +471,11 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture() -> None:
         (TextParts(general=("文字入り",)), False),
     ],
 )
-def test_what_speaks_of_sides_or_writing_is_never_mirrored(parts: TextParts, may: bool) -> None:
-    assert may_be_mirrored(parts) == may
+def test_pictures_whose_text_mentions_sides_or_writing_are_never_mirrored(parts: TextParts, may: bool) -> None:
+    assert can_mirror(parts) == may
 
 
 @pytest.mark.parametrize("flip", [-0.1, 1.5])
-def test_a_flip_that_is_no_probability_is_refused(flip: float) -> None:
+def test_an_invalid_flip_probability_is_refused(flip: float) -> None:
     with pytest.raises(ValueError, match="flip"):
         replace(CROP, flip=flip)

@@ -1,4 +1,4 @@
-"""The order of samples: every sample once an epoch, the same for any number of workers, each row group read once."""
+"""The data order: each sample once per epoch, independent of the number of workers, each row group read once."""
 
 import itertools
 import pickle
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from trainer.samples.order import Order, micro_batches, rank_slots, streams_of
+from trainer.samples.order import Order, effective_streams, micro_batches
 from trainer.samples.row_groups import Cache
 
 # Samples of each row group, rows of a batch, streams, row groups of a window.
@@ -32,7 +32,7 @@ def order(counts: Sequence[int], batch_size: int, streams: int, window: int, see
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_sample_is_seen_exactly_once_an_epoch(shape: tuple[list[int], int, int, int]) -> None:
+def test_every_sample_is_seen_exactly_once_per_epoch(shape: tuple[list[int], int, int, int]) -> None:
     made = order(*shape)
     for epoch in range(5):
         seen = made.samples(range(epoch * made.count, (epoch + 1) * made.count))
@@ -40,7 +40,7 @@ def test_every_sample_is_seen_exactly_once_an_epoch(shape: tuple[list[int], int,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_position_has_the_same_sample_in_whatever_company_it_is_asked_for(
+def test_a_position_has_the_same_sample_whatever_other_positions_are_requested(
     shape: tuple[list[int], int, int, int],
 ) -> None:
     made = order(*shape)
@@ -63,29 +63,27 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers: int)
 
 
 def test_a_rank_has_the_same_slots_of_every_batch() -> None:
-    assert [rank_slots(12, rank, 3) for rank in range(3)] == [range(4), range(4, 8), range(8, 12)]
+    assert [micro_batches(0, 12, rank, 3, micro=4) for rank in range(3)] == [[range(4)], [range(4, 8)], [range(8, 12)]]
     assert micro_batches(2, 12, rank=1, workers=3, micro=2) == [range(28, 30), range(30, 32)]
 
 
-def test_streams_are_as_many_as_give_equal_shares_of_a_batch() -> None:
-    assert [streams_of(batch, 16) for batch in (2048, 32, 24, 2, 1, 7)] == [16, 16, 8, 2, 1, 1]
+def test_the_number_of_streams_divides_the_batch() -> None:
+    assert [effective_streams(batch, 16) for batch in (2048, 32, 24, 2, 1, 7)] == [16, 16, 8, 2, 1, 1]
 
 
-def test_a_stream_has_row_groups_of_its_own_but_for_those_that_are_cut() -> None:
-    """So has a worker, which takes whole streams: slot j is of stream j // rows of a stream."""
+def test_streams_share_only_the_row_groups_at_their_borders() -> None:
+    """The same holds for workers, which read whole streams: slot j belongs to stream j // rows per stream."""
     counts = [20] * 300
     group_of = np.repeat(np.arange(300), counts)
     made = order(counts, 32, 16, 4)
     for epoch in range(3):
-        first = -(-epoch * made.count // 32) * 32  # of the first batch that lies wholly in the epoch
+        first = -(-epoch * made.count // 32) * 32  # of the first batch entirely inside the epoch
         batches = ((epoch + 1) * made.count - first) // 32
         sample_BS = made.samples(range(first, first + batches * 32)).reshape(batches, 16, 2)
         streams_of_group = Counter(
             group for stream in range(16) for group in np.unique(group_of[sample_BS[:, stream]]).tolist()
         )
-        assert sum(count - 1 for count in streams_of_group.values()) <= 15, (
-            "one where a stream ends and the next begins"
-        )
+        assert sum(count - 1 for count in streams_of_group.values()) <= 15, "at most one at each border between streams"
 
 
 def test_a_stream_stays_within_its_window_of_row_groups() -> None:
@@ -94,11 +92,11 @@ def test_a_stream_stays_within_its_window_of_row_groups() -> None:
     made = order(counts, 16, 16, window)
     stream = group_of[made.samples(range(5, made.count // 16 * 16, 16))]
     for rows in np.lib.stride_tricks.sliding_window_view(stream, window * 25):
-        assert len(set(rows.tolist())) <= 2 * window, "the windows before and after a border"
+        assert len(set(rows.tolist())) <= 2 * window, "the windows on both sides of a border"
 
 
 def _reads(made: Order, counts: np.ndarray, rank: int, workers: int, steps: range) -> int:
-    """How many row groups a worker reads that keeps those of its streams, and one more for each stream."""
+    """Row groups read by a worker that caches (window + 1) for each of its streams."""
     group_of = np.repeat(np.arange(len(counts)), counts)
     capacity = made.streams // workers * (made.window + 1)
     held, reads = Cache[None](), list[int]()
@@ -120,7 +118,7 @@ DATASETS = [
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("dataset", DATASETS, ids=lambda dataset: dataset[0])
-def test_each_row_group_is_read_about_once_an_epoch(dataset: tuple[str, np.ndarray, int], workers: int) -> None:
+def test_each_row_group_is_read_about_once_per_epoch(dataset: tuple[str, np.ndarray, int], workers: int) -> None:
     _, counts, batch_size = dataset
     made = order(counts, batch_size, 16, 4)
     second = range(made.count // batch_size, 2 * made.count // batch_size)  # begins and ends inside a batch
@@ -128,7 +126,7 @@ def test_each_row_group_is_read_about_once_an_epoch(dataset: tuple[str, np.ndarr
     assert reads <= 1.1 * np.count_nonzero(counts)
 
 
-def test_a_batch_mixes_many_row_groups_and_neighbours_come_from_different_ones() -> None:
+def test_a_batch_mixes_many_row_groups() -> None:
     counts = [50] * 400
     group_of = np.repeat(np.arange(400), counts)
     made = order(counts, 64, 16, 4)
@@ -140,30 +138,30 @@ def test_a_batch_mixes_many_row_groups_and_neighbours_come_from_different_ones()
 
 
 @pytest.mark.parametrize("counts", [[50] * 100, [5000]], ids=["many row groups", "one row group"])
-def test_epochs_and_seeds_are_unlike_each_other(counts: list[int]) -> None:
+def test_epochs_and_seeds_give_different_orders(counts: list[int]) -> None:
     made, other = order(counts, 50, 10, 4), order(counts, 50, 10, 4, seed=4)
     epochs = [made.samples(range(epoch * 5000, (epoch + 1) * 5000)) for epoch in range(3)]
     for one, two in itertools.combinations([*epochs, other.samples(range(5000))], 2):
         assert np.mean(one == two) < 0.01
-        # Nor do the same samples come together again: of 100 x 50 x 49 pairs of a batch 1% would by chance.
+        # The same samples rarely share a batch again: 1% of 100 x 50 x 49 pairs would by chance.
         batch_of = np.argsort(one) // 50, np.argsort(two) // 50
         pairs = Counter(zip(*(batch.tolist() for batch in batch_of), strict=True))
         again = sum(count * (count - 1) for count in pairs.values()) / (5000 * 49)
         assert again < 0.1
 
 
-def test_a_run_that_goes_on_with_another_selection_counts_its_epochs_on() -> None:
+def test_epoch_numbers_continue_after_a_change_of_the_selection() -> None:
     made, later = order([30] * 9, 16, 4, 2), order([30] * 9, 16, 4, 2, first_epoch=2)
     epoch, place = later.epochs([0, 269, 270])
     assert epoch.tolist() == [2, 2, 3]
     assert place.tolist() == [0, 269, 0]
     first = later.samples(range(270))
     assert sorted(first) == list(range(270))
-    assert not np.array_equal(first, made.samples(range(270))), "another epoch, another order"
+    assert not np.array_equal(first, made.samples(range(270))), "another epoch has another order"
 
 
-def test_a_plan_of_ten_million_samples_holds_no_list_of_them() -> None:
-    """At a far position, across the border of an epoch: only windows are permuted."""
+def test_ten_million_samples_need_no_list_of_them() -> None:
+    """At a late position across the border of an epoch, where only windows are permuted."""
     counts = np.random.default_rng(0).integers(100, 401, 40_000)
     made = order(counts, 2048, 16, 4)
     border = 40 * made.count

@@ -1,3 +1,5 @@
+"""Training texts: the order of their parts, dropout, and determinism."""
+
 from collections import Counter
 from dataclasses import replace
 
@@ -34,7 +36,7 @@ def share(texts: list[str], words: str) -> float:
     return sum(words in text for text in texts) / len(texts)
 
 
-def test_the_full_text_has_every_part_in_the_taught_order() -> None:
+def test_the_full_text_has_every_part_in_order() -> None:
     assert full_text(PARTS) == WHOLE
 
 
@@ -49,7 +51,7 @@ def test_without_dropouts_only_the_order_of_the_general_tags_changes() -> None:
     assert len(orders) == 24
 
 
-def test_general_tags_are_dropped_one_by_one() -> None:
+def test_general_tags_are_dropped_independently() -> None:
     texts = draws(replace(KEEP_ALL, tag_dropout=0.25))
     for tag in PARTS.general:
         assert share(texts, tag) == pytest.approx(0.75, abs=0.03)
@@ -74,14 +76,14 @@ def test_the_caption_and_the_general_tags_are_mixed_as_configured() -> None:
     assert kinds[False, False] == 0
 
 
-def test_what_is_missing_is_never_chosen_over_what_is_there() -> None:
+def test_a_missing_caption_or_missing_tags_are_never_chosen() -> None:
     no_caption = replace(PARTS, caption=None)
     no_tags = replace(PARTS, general=())
     assert share(draws(replace(KEEP_ALL, caption_only=1.0), no_caption, 50), "smile") == 1
     assert share(draws(replace(KEEP_ALL, tags_only=1.0), no_tags, 50), "rain") == 1
 
 
-def test_special_tags_survive_everything_but_the_dropout_of_the_whole_text() -> None:
+def test_special_tags_are_only_dropped_with_the_whole_text() -> None:
     config = CaptionConfig(tag_dropout=1, group_dropout=1, caption_dropout=0.1, caption_only=0, tags_only=1)
     texts = draws(config)
     assert set(texts) == {"", "1girl, solo"}
@@ -95,12 +97,12 @@ def test_the_same_generator_state_gives_the_same_text() -> None:
     assert len(set(texts)) > 10
 
 
-def test_separators_and_stray_blanks_never_reach_the_text() -> None:
+def test_separators_and_extra_spaces_are_removed() -> None:
     parts = TextParts(general=("a|||b", "%%", "c $$ d"), caption="One\n%%two$$  three. ")
     assert full_text(parts) == "a b, c d, One two three"
 
 
-def test_nothing_known_gives_an_empty_text() -> None:
+def test_a_picture_without_metadata_has_an_empty_text() -> None:
     assert full_text(TextParts()) == ""
     assert training_text(TextParts(), np.random.default_rng(0), CaptionConfig()) == ""
 
@@ -109,6 +111,6 @@ def test_nothing_known_gives_an_empty_text() -> None:
     ("fields", "words"),
     [({"tag_dropout": 1.5}, "tag_dropout 1.5"), ({"caption_only": 0.7, "tags_only": 0.6}, "0.7 .* 0.6")],
 )
-def test_what_is_no_probability_is_refused(fields: dict[str, float], words: str) -> None:
+def test_invalid_probabilities_are_refused(fields: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         CaptionConfig(**fields)

@@ -1,18 +1,18 @@
-"""The figures of a run, reckoned by hand."""
+"""The metrics of a run against values computed by hand."""
 
 import time
 
 import pytest
 import torch
 
-from trainer.model.flops import products
-from trainer.model.xut import XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.flops import count_flops
 from trainer.training.metrics import (
     METRICS,
     Counts,
-    Mark,
-    Pace,
-    Spent,
+    EarlierCost,
+    JobContext,
+    Snapshot,
     Stopwatch,
     batch_counts,
     log_line,
@@ -20,18 +20,18 @@ from trainer.training.metrics import (
     progress_text,
 )
 
-# Two workers, from step 100 to step 300, on GPUs of 10 TFLOP/s at 7.20 $/h; an earlier start took 1,000 s and 2 $.
-PACE = Pace(
+# Two workers from step 100 to 300 on GPUs of 10 TFLOP/s at 7.20 $/h. An earlier start took 1,000 s and 2 $.
+JOB = JobContext(
     start_step=100,
     stop_step=300,
     workers=2,
     peak_teraflops=10.0,
     price_per_hour=7.2,
-    before=Spent(seconds=1000, dollars=2.0),
+    before=EarlierCost(seconds=1000, dollars=2.0),
 )
-# 50 steps of 8 images in 200 s, then 10 in 10 s, of which both workers together waited 2 s and encoded 5 s.
-LAST = Mark(step=150, seconds=200.0, counts=Counts(images=400, tokens=4000, operations=4e15, replaced=1))
-NOW = Mark(
+# 50 steps of 8 images in 200 s, then 10 in 10 s. In these the two workers together waited 2 s and encoded 5 s.
+LAST = Snapshot(step=150, seconds=200.0, counts=Counts(images=400, tokens=4000, operations=4e15, replaced=1))
+NOW = Snapshot(
     step=160,
     seconds=210.0,
     counts=Counts(
@@ -40,9 +40,9 @@ NOW = Mark(
 )  # fmt: skip
 
 
-def test_a_line_has_the_window_since_the_last_one_and_the_sums_since_the_start() -> None:
+def test_a_line_has_averages_since_the_last_one_and_totals_since_the_start() -> None:
     line = log_line(
-        PACE, LAST, NOW, loss=0.5, grad_norm=1.5, learning_rate=2e-3, gpu_memory_bytes=3e9, skipped_steps=4,
+        JOB, LAST, NOW, loss=0.5, grad_norm=1.5, learning_rate=2e-3, gpu_memory_bytes=3e9, skipped_steps=4,
         failed_saves=5, failed_writes=6,
     )  # fmt: skip
     assert line == {
@@ -68,31 +68,31 @@ def test_a_line_has_the_window_since_the_last_one_and_the_sums_since_the_start()
     assert line.keys() <= METRICS.keys()
 
 
-def test_what_is_not_known_is_none() -> None:
-    pace = Pace(start_step=0, stop_step=10, workers=1, peak_teraflops=None, price_per_hour=None)
-    line = log_line(pace, Mark(step=0), Mark(step=1, seconds=1.0), loss=1.0, grad_norm=1.0, learning_rate=1.0)
+def test_unknown_metrics_are_none() -> None:
+    job = JobContext(start_step=0, stop_step=10, workers=1, peak_teraflops=None, price_per_hour=None)
+    line = log_line(job, Snapshot(step=0), Snapshot(step=1, seconds=1.0), loss=1.0, grad_norm=1.0, learning_rate=1.0)
     assert [name for name, value in line.items() if value is None] == ["share_of_peak", "gpu_memory_bytes", "dollars"]
     assert line["hours_left"] == pytest.approx(9 / 3600)
 
 
-@pytest.mark.parametrize("now", [Mark(step=150, seconds=201), Mark(step=151, seconds=200)])
-def test_a_window_without_steps_or_time_is_refused(now: Mark) -> None:
+@pytest.mark.parametrize("now", [Snapshot(step=150, seconds=201), Snapshot(step=151, seconds=200)])
+def test_a_window_without_steps_or_time_is_refused(now: Snapshot) -> None:
     with pytest.raises(ValueError, match="no window"):
-        log_line(PACE, LAST, now, loss=1.0, grad_norm=1.0, learning_rate=1.0)
+        log_line(JOB, LAST, now, loss=1.0, grad_norm=1.0, learning_rate=1.0)
 
 
-def test_counts_add_up_over_workers_as_plain_numbers() -> None:
+def test_counts_can_be_summed_over_workers_as_plain_numbers() -> None:
     one, two = Counts(images=1, waiting_seconds=0.5), Counts(images=2, tokens=7, replaced=1)
     summed = torch.tensor(one.numbers(), dtype=torch.float64) + torch.tensor(two.numbers(), dtype=torch.float64)
-    assert Counts.of(summed.tolist()) == one + two == Counts(images=3, tokens=7, waiting_seconds=0.5, replaced=1)
+    assert Counts(*summed.tolist()) == one + two == Counts(images=3, tokens=7, waiting_seconds=0.5, replaced=1)
     assert one + two - two == one
 
 
-def test_the_arithmetic_of_a_batch_is_that_of_its_images() -> None:
+def test_a_batch_counts_the_arithmetic_of_its_images() -> None:
     model = XUTConfig.tiny(in_channels=4, text_dim=16)
     counts = batch_counts(model, images=3, image_tokens=64, text_tokens=8, selection_rate=0.5, waiting_seconds=0.25,
                           replaced=1)  # fmt: skip
-    step = products(model, 64, 8, 0.5).step
+    step = count_flops(model, 64, 8, 0.5).step
     assert counts == Counts(images=3, tokens=3 * 72, operations=3 * step, waiting_seconds=0.25, replaced=1)
 
 
@@ -114,12 +114,12 @@ def test_the_arithmetic_of_a_batch_is_that_of_its_images() -> None:
         ("", None),
     ],
 )
-def test_a_peak_is_known_for_whole_names_only(name: str, peak: float | None) -> None:
+def test_a_peak_is_known_for_exact_device_names_only(name: str, peak: float | None) -> None:
     assert peak_teraflops(name) == peak
 
 
-def test_the_progress_text_names_trouble_only_where_there_is_some() -> None:
-    line = log_line(PACE, LAST, NOW, loss=0.5, grad_norm=1.5, learning_rate=2e-3, skipped_steps=2)
+def test_the_progress_text_lists_only_failures_that_happened() -> None:
+    line = log_line(JOB, LAST, NOW, loss=0.5, grad_norm=1.5, learning_rate=2e-3, skipped_steps=2)
     assert progress_text(line) == (
         "loss 0.500, 8 images/s, 5 TFLOP/s (25% of peak), waiting for data 10%, $2.42, 0.1 h left, "
         "2 skipped steps, 3 replaced samples"
@@ -127,7 +127,7 @@ def test_the_progress_text_names_trouble_only_where_there_is_some() -> None:
     assert progress_text({"step": 1, "loss": 0.25, "dollars": None, "teraflops": 0.01}) == "loss 0.250, 0.01 TFLOP/s"
 
 
-def test_a_stopwatch_adds_up_what_runs_within() -> None:
+def test_a_stopwatch_sums_the_time_inside_its_blocks() -> None:
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch.running():

@@ -1,5 +1,4 @@
-"""What a run leaves of its figures: read back with the readers of those who wrote the formats, through disks that are
-full and runs that are stopped."""
+"""Logs of a run, read back with the formats' own readers, with full disks and interrupted runs."""
 
 import json
 import resource
@@ -17,18 +16,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.core.errors import UsageError
-from trainer.training.metrics import Spent
+from trainer.training.metrics import EarlierCost
 from trainer.training.run_log import (
     Log,
-    LogConfig,
     append_line,
     check_writers,
-    forget_steps_after,
+    earlier_cost,
+    remove_lines_after,
     skipped_steps,
-    spent,
 )
-
-QUIET = LogConfig(tensorboard=False)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +40,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def noise_png(side: int, seed: int = 0) -> bytes:
-    """About 3 bytes a pixel."""
+    """A PNG of about 3 bytes per pixel."""
     buffer = BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -52,7 +48,7 @@ def noise_png(side: int, seed: int = 0) -> bytes:
 
 @contextmanager
 def full_beyond(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: a write that would is cut there, the next one fails."""
+    """Limits files of this process to `size` bytes: a write over the limit is truncated, the next one fails."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -65,8 +61,8 @@ def full_beyond(size: int) -> Iterator[None]:
 # --- Lines ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_json_at_once_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    log = Log(tmp_path / "run", 0, QUIET, {})
+def test_lines_are_written_at_once_and_non_finite_values_are_null(tmp_path: Path) -> None:
+    log = Log(tmp_path / "run", 0, False, {})
     log.metrics({"step": 1, "loss": 0.5, "dollars": None})
     log.metrics({"step": 2, "loss": float("nan"), "grad_norm": float("inf")})
     log.evaluation({"step": 2, "loss": 0.25})
@@ -78,43 +74,43 @@ def test_a_line_is_json_at_once_and_what_is_not_finite_is_null(tmp_path: Path) -
     assert log.failures == 0
 
 
-def test_a_run_that_goes_on_forgets_what_comes_again_but_not_what_it_cost(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_repeated_lines_but_keeps_their_cost(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": 2.0 * step, "dollars": step / 10})
         append_line(tmp_path / "evaluation.jsonl", {"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')
-    log = Log(tmp_path, 20, QUIET, {})
+    log = Log(tmp_path, 20, False, {})
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10, 20]
     assert [line["step"] for line in lines(tmp_path / "evaluation.jsonl")] == [10, 20]
-    assert log.before == Spent(seconds=60.0, dollars=3.0)
+    assert log.before == EarlierCost(seconds=60.0, dollars=3.0)
 
 
-def test_starts_that_end_before_their_first_line_forget_no_cost(tmp_path: Path) -> None:
+def test_starts_that_end_before_their_first_line_keep_the_cost(tmp_path: Path) -> None:
     append_line(tmp_path / "metrics.jsonl", {"step": 30, "seconds": 60.0, "dollars": 3.0})
     for _ in range(3):
-        assert Log(tmp_path, 20, QUIET, {}).before == Spent(seconds=60.0, dollars=3.0)
+        assert Log(tmp_path, 20, False, {}).before == EarlierCost(seconds=60.0, dollars=3.0)
     assert lines(tmp_path / "metrics.jsonl") == []
 
 
-def test_steps_that_earlier_starts_skipped_are_those_of_the_newest_line(tmp_path: Path) -> None:
+def test_skipped_steps_of_earlier_starts_are_read_from_the_last_line(tmp_path: Path) -> None:
     assert skipped_steps(tmp_path) == 0
     for step, skipped in ((10, 0), (20, 3), (30, None)):
         append_line(tmp_path / "metrics.jsonl", {"step": step, "skipped_steps": skipped})
         assert skipped_steps(tmp_path) == (skipped or 0)
 
 
-def test_a_new_run_has_spent_nothing(tmp_path: Path) -> None:
-    forget_steps_after(0, tmp_path / "metrics.jsonl")
-    assert spent(tmp_path / "metrics.jsonl") == Spent()
+def test_a_new_run_has_no_earlier_cost(tmp_path: Path) -> None:
+    remove_lines_after(0, tmp_path / "metrics.jsonl")
+    assert earlier_cost(tmp_path / "metrics.jsonl") == EarlierCost()
     assert not list(tmp_path.iterdir())
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_reads_the_figures_and_the_grid(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, LogConfig(), {})
+def test_tensorboard_reads_metrics_and_grid(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, False, {})
     log.metrics({"step": 1, "loss": 0.5, "dollars": None})
     log.metrics({"step": 2, "loss": 0.25, "dollars": 1.5})
     grid = noise_png(20)
@@ -130,34 +126,29 @@ def test_tensorboard_reads_the_figures_and_the_grid(tmp_path: Path) -> None:
     assert (tmp_path / "grids" / "step-00000002.png").read_bytes() == grid
 
 
-def test_in_tensorboard_too_a_run_that_goes_on_takes_the_place_of_what_it_repeats(tmp_path: Path) -> None:
-    first = Log(tmp_path, 0, LogConfig(), {})
+def test_in_tensorboard_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
+    first = Log(tmp_path, 0, False, {})
     for step in (1, 2, 3):
         first.metrics({"step": step, "loss": float(step)})
-    Log(tmp_path, 1, LogConfig(), {}).metrics({"step": 2, "loss": 20.0})
+    Log(tmp_path, 1, False, {}).metrics({"step": 2, "loss": 20.0})
     assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 20.0)]
 
 
-def test_without_tensorboard_there_is_no_folder_of_it(tmp_path: Path) -> None:
-    Log(tmp_path, 0, QUIET, {}).metrics({"step": 1, "loss": 0.5})
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+# --- Failing writes ---------------------------------------------------------------------------------------------------
 
 
-# --- What fails -------------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_is_counted_said_once_and_leaves_no_half_of_anything(
+def test_a_full_disk_is_counted_reported_once_and_leaves_no_partial_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = Log(tmp_path, 0, LogConfig(), {})
+    log = Log(tmp_path, 0, False, {})
     log.metrics({"step": 1, "loss": 1.0})
     for name in ("metrics.jsonl", "evaluation.jsonl"):
         append_line(tmp_path / name, {"step": 1, "why": "x" * 200_000})
     grid = noise_png(300)
     with full_beyond(200_020):
-        log.metrics({"step": 2, "loss": 2.0})  # only TensorBoard has room
+        log.metrics({"step": 2, "loss": 2.0})  # only TensorBoard's file is below the limit
         log.evaluation({"step": 2, "loss": 2.0}, grid)
-        assert log.failures == 4  # two lines, the file of the grid and its event
+        assert log.failures == 4  # two lines, the grid's file and its event
     log.metrics({"step": 3, "loss": 3.0})
     log.evaluation({"step": 3, "loss": 3.0}, grid)
     assert log.failures == 4
@@ -172,8 +163,8 @@ def test_a_full_disk_is_counted_said_once_and_leaves_no_half_of_anything(
     assert [image.step for image in events(tmp_path / "tensorboard").Images("validation/grid")] == [3]
 
 
-def test_a_disk_that_is_full_from_the_start_leaves_files_that_can_still_be_begun(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, LogConfig(), {})
+def test_logging_starts_when_a_disk_full_from_the_start_has_space_again(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, False, {})
     with full_beyond(10):
         log.metrics({"step": 1, "loss": 1.0})
     assert log.failures == 2
@@ -182,38 +173,37 @@ def test_a_disk_that_is_full_from_the_start_leaves_files_that_can_still_be_begun
     assert scalars(tmp_path / "tensorboard", "train/loss") == [(2, 2.0)]
 
 
-def test_a_folder_that_cannot_be_made_costs_only_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_costs_only_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file")
-    log = Log(tmp_path / "run", 0, LogConfig(), {})
+    log = Log(tmp_path / "run", 0, False, {})
     log.metrics({"step": 1, "loss": 1.0})
     assert log.failures > 0
     (tmp_path / "run").unlink()
-    log = Log(tmp_path / "run", 0, LogConfig(), {})
+    log = Log(tmp_path / "run", 0, False, {})
     log.metrics({"step": 2, "loss": 2.0})
     assert log.failures == 0
     assert scalars(tmp_path / "run" / "tensorboard", "train/loss") == [(2, 2.0)]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# --- What must be there before training -------------------------------------------------------------------------------
+# --- Checks before training -------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_not_installed_is_refused_with_the_line_that_installs_it(
+def test_a_missing_package_is_refused_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    check_writers(LogConfig())
+    check_writers(with_wandb=False)
     with pytest.raises(UsageError, match=r'wandb.*pip install .* -e "\.\[wandb\]"'):
-        check_writers(LogConfig(wandb="hdm"))
+        check_writers(with_wandb=True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UsageError, match=r'TensorBoard.*pip install .* -e "\.\[trainer\]"'):
-        check_writers(LogConfig())
-    check_writers(QUIET)
+        check_writers(with_wandb=False)
 
 
 @pytest.fixture
 def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A wandb, where it is installed, that finds no key, and settings of nobody."""
+    """wandb without a key or user settings."""
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -228,20 +218,20 @@ def test_wandb_without_a_login_is_refused_unless_it_is_offline(monkeypatch: pyte
 
     wandb.teardown()
     with pytest.raises(UsageError, match="wandb login"):
-        check_writers(LogConfig(wandb="hdm"))
+        check_writers(with_wandb=True)
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    check_writers(LogConfig(wandb="hdm"))
+    check_writers(with_wandb=True)
 
 
 @pytest.mark.usefixtures("no_login")
-def test_wandb_offline_keeps_the_run_in_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_offline_stores_the_run_in_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import wandb
 
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start in (0, 1):
-        log = Log(tmp_path / "run", start, LogConfig(tensorboard=False, wandb="hdm"), {"stage": {"resolution": 64}})
+        log = Log(tmp_path / "run", start, True, {"stage": {"resolution": 64}})
         log.metrics({"step": start + 1, "loss": 0.5})
         log.evaluation({"step": start + 1, "loss": 0.5}, noise_png(20))
         log.close()

@@ -1,4 +1,4 @@
-"""A worker without Ray: what it does when losses, pictures, disks fail, and when it is asked to stop."""
+"""A worker without Ray: failing losses, pictures and disks, and stop requests."""
 
 import itertools
 import json
@@ -6,42 +6,48 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from pipeline.core.errors import JobFailed
-from trainer.drawing.pictures import PictureModel
+from trainer.drawing.picture_model import PictureModel
 from trainer.encoders.text import build_local_text_encoder
-from trainer.recipe.resolve import Command, Training, resolve
+from trainer.recipe.command import Command
+from trainer.recipe.resolve import resolve
+from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
 from trainer.samples.data import Batch, TrainingData, held_out_batch, load_batch
 from trainer.samples.order import micro_batches
 from trainer.training.metrics import Line
-from trainer.training.process_group import Team
-from trainer.training.worker import Source, Worker
+from trainer.training.worker import SampleSource, Worker
+from trainer.training.worker_group import WorkerGroup
 
-SETTINGS = ("log_every=1", "checkpoint_every=2", "evaluate_every=1000", "batch_size=4", "streams=4")
+SETTINGS = (
+    *("log_every=1", "checkpoint_every=2", "evaluate_every=1000", "batch_size=4", "streams=4", "resolution=32"),
+    *("model.depth=1", "model.dim=64"),
+)
 
 
 @dataclass
-class Heard:
-    """A bulletin that remembers, and asks for an end after some steps."""
+class Recorder:
+    """A Reporter that records everything and requests a stop after some steps."""
 
     stops_after: int = 1000
     lines: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
-    def stop_is_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return len(self.lines) >= self.stops_after
 
-    def tell(self, line: Line) -> None:
+    def report(self, line: Line) -> None:
         (self.lines if "step" in line else self.evaluations).append(line)
 
-    def remark(self, text: str) -> None:
-        self.remarks.append(text)
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +58,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def resolved(dataset: Path, run: Path, steps: int, *settings: str) -> Training:
-    command = Command(stage="demo", dataset=str(dataset), run=str(run), steps=steps, settings=(*SETTINGS, *settings))
-    return resolve(command)
+def resolved(dataset: Path, run: Path, steps: int, *settings: str, **flags: Any) -> Training:
+    return resolve(
+        Command(stage="demo", dataset=str(dataset), run=str(run), steps=steps, settings=(*SETTINGS, *settings), **flags)
+    )
 
 
-def source(training: Training, replaced: tuple[tuple[str, str], ...] = ()) -> Source:
+def source(training: Training, replaced: tuple[tuple[str, str], ...] = ()) -> SampleSource:
     stage = training.stage
     data = TrainingData.load(
         training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams,
@@ -69,110 +76,105 @@ def source(training: Training, replaced: tuple[tuple[str, str], ...] = ()) -> So
             for positions in micro_batches(step, stage.batch_size, 0, 1, training.micro_batch):
                 yield replace(load_batch(data, positions), replaced=list(replaced))
 
-    return Source(data, batches, lambda numbers: held_out_batch(data, numbers))
+    return SampleSource(data, batches, lambda numbers: held_out_batch(data, numbers))
 
 
-def worker(training: Training, heard: Heard, source_: Source | None = None) -> Worker:
-    return Worker(training, Team.assemble(), torch.device("cpu"), source_ or source(training), heard)
+def worker(training: Training, recorder: Recorder, samples: SampleSource | None = None) -> Worker:
+    group = WorkerGroup.from_process_group()
+    return Worker(training, group, torch.device("cpu"), samples or source(training), recorder)
 
 
 def saved(run: Path) -> list[int]:
     return [found.step for found in Checkpoints.of_stage(run, "demo").finished()]
 
 
-def test_asked_to_stop_it_saves_what_it_has_and_goes_on_from_there(dataset: Path, tmp_path: Path) -> None:
-    whole, parts = Heard(), Heard(stops_after=2)
+def test_a_worker_resumes_after_a_stop_request_with_equal_losses(dataset: Path, tmp_path: Path) -> None:
+    whole, parts = Recorder(), Recorder(stops_after=2)
     assert worker(resolved(dataset, tmp_path / "whole", 5), whole).run() == 5
     assert worker(resolved(dataset, tmp_path / "parts", 5), parts).run() == 3
     assert saved(tmp_path / "parts") == [2, 3]
-    again = Heard()
+    again = Recorder()
     assert worker(resolved(dataset, tmp_path / "parts", 5), again).run() == 5
     assert [line["loss"] for line in parts.lines + again.lines] == [line["loss"] for line in whole.lines]
 
 
-def test_a_loss_that_stays_infinite_goes_back_and_then_gives_up(dataset: Path, tmp_path: Path) -> None:
-    worker(resolved(dataset, tmp_path, 4), Heard()).run()
-    heard = Heard()
+def test_a_loss_that_stays_infinite_rolls_back_three_times_and_then_fails(dataset: Path, tmp_path: Path) -> None:
+    worker(resolved(dataset, tmp_path, 4), Recorder()).run()
+    recorder = Recorder()
     wild = resolved(dataset, tmp_path, 100, "optimizer.muon_learning_rate=1e30", "checkpoint_every=1000")
     with pytest.raises(
         JobFailed, match=r"not finite since step \d+, also after 3 rollbacks; .*optimizer.learning_rate"
     ):
-        worker(wild, heard).run()
-    assert [remark.split(": ")[1] for remark in heard.remarks] == ["back to step 4, and on with other samples"] * 3
-    assert saved(tmp_path)[-1] == 4, "no checkpoint of what went astray"
-    skipped = [line["skipped_steps"] for line in heard.lines]
-    assert skipped == sorted(skipped), "those of before a rollback stay counted"
+        worker(wild, recorder).run()
+    assert [text.split(": ")[1] for text in recorder.warnings] == ["back to step 4, going on with other samples"] * 3
+    assert saved(tmp_path)[-1] == 4, "diverged weights are not saved"
+    skipped = [line["skipped_steps"] for line in recorder.lines]
+    assert skipped == sorted(skipped), "steps skipped before a rollback stay counted"
     assert skipped[-1] >= 4 * 3
 
 
-def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(dataset: Path, tmp_path: Path) -> None:
+def test_a_loss_that_stays_infinite_without_a_checkpoint_fails(dataset: Path, tmp_path: Path) -> None:
     wild = resolved(dataset, tmp_path, 50, "optimizer.muon_learning_rate=1e30", "checkpoint_every=1000")
     with pytest.raises(JobFailed, match=r"not finite since step .*no checkpoint yet"):
-        worker(wild, Heard()).run()
+        worker(wild, Recorder()).run()
 
 
-def test_replaced_pictures_are_named_and_too_many_end_the_job(dataset: Path, tmp_path: Path) -> None:
+def test_replaced_pictures_are_listed_and_too_many_end_the_job(dataset: Path, tmp_path: Path) -> None:
     training = resolved(dataset, tmp_path, 20)
     broken = source(training, replaced=(("danbooru:1", "truncated"),))
     with pytest.raises(JobFailed, match=r"11 of 44 pictures could not be read, .* such as danbooru:1 \(truncated\)"):
-        worker(training, Heard(), broken).run()
+        worker(training, Recorder(), broken).run()
     lines = [json.loads(line) for line in (tmp_path / "demo/replaced.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 1, "id": "danbooru:1", "reason": "truncated"}
     assert len(lines) == 11
 
 
-def test_replaced_pictures_that_cannot_be_written_down_are_told(dataset: Path, tmp_path: Path) -> None:
-    training, heard = resolved(dataset, tmp_path, 2), Heard()
+def test_replaced_pictures_that_cannot_be_listed_give_a_warning(dataset: Path, tmp_path: Path) -> None:
+    training, recorder = resolved(dataset, tmp_path, 2), Recorder()
     (tmp_path / "demo/replaced.jsonl").mkdir(parents=True)
-    assert worker(training, heard, source(training, replaced=(("danbooru:1", "truncated"),))).run() == 2
-    assert [line["replaced_samples"] for line in heard.lines] == [1, 2]
-    [remark] = heard.remarks
-    assert "replaced.jsonl cannot be written" in remark
+    assert worker(training, recorder, source(training, replaced=(("danbooru:1", "truncated"),))).run() == 2
+    assert [line["replaced_samples"] for line in recorder.lines] == [1, 2]
+    [warning] = recorder.warnings
+    assert "replaced.jsonl cannot be written" in warning
 
 
-def test_asked_to_stop_it_saves_at_once_and_leaves_the_evaluation_out(dataset: Path, tmp_path: Path) -> None:
-    heard = Heard(stops_after=1)
-    assert worker(resolved(dataset, tmp_path, 9, "evaluate_every=2"), heard).run() == 2
+def test_a_stop_request_saves_at_once_without_an_evaluation(dataset: Path, tmp_path: Path) -> None:
+    recorder = Recorder(stops_after=1)
+    assert worker(resolved(dataset, tmp_path, 9, "evaluate_every=2"), recorder).run() == 2
     assert saved(tmp_path) == [2]
     assert not (tmp_path / "demo/evaluation.jsonl").exists()
 
 
-def test_a_checkpoint_that_is_gone_when_workers_start_is_no_reason_to_begin_anew(dataset: Path, tmp_path: Path) -> None:
-    worker(resolved(dataset, tmp_path, 2), Heard()).run()
+def test_a_checkpoint_that_disappears_before_the_workers_start_ends_the_job(dataset: Path, tmp_path: Path) -> None:
+    worker(resolved(dataset, tmp_path, 2, "evaluate_every=1"), Recorder(stops_after=1)).run()
     training = resolved(dataset, tmp_path, 4)
     shutil.rmtree(tmp_path / "demo/checkpoints")
     with pytest.raises(JobFailed, match=r"checkpoint of step 2 .* is gone"):
-        worker(training, Heard())
+        worker(training, Recorder())
 
 
-def test_saves_that_fail_do_not_end_training_but_the_last_one_is_missed(dataset: Path, tmp_path: Path) -> None:
+def test_failed_saves_do_not_end_training_unless_it_is_the_last_one(dataset: Path, tmp_path: Path) -> None:
     training = replace(resolved(dataset, tmp_path, 5), checkpoints=str(tmp_path / "file" / "checkpoints"))
-    (tmp_path / "file").write_text("no folder can be made here")
-    heard = Heard()
+    (tmp_path / "file").write_text("no folder can be created here")
+    recorder = Recorder()
     with pytest.raises(JobFailed, match=r"checkpoint of step 5 could not be saved .* run the same command again"):
-        worker(training, heard).run()
-    assert heard.lines[-1]["step"] == 5
-    assert heard.lines[-1]["failed_saves"] == 2
-    assert "step 2 could not be saved" in heard.remarks[0]
+        worker(training, recorder).run()
+    assert recorder.lines[-1]["step"] == 5
+    assert recorder.lines[-1]["failed_saves"] == 2
+    assert "step 2 could not be saved" in recorder.warnings[0]
 
 
-def test_a_new_order_of_the_data_begins_a_new_epoch(dataset: Path, tmp_path: Path) -> None:
-    worker(resolved(dataset, tmp_path, 4), Heard()).run()
-    command = Command(
-        stage="demo", dataset=str(dataset), run=str(tmp_path), steps=6, settings=(*SETTINGS, "hold_out=0.2"),
-        new_order=True,
-    )  # fmt: skip
-    training = resolve(command)
+def test_a_new_data_order_begins_a_new_epoch(dataset: Path, tmp_path: Path) -> None:
+    worker(resolved(dataset, tmp_path, 4), Recorder(stops_after=3)).run()
+    training = resolved(dataset, tmp_path, 6, "hold_out=0.2", new_order=True)
     assert (training.start_step, training.start_position, training.first_epoch) == (4, 0, 1)
-    assert worker(training, Heard()).run() == 6
+    assert worker(training, Recorder(stops_after=1)).run() == 6
     state = Checkpoints.of_stage(tmp_path, "demo").newest().state()
     assert (state["position"], state["first_epoch"], state["epoch"]) == (8, 1, 1)
 
 
-def test_a_stage_of_256_pixels_trains_on_latents_of_a_vae_and_a_language_models_embeddings(
-    dataset: Path, tmp_path: Path
-) -> None:
-    """Both saved in the layouts of the real ones, from folders."""
+def test_stage_256_trains_with_a_vae_and_a_language_model_from_folders(dataset: Path, tmp_path: Path) -> None:
+    """Both are saved in the layout of the real models."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -182,14 +184,14 @@ def test_a_stage_of_256_pixels_trains_on_latents_of_a_vae_and_a_language_models_
     vae.save_pretrained(tmp_path / "vae")
     build_local_text_encoder(["1girl, red star", "blue fish"], tmp_path / "language model", seed=0)
     settings = (
-        "model=tiny", "batch_size=2", "log_every=1", "evaluate_every=3", "selection=demo",
+        "model=tiny", "batch_size=2", "resolution=64", "log_every=1", "evaluate_every=2", "selection=demo",
         f"codec={tmp_path / 'vae'}", f"text_encoder={tmp_path / 'language model'}",
     )  # fmt: skip
-    command = Command(stage="256", dataset=str(dataset), run=str(tmp_path / "run"), steps=3, settings=settings)
-    training, heard = resolve(command), Heard()
+    command = Command(stage="256", dataset=str(dataset), run=str(tmp_path / "run"), steps=2, settings=settings)
+    training, recorder = resolve(command), Recorder()
     assert (training.model.in_channels, training.model.text_dim) == (4, 128)
-    assert worker(training, heard).run() == 3
-    [figures] = heard.evaluations
-    assert (figures["validation_loss"] or 0) > 0
-    assert (tmp_path / "run/256/grids/step-00000003.png").exists()
+    assert worker(training, recorder).run() == 2
+    [results] = recorder.evaluations
+    assert (results["validation_loss"] or 0) > 0
+    assert (tmp_path / "run/256/grids/step-00000002.png").exists()
     PictureModel.load(tmp_path / "run", torch.device("cpu"))

@@ -1,6 +1,6 @@
-"""Which rows of a selection are trained on, which are held out, and in which row groups of pictures they lie.
+"""Which rows of a selection are trained on, which are held out, and which row groups hold their pictures.
 
-Axes: G row groups that have selected rows, in the order (shard, row group); R selected rows; H held-out rows.
+Axes: G row groups with selected rows, ordered by (shard, row group); R selected rows; H held-out rows.
 """
 
 import hashlib
@@ -26,24 +26,23 @@ from trainer.diffusion.keyed_random import sample_key
 
 Indices = NDArray[np.int64]
 
-# Of the layout: on S3 each footer is a wait of its own.
-_THREADS = 32
+_THREADS = 32  # each shard's footer is one wait for S3
 
-KEPT = "layout.safetensors"
-_FORMAT = 1  # of a layout that is kept: one more with each change of what it says
+ROW_INDEX_FILE = "layout.safetensors"
+_FORMAT = 1  # increase when the meaning of the stored arrays changes
 _ARRAYS = ("shard_G", "group_G", "first_G", "stop_G", "counts_G", "group_H", "row_H")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The shards of a selection, how many rows each has, and where their pictures are read."""
+    """The shards of a selection, their numbers of rows, and the folder their pictures are read from."""
 
-    dataset: str  # absolute: workers run in folders of their own
+    dataset: str  # absolute path or s3:// prefix, because workers run in other folders
     name: str
     shards: tuple[str, ...]
     counts: tuple[int, ...]
-    digest: str  # selection.json's hash: training records it
-    images: str = "images"  # folder of the pictures: images, or a smaller tier of them
+    digest: str  # hash in selection.json, which the training records
+    images: str = "images"  # folder of the pictures: images or a tier of smaller ones
 
     @property
     def count(self) -> int:
@@ -51,10 +50,10 @@ class Selection:
 
     @classmethod
     def load(cls, dataset: str, name: str, resolution: int | None = None) -> "Selection":
-        """FileNotFoundError where the dataset has no such selection, UsageError where its record is damaged.
+        """Reads selection.json. FileNotFoundError if it does not exist, UsageError if it is damaged.
 
-        `resolution`: of the crops, in pixels. The pictures are read from the smallest tier that has at least so many
-        along the short side and has all of the selection's shards.
+        Pictures come from the smallest tier whose short side is at least `resolution` pixels and that has all of the
+        selection's shards.
         """
         store = Store(dataset)
         file = f"selections/{name}/selection.json"
@@ -74,37 +73,39 @@ def _tier(store: Store, shards: Sequence[str], resolution: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Sample i is training row i - (samples of the row groups before) of its row group.
+class RowIndex:
+    """Maps sample numbers to rows. Sample i is training row i - (samples of earlier row groups) of its row group.
 
-    A few numbers for each row group: 1 MB for 8 million rows, computed once and sent to every process that reads.
+    Stores a few numbers per row group (1 MB for 8 million rows), so it can be sent to every process that reads.
     """
 
     selection: Selection
     hold_out: float  # share of ids
     shard_G: Indices  # index in selection.shards
-    group_G: Indices  # in that shard's file of pictures
-    first_G: Indices  # row of that file with which it begins
-    stop_G: Indices  # and before which it ends
+    group_G: Indices  # row group number in the shard's file of pictures
+    first_G: Indices  # first row of the row group in that file
+    stop_G: Indices  # row after its last one
     counts_G: Indices  # samples: selected rows that are not held out; may be 0
-    group_H: Indices  # of each held-out row; these are in the order of their ids' hashes, see `held_out`
-    row_H: Indices  # which of the selected rows of its row group
+    group_H: Indices  # index into G of each held-out row; sorted by the hash of their ids
+    row_H: Indices  # index among the selected rows of that row group
 
     @classmethod
-    def of(cls, selection: Selection, hold_out: float = 0.0) -> "Layout":
-        """From the footers of the pictures and two columns of the selection. UsageError where nothing is left to train
-        on; ValueError where the selection was made from other pictures."""
+    def build(cls, selection: Selection, hold_out: float = 0.0) -> "RowIndex":
+        """Reads the footers of the pictures and two columns of the selection.
+
+        UsageError if no row is left to train on, ValueError if the selection was made from other pictures.
+        """
         if not 0 <= hold_out < 1:
-            raise UsageError(f"hold_out {hold_out} is the share of pictures not trained on: from 0 to below 1")
+            raise UsageError(f"hold_out {hold_out} is the share of pictures not trained on: at least 0 and below 1")
         with ThreadPoolExecutor(_THREADS) as threads:
-            parts = list(threads.map(lambda shard: _shard_layout(selection, shard, hold_out), selection.shards))
+            parts = list(threads.map(lambda shard: _index_shard(selection, shard, hold_out), selection.shards))
         groups = [len(part["counts_G"]) for part in parts]
         before = np.cumsum(groups) - groups
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not joined["counts_G"].sum():
             raise UsageError(
                 f"hold_out {hold_out} leaves none of the {selection.count} pictures of {selection.name} to train on; "
-                "give a smaller one"
+                "set a smaller one"
             )
         by_hash = np.argsort(joined.pop("hash_H").view(np.uint64), kind="stable")
         group_H = joined["group_H"] + np.repeat(before, [len(part["group_H"]) for part in parts])
@@ -116,23 +117,22 @@ class Layout:
         )
 
     @classmethod
-    def kept_in(cls, folder: str, selection: Selection, hold_out: float = 0.0) -> "Layout":
-        """`of`, kept as folder/layout.safetensors and taken from there while no file that it was made from is another
-        one: a listing instead of two files to open for each shard."""
-        made_from = _made_from(selection, hold_out)
-        kept = Path(folder) / KEPT
-        with suppress(OSError, SafetensorError), safe_open(kept, "np") as file:
-            if file.metadata() == {"made_from": made_from}:
+    def load_or_build(cls, folder: str, selection: Selection, hold_out: float = 0.0) -> "RowIndex":
+        """Cached `build`. The file in `folder` is used as long as a listing shows that its source files are the same,
+        which saves opening two files per shard."""
+        provenance = _provenance(selection, hold_out)
+        with suppress(OSError, SafetensorError), safe_open(Path(folder) / ROW_INDEX_FILE, "np") as file:
+            if file.metadata() == {"made_from": provenance}:
                 return cls(selection, hold_out, **{name: file.get_tensor(name) for name in _ARRAYS})
-        layout = cls.of(selection, hold_out)
-        arrays = {name: np.ascontiguousarray(getattr(layout, name)) for name in _ARRAYS}
-        with suppress(OSError):  # a full disk: it is computed again next time
-            Store(folder).write(KEPT, safetensors.numpy.save(arrays, {"made_from": made_from}))
-        return layout
+        index = cls.build(selection, hold_out)
+        arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+        with suppress(OSError):  # with a full disk it is rebuilt at the next start
+            Store(folder).write(ROW_INDEX_FILE, safetensors.numpy.save(arrays, {"made_from": provenance}))
+        return index
 
     @property
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return int(self.counts_G.sum())
 
     @property
@@ -140,22 +140,22 @@ class Layout:
         return len(self.group_H)
 
     def locate(self, samples: Indices) -> tuple[Indices, Indices]:
-        """The row group of each sample, and which of its training rows it is."""
+        """The row group of each sample, and its index among that row group's training rows."""
         end_G = np.cumsum(self.counts_G)
         group = np.searchsorted(end_G, samples, side="right")
         return group, samples - (end_G - self.counts_G)[group]
 
 
-def _made_from(selection: Selection, hold_out: float) -> str:
-    """A hash of all that decides a layout: the selection by its own hash, the pictures by how a listing shows them."""
+def _provenance(selection: Selection, hold_out: float) -> str:
+    """Hash of everything the index depends on: the selection's hash, and the pictures' files as listed."""
     listed = Store(selection.dataset).listing(selection.images)
     pictures = [(shard, listed[f"{shard}.parquet"].stamp) for shard in selection.shards if f"{shard}.parquet" in listed]
     source = [_FORMAT, selection.dataset, selection.name, selection.digest, selection.images, hold_out, pictures]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
-def _shard_layout(selection: Selection, shard: str, hold_out: float) -> dict[str, Indices]:
-    """The fields of Layout for one shard, `group_H` counted within it; and the hashes of the held-out ids, hash_H."""
+def _index_shard(selection: Selection, shard: str, hold_out: float) -> dict[str, Indices]:
+    """RowIndex's arrays for one shard, with `group_H` counted within it, and hash_H, the hashes of the held-out ids."""
     store = Store(selection.dataset)
     rows = store.read_table(f"selections/{selection.name}/{shard}.parquet", ["id", "row"])
     with store.open(f"{selection.images}/{shard}.parquet") as file:
@@ -164,7 +164,7 @@ def _shard_layout(selection: Selection, shard: str, hold_out: float) -> dict[str
     end = np.cumsum(counts)
     row_R, hash_R = rows["row"].to_numpy().astype(np.int64), id_hash(rows["id"])
     if len(row_R) and row_R.max() >= footer.num_rows:
-        raise stale(selection, shard)
+        raise stale_selection(selection, shard)
     group_R = np.searchsorted(end, row_R, side="right")
     held_R = held_out(hash_R, hold_out)
     selected = np.bincount(group_R, minlength=len(counts))
@@ -184,22 +184,22 @@ def _shard_layout(selection: Selection, shard: str, hold_out: float) -> dict[str
     }
 
 
-def stale(selection: Selection, shard: str) -> ValueError:
+def stale_selection(selection: Selection, shard: str) -> ValueError:
     return ValueError(
         f"{selection.images}/{shard}.parquet of {selection.dataset} has other rows than the selection "
-        f"{selection.name!r}, ingested again since; run pipeline/caption.py and pipeline/curate.py again"
+        f"{selection.name!r}: it was ingested again since; run pipeline/caption.py and pipeline/curate.py again"
     )
 
 
 def held_out(hash_R: Indices, share: float) -> NDArray[np.bool_]:
-    """Which ids are held out. By their hashes alone: the same pictures in every stage and every selection, and those
-    of a smaller share are among those of a larger one."""
+    """True for held-out ids. Depends on the hashes only, so every stage and selection holds out the same pictures, and
+    a smaller share holds out a subset of a larger one."""
     held: NDArray[np.bool_] = (hash_R.view(np.uint64) >> np.uint64(11)) * 2.0**-53 < share
     return held
 
 
 def id_hash(ids: pa.Array | pa.ChunkedArray) -> Indices:
-    """64 bits of each text, the same on every machine: the exclusive or of the hashes of its words of 8 bytes."""
+    """A 64-bit hash of each string, equal on every machine: the xor of the hashes of its 8-byte words."""
     array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     assert array.type == pa.string(), array.type
     _, offsets, values = array.buffers()

@@ -1,7 +1,4 @@
-"""The workers of one training as a group: what they agree on, sum up and tell each other, on their hosts.
-
-Small things beside the training, on a channel of their own: nothing here waits for a GPU.
-"""
+"""Collective operations on small host-side values among the workers of one training. Nothing here waits for a GPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,31 +11,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """As seen by one worker. All members must make the same calls in the same order."""
+class WorkerGroup:
+    """One worker's view of the group. All workers must make the same calls in the same order."""
 
     rank: int
     size: int
-    channel: Any  # a process group of gloo's; None for a worker alone
+    channel: Any  # gloo process group; None with a single worker
 
     @classmethod
-    def assemble(cls) -> "Team":
-        """Of torch's process group, if there is one."""
+    def from_process_group(cls) -> "WorkerGroup":
+        """A group over torch's default process group, or of one worker without it."""
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return cls(0, 1, None)
         return cls(distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend="gloo"))
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the worker that writes what is written once."""
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def any(self, is_true: bool) -> bool:
-        """Whether it is true for any member."""
+        """True if it is true on any worker."""
         return self.sum([float(is_true)])[0] > 0
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Over the members, one by one, in float64."""
+        """Elementwise sum over the workers, in float64."""
         if self.size == 1:
             return list(numbers)
         summed = torch.tensor(numbers, dtype=torch.float64)
@@ -47,15 +43,15 @@ class Team:
         return total
 
     def gather(self, item: T) -> list[T]:
-        """Every member's, by rank."""
+        """The items of all workers, by rank."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
         distributed.all_gather_object(items, item, group=self.channel)
         return items
 
-    def of_leader(self, item: T) -> T:
-        """The leader's, whatever the others give."""
+    def broadcast(self, item: T) -> T:
+        """The item of rank 0."""
         if self.size == 1:
             return item
         items = [item]

@@ -1,0 +1,117 @@
+"""Beside Ray Train in the driver: progress bar, Prometheus gauges, and SIGTERM. Also the workers' side of it."""
+
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray.util.metrics import Gauge
+
+from pipeline.core.progress import StallDetector, progress_bar
+from trainer.recipe.training import Training
+from trainer.training.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
+from trainer.training.run_log import skipped_steps
+
+_POLL_SECONDS: Final = 1.0
+# Gauges without a line in METRICS: the time without a finished step, and use of the disk with the run folder.
+_JOB_GAUGES: Final = ("idle_seconds", "longest_idle_seconds", "disk_used_share")
+
+
+class JobMonitor:
+    """Context manager around TorchTrainer.fit. Shows the messages of the workers and forwards SIGTERM to them."""
+
+    def __init__(self, control: Any, training: Training) -> None:
+        self.control, self.training = control, training
+        self.lines: list[Line] = []
+        self.failure = ""
+        self.was_stopped = False
+        self._seen = 0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        texts = {name: f"{metric.description} ({metric.unit})" for name, metric in METRICS.items()}
+        texts |= {name: name.replace("_", " ") for name in _JOB_GAUGES}
+        self._gauges = {name: Gauge(GAUGE_PREFIX + name, text, tag_keys=("stage",)) for name, text in texts.items()}
+        self._stall = StallDetector(time.monotonic())
+        # Shown before the first line, so that an increase of skipped steps by this start is visible.
+        skipped = skipped_steps(Path(training.folder))
+        self._values: dict[str, float] = {"step": training.start_step, "skipped_steps": skipped}
+
+    def __enter__(self) -> "JobMonitor":
+        self._handler = signal.signal(signal.SIGTERM, self._stop)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+        self._ends.set()
+        self._thread.join(timeout=30)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.was_stopped:
+            signal.default_int_handler(number, frame)
+        self.was_stopped = True  # the thread tells the workers, because a signal handler must not wait
+
+    def _watch(self) -> None:
+        requested = False
+        name = f"train {self.training.stage_name}"
+        with progress_bar(iter(()), self.training.stop_step, name, "steps") as bar:
+            bar.update(self.training.start_step)
+            bar.refresh()
+            while True:
+                ends = self._ends.wait(_POLL_SECONDS)
+                if self.was_stopped and not requested:
+                    requested = True
+                    ray.get(self.control.request_stop.remote())
+                    bar.write("run: asked to stop: the workers save a checkpoint first", file=sys.stderr)
+                messages, self.failure = ray.get(self.control.messages_from.remote(self._seen))
+                self._seen += len(messages)
+                for message in messages:
+                    self._show(message, bar)
+                idle = self._stall.update(bar.n - self.training.start_step, time.monotonic())
+                disk = shutil.disk_usage(Path(self.training.folder))
+                used = {"disk_used_share": disk.used / (disk.used + disk.free)}  # like df, without root's reserve
+                # Set at every poll: Ray drops a gauge after 20 seconds, so a gauge that exists shows a running job.
+                for metric, value in (self._values | idle | used).items():
+                    self._gauges[metric].set(value, tags={"stage": self.training.stage_name})
+                if ends:
+                    return
+
+    def _show(self, message: Line | str, bar: Any) -> None:
+        if isinstance(message, str):
+            bar.write(f"run: {message}", file=sys.stderr)
+            return
+        finite = {name: value for name, value in message.items() if value is not None and math.isfinite(value)}
+        # A metric that is no longer finite is not set at all: Ray would ignore the value and keep the last one.
+        kept = {name: value for name, value in self._values.items() if name not in message}
+        self._values = {name: value for name, value in (kept | finite).items() if name in self._gauges}
+        if (step := message.get("step")) is not None:
+            self.lines.append(message)
+            bar.set_postfix_str(progress_text(message), refresh=False)
+            bar.update(int(step) - bar.n)
+
+
+class ActorReporter:
+    """The `Reporter` of a worker. Never waits for the driver's node."""
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+        self._asked = control.stop_requested.remote()
+        self._stops = False
+
+    def stop_requested(self) -> bool:
+        """The answer to the question asked one step before."""
+        if not self._stops and ray.wait([self._asked], timeout=0)[0]:
+            self._stops = ray.get(self._asked)
+            self._asked = self._control.stop_requested.remote()
+        return self._stops
+
+    def report(self, line: Line) -> None:
+        self._control.add_message.remote(line)
+
+    def warn(self, text: str) -> None:
+        self._control.add_message.remote(text)

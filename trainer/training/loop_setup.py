@@ -1,0 +1,94 @@
+"""What a worker starts with: the newest checkpoint, the loop in that state, and batches encoded for it."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.errors import JobFailed
+from trainer.encoders.latents import Codec
+from trainer.encoders.text import TextEncoder
+from trainer.model.xut import XUT
+from trainer.recipe.stages import StageConfig
+from trainer.recipe.training import Training
+from trainer.runs.checkpoint import Checkpoint, Checkpoints
+from trainer.runs.lora import add_adapters
+from trainer.runs.run_folder import config_of
+from trainer.runs.weights import Lora, trained_model
+from trainer.samples.data import Batch
+from trainer.training.loop import Loop, TrainingInputs
+
+
+def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
+    """The job continued from its newest checkpoint, which restarted workers find further on than the job's start.
+
+    JobFailed if the job was to resume from a checkpoint that no longer exists.
+    """
+    found = Checkpoints(training.checkpoints).newest()
+    if found is None:
+        if training.start_step:
+            raise JobFailed(f"the checkpoint of step {training.start_step} in {training.checkpoints} is gone")
+        return training, None
+    return training if found.step == training.start_step else training.resumed_from(found.state()), found
+
+
+def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
+    """The loop at `start_step`: loaded from the checkpoint, else from the initial weights, else new.
+
+    ValueError if the base of adapters is missing or has changed.
+    """
+    torch.manual_seed(training.stage.seed)
+    if training.lora is None:
+        model = XUT(training.model, training.stage.checkpointing)  # on the CPU, where random numbers are reproducible
+    else:
+        model = training.lora.base_model(training.stage.checkpointing)
+        add_adapters(model, training.lora.rank)
+    loop = new_loop(training.stage, model, training.stop_step, codec, device)
+    if checkpoint:
+        loop.load(all_tensors(checkpoint), checkpoint.step)
+    elif training.weights and Lora.of(config_of(training.weights)):
+        loop.load({"model": trained_model(training.weights).state_dict()}, steps_taken=0)
+    elif training.weights:
+        loop.load({name: training.weights.tensors(name) for name in ("model", "ema")}, steps_taken=0)
+    return loop
+
+
+def new_loop(stage: StageConfig, model: XUT, steps: int, codec: Codec, device: torch.device) -> Loop:
+    """A loop before its first step. `steps`: length of the schedule."""
+    on_gpu = device.type == "cuda"
+    precision = stage.precision if on_gpu else "fp32"
+    return Loop(model.to(device), stage, steps, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
+
+
+def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """The argument of `Loop.load`."""
+    return {name: checkpoint.tensors(name) for name in ("model", "ema", "optimizer")}
+
+
+def encode(
+    batch: Batch,
+    codec: Codec,
+    encoder: TextEncoder,
+    stage: StageConfig,
+    device: torch.device,
+    padding_is_text: bool = False,
+) -> TrainingInputs:
+    """Pixels -> latents and texts -> embeddings, by the frozen encoders."""
+    text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple, padding_is_text)
+    pixels_B3HW = _on_device(batch.pixels_BHW3, device).permute(0, 3, 1, 2)
+    return TrainingInputs(
+        latents_BCHW=codec.encode(pixels_B3HW),
+        text_BTD=text_BTD,
+        text_mask_BT=mask_BT,
+        frame_B4=_on_device(batch.frame_B4, device),
+        keys_B=_on_device(batch.keys_B, device),
+    )
+
+
+def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copies without making the host wait for the GPU, which takes pinned memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
