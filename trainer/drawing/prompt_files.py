@@ -1,6 +1,6 @@
-"""What is to be drawn, as people write it down: prompt files, their settings line by line, and the axes of a sweep.
+"""What the user asks for: prompt files, settings as plain fields, and the axes of a sweep.
 
-Knows the names and kinds of the settings, which are those of `pictures.Settings`, but not their ranges, nor torch.
+Knows names and types of the settings, not their ranges: `settings.SamplingSettings` checks those. Imports no torch.
 """
 
 import json
@@ -11,48 +11,40 @@ from typing import Any
 
 from pipeline.core.errors import UsageError
 
-# Of a line of a prompt file, and of what a picture says of itself.
+# Fields of a line in a .jsonl prompt file and of a picture's metadata.
 FIELDS: dict[str, type] = {
-    "prompt": str,
-    "negative": str,
-    "width": int,
-    "height": int,
-    "seed": int,
-    "steps": int,
-    "guidance": float,
+    **dict.fromkeys(("prompt", "negative"), str),
+    **dict.fromkeys(("width", "height"), int),
+    **dict.fromkeys(("x_shift", "y_shift", "zoom"), float),
+    **dict.fromkeys(("seed", "steps"), int),
     "sampler": str,
-    "shift": float,
-    "x_shift": float,
-    "y_shift": float,
-    "zoom": float,
-    "selection_rate": float,
-    "unconditional_rate": float,
+    **dict.fromkeys(("guidance", "shift", "selection_rate", "unconditional_rate"), float),
 }
-_KINDS = {str: "a text in quotes", int: "a whole number", float: "a number"}
-# On the command line as its flag is called, so that nobody takes it for the camera's.
-_AXES = {("time-shift" if name == "shift" else name.replace("_", "-")): name for name in FIELDS if name != "prompt"}
+_TYPE_NAMES = {str: "a text in quotes", int: "a whole number", float: "a number"}
+# Flag without dashes -> field. "shift" alone would be taken for the camera's.
+FLAGS = {("time-shift" if name == "shift" else name.replace("_", "-")): name for name in FIELDS if name != "prompt"}
 
-Fields = Mapping[str, Any]  # some of FIELDS; what is missing has a default
+Fields = Mapping[str, Any]  # some of FIELDS; missing ones have defaults
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A picture that somebody wants."""
+class PictureSpec:
+    """A picture as the user asked for it."""
 
     fields: Fields
-    where: str = ""  # the file and line that say so, for messages
+    source: str = ""  # file and line, for error messages
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting with all its values in a sweep."""
+    """One setting and its values in a sweep."""
 
-    name: str  # as its flag is called, without the dashes
+    name: str  # flag without dashes
     values: Sequence[Any]
 
     @property
     def field(self) -> str:
-        return _AXES[self.name]
+        return FLAGS[self.name]
 
     @property
     def labels(self) -> list[str]:
@@ -61,71 +53,71 @@ class Axis:
         ]
 
 
-def read_prompts(path: Path) -> list[Wish]:
-    """The wishes of a text file, one prompt a line, or of a .jsonl file, one object of FIELDS a line; empty lines are
-    passed over. UsageError, which names the line, for what cannot be understood."""
+def read_prompts(path: Path) -> list[PictureSpec]:
+    """Reads a text file with a prompt per line, or a .jsonl file with an object of FIELDS per line.
+
+    Empty lines are skipped. Raises UsageError, naming the line, if a line cannot be parsed.
+    """
     try:
-        # Not splitlines: it also breaks at characters that JSON allows inside a text.
+        # Not splitlines, which also splits at characters that JSON allows inside a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path}: {error}; give a text file of one prompt a line, or a .jsonl") from error
-    places = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not places:
-        raise UsageError(f"--prompts {path} is empty; give a text file of one prompt a line, or a .jsonl")
-    if path.suffix != ".jsonl":
-        return [Wish({"prompt": line}, where) for where, line in places]
-    return [Wish(_parsed(line, where), where) for where, line in places]
+        raise UsageError(f"--prompts {path}: {error}. Give a text file with a prompt per line, or a .jsonl.") from error
+    numbered = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise UsageError(f"--prompts {path} is empty. Give a text file with a prompt per line, or a .jsonl.")
+    is_jsonl = path.suffix == ".jsonl"
+    return [PictureSpec(_parse(line, source) if is_jsonl else {"prompt": line}, source) for source, line in numbered]
 
 
-def numbered(prompts: Sequence[str], fields: Fields, where: str = "") -> list[Wish]:
-    """A wish for each prompt; their seeds count up from that of the fields, or from 0."""
+def number_seeds(prompts: Sequence[str], fields: Fields, source: str = "") -> list[PictureSpec]:
+    """One spec per prompt. Seeds count up from that of the fields, or from 0."""
     first = fields.get("seed", 0)
-    return [Wish({**fields, "prompt": prompt, "seed": first + i}, where) for i, prompt in enumerate(prompts)]
+    return [PictureSpec({**fields, "prompt": prompt, "seed": first + i}, source) for i, prompt in enumerate(prompts)]
 
 
-def _parsed(line: str, where: str) -> Fields:
+def _parse(line: str, source: str) -> Fields:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: no JSON ({error})") from error
+        raise UsageError(f"{source}: not valid JSON ({error})") from error
     if not isinstance(found, dict) or "prompt" not in found:
-        raise UsageError(f'{where}: must be an object with a prompt, such as {{"prompt": "red star", "seed": 1}}')
-    return checked_fields(found, where)
+        raise UsageError(f'{source}: must be an object with a prompt, such as {{"prompt": "red star", "seed": 1}}')
+    return check_fields(found, source)
 
 
-def checked_fields(found: Mapping[str, Any], where: str) -> Fields:
-    """The fields in the types of FIELDS. UsageError, which names the field, for unknown ones and other types."""
-    unknown = sorted(found.keys() - FIELDS.keys())
+def check_fields(fields: Mapping[str, Any], source: str) -> Fields:
+    """The fields with whole numbers converted where FIELDS has float. Raises UsageError, naming the field, for unknown
+    names and wrong types."""
+    unknown = sorted(fields.keys() - FIELDS.keys())
     if unknown:
-        raise UsageError(f"{where}: unknown field {', '.join(unknown)}; there are {', '.join(FIELDS)}")
-    return {name: _typed(name, value, where) for name, value in found.items()}
-
-
-def _typed(name: str, value: Any, where: str) -> Any:
-    wanted = FIELDS[name]
-    if wanted is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) is not wanted:
-        raise UsageError(f"{where}: {name} must be {_KINDS[wanted]}: got {json.dumps(value)[:60]}")
-    return value
+        raise UsageError(f"{source}: unknown field {', '.join(unknown)}. Known fields: {', '.join(FIELDS)}.")
+    checked = {}
+    for name, value in fields.items():
+        wanted = FIELDS[name]
+        checked[name] = float(value) if wanted is float and type(value) is int and abs(value) < 2**53 else value
+        if type(checked[name]) is not wanted:
+            raise UsageError(f"{source}: {name} must be {_TYPE_NAMES[wanted]}: got {json.dumps(value)[:60]}")
+    return checked
 
 
 def parse_axis(text: str) -> Axis:
-    """ "x-shift=-0.25,0,0.25"; UsageError for another name, or values of another kind."""
-    name, equals, listed = text.partition("=")
-    if not equals or name not in _AXES:
-        raise UsageError(f"--sweep {text}: give a name and values, as x-shift=-0.25,0,0.25; names: {', '.join(_AXES)}")
-    kind = FIELDS[_AXES[name]]
+    """Parses "x-shift=-0.25,0,0.25". Raises UsageError for an unknown name or a value of the wrong type."""
+    name, equals, values = text.partition("=")
+    if not equals or name not in FLAGS:
+        raise UsageError(
+            f"--sweep {text}: give a setting and values: x-shift=-0.25,0,0.25. Settings: {', '.join(FLAGS)}."
+        )
+    kind = FIELDS[FLAGS[name]]
     try:
-        values = [kind(value.strip()) for value in listed.split(",")]
+        return Axis(name, [kind(value.strip()) for value in values.split(",")])
     except ValueError:
-        raise UsageError(f"--sweep {text}: each value of {name} must be {_KINDS[kind]}") from None
-    return Axis(name, values)
+        raise UsageError(f"--sweep {text}: each value of {name} must be {_TYPE_NAMES[kind]}") from None
 
 
-def swept(wish: Wish, axes: Sequence[Axis]) -> list[Wish]:
-    """The wish once for every combination, the last axis moving fastest; alone where there is no axis."""
-    wishes = [wish]
+def sweep(spec: PictureSpec, axes: Sequence[Axis]) -> list[PictureSpec]:
+    """The spec with every combination of the axes' values; the last axis varies fastest."""
+    specs = [spec]
     for axis in axes:
-        wishes = [Wish({**before.fields, axis.field: value}, wish.where) for before in wishes for value in axis.values]
-    return wishes
+        specs = [PictureSpec({**one.fields, axis.field: value}, one.source) for one in specs for value in axis.values]
+    return specs

@@ -1,93 +1,140 @@
-"""A labelled contact sheet of pictures of any sizes: a list of them, or the table of a sweep."""
+"""Contact sheets: labelled pictures in a grid or a table, as one PNG."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from trainer.drawing.grid import caption_lines, label_font, tile_of
-from trainer.drawing.pictures import Pixels
+from trainer.drawing.picture_files import Pixels, picture_png
+from trainer.drawing.settings import SamplingSettings
 
-# So that a sheet stays below the size at which Pillow, and most viewers, refuse to open it.
-MOST_ON_A_SHEET = 400
-_MOST_PIXELS = 64_000_000
+MOST_ON_A_SHEET = 400  # pictures
+_MAX_PIXELS = 64_000_000
 _GAP = 8  # pixels, around every tile
-_LINE = 16  # pixels from a line of text to the next
-_SIDE_LABEL = 120  # pixels: width of the labels of rows
+_FONT_SIZE, _LINE = 12, 16  # pixels
+_CAPTION_LINES = 3  # at most
+_ROW_LABEL = 120  # pixels: width of the labels of rows
+# Small pictures are enlarged by a whole factor, so that a caption fits under them; large ones are reduced, so that a
+# sheet stays small enough to be kept for every evaluation of a run.
+_MIN_TILE, _MAX_TILE = 160, 512
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
 class Labelled:
     pixels: Pixels
-    label: str = ""  # under the picture, in three lines at most
+    label: str = ""  # printed under the picture, in at most 3 lines
 
 
-def list_png(pictures: Sequence[Labelled], made_by: Mapping[str, Any]) -> bytes:
-    """A PNG of all pictures in reading order, about as many rows as columns; made_by is in its text "hdm"."""
+def grid_png(
+    prompts: Sequence[str], pictures: Sequence[Pixels], seeds: Sequence[int], settings: SamplingSettings
+) -> bytes:
+    """PNG of pictures of one size in reading order, with their prompts under them and the settings as metadata.
+
+    Raises ValueError unless there is a picture and a seed for every prompt.
+    """
+    if not prompts or not len(prompts) == len(pictures) == len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(pictures)} pictures, {len(seeds)} seeds: give one of each")
+    tiles = [Labelled(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    metadata = {"prompts": list(prompts), "seeds": list(seeds), **asdict(settings)}
+    return picture_png(np.asarray(draw_sheet(in_rows(tiles), caption_lines=_CAPTION_LINES)), metadata)
+
+
+def in_rows(pictures: Sequence[Labelled]) -> list[Sequence[Labelled]]:
+    """The pictures in reading order, in about as many rows as columns."""
     columns = math.ceil(math.sqrt(len(pictures)))
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    return table_png(rows, made_by)
+    return [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
 
 
-def table_png(
+def draw_sheet(
     rows: Sequence[Sequence[Labelled]],
-    made_by: Mapping[str, Any],
     title: str = "",
     column_labels: Sequence[str] = (),
     row_labels: Sequence[str] = (),
-) -> bytes:
-    """A PNG of rows of pictures, each on the cell's upper left; ValueError where there are none, or too many."""
-    count = sum(map(len, rows))
-    if not 0 < count <= MOST_ON_A_SHEET:
-        raise ValueError(f"{count} pictures on a sheet: from 1 to {MOST_ON_A_SHEET}")
-    font = label_font()
-    tiles = [[tile_of(picture.pixels) for picture in row] for row in rows]
+    caption_lines: int = 0,
+) -> Image.Image:
+    """Rows of pictures of any sizes, each row as high as it needs; its captions have at least `caption_lines` lines."""
+    tiles = [[_tile(picture.pixels) for picture in row] for row in rows]
     widest = max(tile.width for row in tiles for tile in row)
-    captions = [[caption_lines(picture.label, widest, font) for picture in row] for row in rows]
-    # As high as its own highest picture with its caption.
+    captions = [[wrap_text(picture.label, widest) for picture in row] for row in rows]
     heights = [
-        max(tile.height + len(lines) * _LINE for tile, lines in zip(*row, strict=True)) + _GAP
+        max(tile.height + max(len(lines), caption_lines) * _LINE for tile, lines in zip(*row, strict=True)) + _GAP
         for row in zip(tiles, captions, strict=True)
     ]
-    left = _GAP + (_SIDE_LABEL + _GAP if row_labels else 0)
+    left = _GAP + (_ROW_LABEL + _GAP if row_labels else 0)
     width = left + max(map(len, rows)) * (widest + _GAP)
-    titles = caption_lines(title, width - 2 * _GAP, font)
+    titles = wrap_text(title, width - 2 * _GAP)
     top = _GAP + (len(titles) + bool(column_labels)) * _LINE
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, line in enumerate(titles):
-        pen.text((_GAP, _GAP + number * _LINE), line, "black", font)
+    _write(pen, (_GAP, _GAP), titles)
     for number, label in enumerate(column_labels):
-        [line] = caption_lines(label, widest, font)[:1] or [""]
-        pen.text((left + number * (widest + _GAP), top - _LINE), line, "black", font)
+        _write(pen, (left + number * (widest + _GAP), top - _LINE), wrap_text(label, widest)[:1])
     y = top
     for number, height in enumerate(heights):
         if row_labels:
-            _write(pen, (_GAP, y), caption_lines(row_labels[number], _SIDE_LABEL, font))
+            _write(pen, (_GAP, y), wrap_text(row_labels[number], _ROW_LABEL))
         for column, (tile, lines) in enumerate(zip(tiles[number], captions[number], strict=True)):
             x = left + column * (widest + _GAP)
             sheet.paste(tile, (x, y))
             _write(pen, (x, y + tile.height), lines)
         y += height
-    return _png(sheet, made_by)
+    return sheet
+
+
+def limit_size(sheet: Image.Image) -> Image.Image:
+    """The sheet, reduced to 64 million pixels if it is larger: Pillow and most viewers refuse much larger images."""
+    factor = min(1.0, math.sqrt(_MAX_PIXELS / (sheet.width * sheet.height)))
+    size = (int(sheet.width * factor), int(sheet.height * factor))
+    return sheet.resize(size, Image.Resampling.LANCZOS) if factor < 1 else sheet
+
+
+def _tile(pixels: Pixels) -> Image.Image:
+    """The picture, enlarged or reduced to the size of a tile."""
+    image = Image.fromarray(pixels)
+    shorter, longer = sorted(image.size)
+    if shorter < _MIN_TILE:
+        factor = math.ceil(_MIN_TILE / shorter)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if longer > _MAX_TILE:
+        width, height = (round(side * _MAX_TILE / longer) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    return image
 
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str]) -> None:
     for number, line in enumerate(lines):
-        pen.text((corner[0], corner[1] + number * _LINE), line, "black", label_font())
+        pen.text((corner[0], corner[1] + number * _LINE), line, "black", _font())
 
 
-def _png(sheet: Image.Image, made_by: Mapping[str, Any]) -> bytes:
-    if sheet.width * sheet.height > _MOST_PIXELS:
-        factor = math.sqrt(_MOST_PIXELS / (sheet.width * sheet.height))
-        sheet = sheet.resize((int(sheet.width * factor), int(sheet.height * factor)), Image.Resampling.LANCZOS)
-    text = PngInfo()
-    text.add_itxt("hdm", json.dumps(made_by))
-    buffer = BytesIO()
-    sheet.save(buffer, "PNG", pnginfo=text)
-    return buffer.getvalue()
+def _font() -> _Font:
+    return ImageFont.load_default(_FONT_SIZE)
+
+
+def wrap_text(text: str, width: int) -> list[str]:
+    """At most 3 lines of at most `width` pixels, broken between words; text that does not fit ends in "..."."""
+    font = _font()
+    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType has only a Latin font
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    words = text.split()
+    lines: list[str] = []
+    while words and len(lines) < _CAPTION_LINES:
+        count = max((n for n in range(1, len(words) + 1) if font.getlength(" ".join(words[:n])) <= width), default=1)
+        lines.append(" ".join(words[:count]))
+        words = words[count:]
+    if words:
+        lines[-1] += " ..."
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(line: str, width: int, font: _Font) -> str:
+    """As much of the line as fits into `width` pixels."""
+    if font.getlength(line) <= width:
+        return line
+    kept = line.removesuffix(" ...")
+    while kept and font.getlength(kept + "...") > width:
+        kept = kept[:-1]
+    return kept + "..."

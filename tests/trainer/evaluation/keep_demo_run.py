@@ -1,8 +1,8 @@
-"""Keeps what drawing needs of a run of `make demo` in tests/trainer/evaluation/demo_run, for tests of a trained model (4.6 MB).
+"""Copies what drawing needs from a run of `make demo` to tests/trainer/evaluation/demo_run (4.6 MB).
 
     make demo && .venv/bin/python tests/trainer/evaluation/keep_demo_run.py demo/run
 
-Of the newest checkpoint the averaged weights, rounded to fp16, and what is no weight; the text encoder as it is.
+Keeps the averaged weights of the newest checkpoint, rounded to fp16, its other tensors, and the text encoder.
 """
 
 import shutil
@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
-from trainer.checkpoint import Checkpoints
-from trainer.run_folder import find_checkpoint, text_encoder_of_checkpoint
+
+from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.run_folder import find_checkpoint, text_encoder_of_checkpoint
 
 OUT = Path(__file__).parent / "demo_run"
 
@@ -24,7 +25,7 @@ def main() -> None:
     average, state = found.tensors("ema"), found.state()
     halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in average.items()}
     others = {name: tensor for name, tensor in found.tensors("model").items() if name not in average}
-    # Paths of the machine that it was trained on say nothing elsewhere.
+    # Paths of the machine that trained it mean nothing elsewhere.
     state["config"] = {name: state["config"][name] for name in ("stage", "model", "selection", "example_prompts")}
     state["config"]["selection"]["dataset"] = "demo/dataset"
     shutil.rmtree(OUT, ignore_errors=True)

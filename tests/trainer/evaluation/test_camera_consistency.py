@@ -1,4 +1,4 @@
-"""Known displacements, found again; and which way a camera moves what it sees."""
+"""Known displacements are measured, and a camera that moves right moves its content left."""
 
 import math
 
@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 from pipeline.drawings.illustrations import compose
 from pipeline.drawings.painting import draw
 from trainer.diffusion.positions import camera, full_position_map
-from trainer.evaluation.camera_consistency import Move, consistency, content_displacement, expected_displacement
+from trainer.evaluation.camera_consistency import (
+    CameraMove,
+    camera_consistency,
+    content_displacement,
+    expected_displacement,
+)
 
 HEIGHT, WIDTH = 48, 64
 
 
 def waves(down: float = 0.0, right: float = 0.0, seed: int = 0) -> NDArray[np.uint8]:
-    """Some layout that repeats at the frame's edges, moved by any number of pixels."""
+    """A periodic layout, moved by any number of pixels."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(float)
     picture = np.full((HEIGHT, WIDTH, 3), 128.0)
@@ -29,20 +34,20 @@ def waves(down: float = 0.0, right: float = 0.0, seed: int = 0) -> NDArray[np.ui
 
 
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (5, 0), (0, -16), (-12, 16), (3, -31)])
-def test_whole_pixels_are_found_exactly(down: int, right: int) -> None:
+def test_whole_pixels_are_measured_exactly(down: int, right: int) -> None:
     before = waves()
     found = content_displacement(before, np.roll(before, (down, right), axis=(0, 1)))
     assert found == pytest.approx((down / HEIGHT, right / WIDTH), abs=1e-6)
 
 
 @pytest.mark.parametrize(("down", "right"), [(0.5, 0.0), (0.0, 0.25), (-3.3, 7.7)])
-def test_parts_of_a_pixel_are_found_to_a_twentieth(down: float, right: float) -> None:
+def test_parts_of_a_pixel_are_measured_to_a_twentieth(down: float, right: float) -> None:
     found = content_displacement(waves(), waves(down, right))
     assert found[0] * HEIGHT == pytest.approx(down, abs=0.05)
     assert found[1] * WIDTH == pytest.approx(right, abs=0.05)
 
 
-def test_noise_as_strong_as_the_picture_moves_it_by_less_than_a_pixel() -> None:
+def test_noise_as_strong_as_the_picture_costs_less_than_a_pixel() -> None:
     generator = np.random.default_rng(1)
     before, after = waves(), waves(6, -16)
 
@@ -55,15 +60,15 @@ def test_noise_as_strong_as_the_picture_moves_it_by_less_than_a_pixel() -> None:
     assert found[1] * WIDTH == pytest.approx(-16, abs=1)
 
 
-def test_texture_that_stays_does_not_hide_that_the_layout_moves() -> None:
-    """As the sampler's noise does, which belongs to the frame."""
+def test_texture_that_stays_in_place_does_not_hide_that_the_layout_moves() -> None:
+    """Like the sampler's noise, which does not move with the camera."""
     texture = np.random.default_rng(0).integers(-40, 41, (HEIGHT, WIDTH, 1))
     before, after = (np.clip(waves(0, right).astype(int) + texture, 0, 255).astype(np.uint8) for right in (0, 16))
     assert content_displacement(before, after)[1] == pytest.approx(0.25, abs=0.02)
 
 
-def test_the_frame_of_a_camera_moved_over_a_drawn_picture_is_followed() -> None:
-    """Real edges: content comes in on one side and leaves on the other."""
+def test_a_frame_that_moves_over_a_drawn_picture_is_followed() -> None:
+    """Content comes in on one side and leaves on the other."""
     ratios = []
     for index in range(60):
         picture = np.asarray(draw(compose(seed=3, index=index)))
@@ -80,7 +85,7 @@ def test_the_frame_of_a_camera_moved_over_a_drawn_picture_is_followed() -> None:
     assert np.median(ratios) == pytest.approx(1, abs=0.1)
 
 
-def test_plain_pictures_tell_nothing_and_sizes_must_agree() -> None:
+def test_uniform_pictures_have_no_displacement_and_sizes_must_agree() -> None:
     plain = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
     assert content_displacement(plain, plain) == (0.0, 0.0)
     with pytest.raises(ValueError, match="one size"):
@@ -88,10 +93,8 @@ def test_plain_pictures_tell_nothing_and_sizes_must_agree() -> None:
 
 
 @pytest.mark.parametrize(("x_shift", "y_shift"), [(0.25, 0.0), (0.0, 0.25), (-0.125, 0.25)])
-def test_what_was_at_a_position_is_expected_where_the_moved_camera_has_that_position(
-    x_shift: float, y_shift: float
-) -> None:
-    """On the map that the model is given, of a picture with unequal sides."""
+def test_content_is_expected_where_the_moved_camera_has_its_position(x_shift: float, y_shift: float) -> None:
+    """On the position map that the model is given, for a picture with unequal sides."""
     rows, columns = 36, 64
     still = full_position_map(columns, rows, rows, columns)
     moved = camera(still, x_shift, y_shift).reshape(rows, columns, 2)
@@ -104,22 +107,22 @@ def test_what_was_at_a_position_is_expected_where_the_moved_camera_has_that_posi
     assert torch.equal(camera(still), still)
 
 
-def test_consistency_is_counted_along_the_expected_way() -> None:
+def test_consistency_is_measured_along_the_expected_direction() -> None:
     before = waves()
 
-    def move(down: int, right: int, x_shift: float, y_shift: float) -> Move:
-        return Move(before, np.roll(before, (down, right), axis=(0, 1)), x_shift, y_shift)
+    def move(down: int, right: int, x_shift: float, y_shift: float) -> CameraMove:
+        return CameraMove(before, np.roll(before, (down, right), axis=(0, 1)), x_shift, y_shift)
 
     unit = math.sqrt(HEIGHT * WIDTH)
     moves = [
-        move(0, -16, 16 / unit, 0),  # as it should
+        move(0, -16, 16 / unit, 0),  # as expected
         move(-6, 0, 0, 12 / unit),  # half as far
-        move(0, 8, 16 / unit, 0),  # the wrong way
+        move(0, 8, 16 / unit, 0),  # in the wrong direction
     ]
-    found = consistency(moves)
+    found = camera_consistency(moves)
     assert found.ratio == pytest.approx(0.5, abs=1e-3)
     assert (found.within_40_percent, found.right_direction) == pytest.approx((1 / 3, 2 / 3))
     with pytest.raises(ValueError, match="moved camera"):
-        consistency([])
+        camera_consistency([])
     with pytest.raises(ValueError, match="did not move"):
-        consistency([move(0, 0, 0, 0)])
+        camera_consistency([move(0, 0, 0, 0)])

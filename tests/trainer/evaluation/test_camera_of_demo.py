@@ -1,10 +1,10 @@
 """The camera of a trained model: a shift moves the object that it draws, and zoom changes its size.
 
-The model is tests/trainer/evaluation/demo_run, of one run of `make demo` on two CPU cores; made anew by
+The model is tests/trainer/evaluation/demo_run, from one run of `make demo` on two CPU cores. To replace it:
 
     make demo && .venv/bin/python tests/trainer/evaluation/keep_demo_run.py demo/run
 
-Prompts, guidance and seeds are those of the demo's page, all of its prompts and each with a seed of its own.
+Prompts and guidance are those of the demo's page. Each prompt has another seed.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from trainer.drawing.pictures import PictureModel, Settings
-from trainer.evaluation.agreement import vivid
-from trainer.evaluation.camera_consistency import Move, consistency, expected_displacement
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
+from trainer.evaluation.camera_consistency import CameraMove, camera_consistency, expected_displacement
+from trainer.evaluation.coloured_objects import vivid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,10 +44,10 @@ Mask = NDArray[np.bool_]  # (H, W)
 
 @pytest.fixture(scope="module")
 def draw() -> Draw:
-    """draw(x_shift=0.25) -> a picture of each prompt; each is drawn once."""
+    """draw(x_shift=0.25) -> a picture of each prompt, cached."""
     model = PictureModel.load(Path(__file__).parent / "demo_run", torch.device("cpu"))
-    still = Settings(width=SIDE, height=SIDE, steps=STEPS, guidance=4.0)
-    drawn: dict[Settings, Pictures] = {}
+    still = SamplingSettings(width=SIDE, height=SIDE, steps=STEPS, guidance=4.0)
+    drawn: dict[SamplingSettings, Pictures] = {}
 
     def call(**move: Any) -> Pictures:
         settings = replace(still, **move)
@@ -61,7 +62,7 @@ def main_object(pixels: NDArray[np.uint8]) -> Mask:
     """The largest connected part of the vivid pixels."""
     found = vivid(pixels)
     part = np.where(found, np.arange(1, found.size + 1).reshape(found.shape), 0)
-    while True:  # the highest number of each part spreads over it
+    while True:  # spread the highest number of each part over it
         p = np.pad(part, 1)
         spread = np.max([part, p[2:, 1:-1], p[:-2, 1:-1], p[1:-1, 2:], p[1:-1, :-2]], axis=0) * found
         if np.array_equal(spread, part):
@@ -77,7 +78,7 @@ def centre(mask: Mask) -> NDArray[np.float64]:
 
 
 def seen_from(mask: Mask, x_shift: float, y_shift: float) -> Mask:
-    """What a faultless camera shows of the object: moved, and cut off at the frame's edge."""
+    """What a perfect camera shows of the object: moved, and cut off at the frame's edge."""
     down, right = (round(SIDE * part) for part in expected_displacement(x_shift, y_shift, SIDE, SIDE))
     shown = np.zeros_like(mask)
     for y, x in np.argwhere(mask) + np.array([down, right]):
@@ -87,7 +88,7 @@ def seen_from(mask: Mask, x_shift: float, y_shift: float) -> Mask:
 
 
 def ratios(draw: Draw, **shift: float) -> list[float]:
-    """How far each object moved / how far it should have, of the centres of what is seen."""
+    """Distance that each object's centre moved / expected distance."""
     found = []
     for before, after in zip(draw(), draw(**shift), strict=True):
         start = main_object(before)
@@ -98,26 +99,26 @@ def ratios(draw: Draw, **shift: float) -> list[float]:
 
 
 @pytest.mark.parametrize("shift", [{"x_shift": 0.25}, {"x_shift": -0.25}, {"y_shift": 0.25}], ids=str)
-def test_a_shift_moves_each_object_the_other_way_by_its_share_of_the_frame(draw: Draw, shift: dict[str, float]) -> None:
-    """Each the right way; as far as it should to within 40% in the median and in most. With x_shift 0.25 that is 8 of
-    these 8, 26 of 32 with seeds from 100 (median 0.91, each the right way): an object may be drawn as another one."""
+def test_a_shift_moves_each_object_in_the_opposite_direction(draw: Draw, shift: dict[str, float]) -> None:
+    """By a quarter of the frame to within 40%, in the median and for most objects. With x_shift 0.25 that holds for 8
+    of these 8 and for 26 of 32 with seeds from 100, because the moved object may be drawn as another one."""
     found = np.array(ratios(draw, **shift))
     assert found.min() > 0, found
     assert 0.6 <= np.median(found) <= 1.4, found
     assert (np.abs(found - 1) <= 0.4).mean() >= 0.6, found
 
 
-def test_going_closer_makes_each_object_larger_and_going_back_smaller(draw: Draw) -> None:
+def test_zooming_in_makes_each_object_larger_and_zooming_out_smaller(draw: Draw) -> None:
     back, still, closer = ([main_object(pixels).sum() for pixels in draw(zoom=zoom)] for zoom in (0.75, 1.0, 1.33))
     assert all(a < b < c for a, b, c in zip(back, still, closer, strict=True)), (back, still, closer)
 
 
-def test_phase_correlation_sees_the_camera_move(draw: Draw) -> None:
+def test_phase_correlation_measures_the_moves(draw: Draw) -> None:
     moves = [
-        Move(before, after, shift.get("x_shift", 0.0), shift.get("y_shift", 0.0))
+        CameraMove(before, after, shift.get("x_shift", 0.0), shift.get("y_shift", 0.0))
         for shift in ({"x_shift": -0.25}, {"x_shift": 0.25}, {"y_shift": 0.25})
         for before, after in zip(draw(), draw(**shift), strict=True)
     ]
-    found = consistency(moves)
+    found = camera_consistency(moves)
     assert found.right_direction >= 0.9, found
     assert 0.6 <= found.ratio <= 1.4, found

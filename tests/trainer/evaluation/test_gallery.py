@@ -1,4 +1,4 @@
-"""What the page draws from a run's own files."""
+"""The loss curve of the page."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ def _metrics(run: Path, losses: list[float]) -> None:
     (run / "metrics.jsonl").write_text("\n".join(lines))
 
 
-def test_the_curve_runs_from_the_first_step_to_the_last_and_its_highest_point_is_the_top(tmp_path: Path) -> None:
+def test_the_curve_spans_all_steps_and_its_maximum_is_the_top(tmp_path: Path) -> None:
     _metrics(tmp_path, [2.0, 1.0, 0.5])
     assert _loss_curve(str(tmp_path)) == "0.0,0.0 300.0,100.0 600.0,150.0"
 
 
-def test_a_run_with_less_than_two_figures_has_no_curve(tmp_path: Path) -> None:
+def test_fewer_than_two_lines_of_metrics_have_no_curve(tmp_path: Path) -> None:
     assert _loss_curve(str(tmp_path)) == ""
     _metrics(tmp_path, [2.0])
     assert _loss_curve(str(tmp_path)) == ""

@@ -1,4 +1,4 @@
-"""Agreement of pictures with the tags of their prompts: counted by hand, and by a tagger in the layout of the field."""
+"""Tag agreement equals counts by hand; a tagger in the WD layout is asked for general tags only."""
 
 import csv
 from pathlib import Path
@@ -17,8 +17,8 @@ ROWS = [("red_hair", 0), ("^_^", 0), ("blue sky", 0), ("Hatsune_Miku", 4), ("gen
 
 
 def save_tagger(folder: Path) -> Path:
-    """A WD tagger (pictures as BGR, 0 to 255), whose labels are sure to be there, or not, by the mean colour: red,
-    green, blue, and always the last two."""
+    """A WD tagger (pictures as BGR, 0 to 255). It finds one of the first three labels if the mean red, green or blue is
+    above 128, and always the last two."""
     weights_CL = np.float32([[0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     bias_L = np.float32([-128, -128, -128, 9, 9])
     nodes = [
@@ -51,21 +51,21 @@ def plain(red: int, green: int, blue: int) -> NDArray[np.uint8]:
     return np.full((24, 24, 3), (red, green, blue), np.uint8)
 
 
-def test_a_wd_tagger_is_asked_for_general_tags_as_words(tmp_path: Path) -> None:
+def test_a_wd_tagger_knows_its_general_tags_as_words(tmp_path: Path) -> None:
     tagger = Tagger.load(save_tagger(tmp_path / "tagger"))
     assert list(tagger.columns) == ["red hair", "^_^", "blue sky"]
     asked = tagger.asked(["1girl, hatsune miku, Red hair, ^_^", "a red hair, blue sky", ""])
     assert asked.tolist() == [[True, True, False], [False, False, True], [False, False, False]]
 
 
-def test_found_are_the_tags_of_at_least_the_threshold(tmp_path: Path) -> None:
+def test_tags_are_found_from_the_threshold_on(tmp_path: Path) -> None:
     tagger = Tagger.load(save_tagger(tmp_path / "tagger"))
     pictures = [plain(255, 0, 255), plain(0, 255, 0)] * 10
     assert tagger.found(pictures).tolist() == [[True, False, True], [False, True, False]] * 10
     assert tagger.found([]).shape == (0, 3)
 
 
-def test_agreement_and_chance_are_those_counted_by_hand() -> None:
+def test_agreement_and_chance_equal_counts_by_hand() -> None:
     prompts = ["a, b", "a", "c"]
     asked = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1]], bool)
     found = np.array([[1, 0, 0], [1, 0, 1], [0, 1, 1]], bool)
@@ -73,19 +73,19 @@ def test_agreement_and_chance_are_those_counted_by_hand() -> None:
     assert tag_agreement(prompts, asked, found) == TagAgreement(asked=4, found=3, share=0.75, chance=0.5)
 
 
-def test_the_same_prompt_with_another_seed_is_no_other_prompt() -> None:
+def test_the_same_prompt_with_another_seed_does_not_count_as_chance() -> None:
     asked, found = np.array([[1, 0], [1, 0], [0, 1]], bool), np.array([[1, 0], [1, 0], [1, 1]], bool)
     # "a" against picture 2, twice found; "b" against pictures 0 and 1, not found.
     assert tag_agreement(["a", "a", "b"], asked, found) == TagAgreement(asked=3, found=3, share=1.0, chance=0.5)
     assert tag_agreement(["a"], asked[:1], found[:1]).chance is None
 
 
-def test_prompts_of_unknown_tags_have_no_agreement() -> None:
+def test_prompts_without_known_tags_have_no_agreement() -> None:
     nothing = np.zeros((2, 3), bool)
     agreement = tag_agreement(["x", "y"], nothing, ~nothing)
     assert agreement.line() == {"tag_agreement": None, "tag_chance": None}
 
 
-def test_a_folder_that_holds_no_tagger_is_refused_by_the_flag_that_gave_it(tmp_path: Path) -> None:
+def test_a_folder_without_a_tagger_is_refused_by_the_name_of_its_flag(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--tagger .*nowhere is no folder"):
         Tagger.load(tmp_path / "nowhere")

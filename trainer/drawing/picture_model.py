@@ -1,0 +1,247 @@
+"""PictureModel: the newest checkpoint of a run with its codec and text encoder, ready to draw pictures.
+
+Axes: B batch, C latent channels, D text width, H W rows and columns, N image tokens, T text tokens, 3 = RGB.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.storage.shards import Store
+from trainer.diffusion.conditioning import aspect, pads_text, picture_positions
+from trainer.diffusion.flow import draw_noise, shift_for_tokens
+from trainer.diffusion.keyed_random import sample_key
+from trainer.diffusion.positions import camera
+from trainer.diffusion.sampler import OnStep, Velocity, euler, guided, guided_apart, heun
+from trainer.drawing.picture_files import Pixels
+from trainer.drawing.settings import SamplingSettings
+from trainer.encoders.latents import Codec
+from trainer.encoders.load_codec import load_codec
+from trainer.encoders.text import TextEncoder, load_text_encoder
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
+from trainer.runs.checkpoint import Checkpoint
+from trainer.runs.lora import WEIGHTS, merge_folder
+from trainer.runs.run_folder import config_of, find_checkpoint, text_encoder_of_checkpoint
+from trainer.runs.weights import trained_model
+
+# Limits of one batch, in pictures and in tokens. They decide speed and memory, not what the pictures show.
+MAX_BATCH = 32
+_BATCH_TOKENS = 32 * 1024
+_MAX_TOKENS = 256 * 256  # of one picture: 4096 x 4096 pixels in tokens of 16
+
+_SAMPLERS = {"euler": euler, "heun": heun}
+
+
+@dataclass(frozen=True)
+class PictureModel:
+    """A trained model (EMA weights) with the encoders it was trained with."""
+
+    model: XUT
+    codec: Codec
+    encoder: TextEncoder
+    text_tokens: int
+    device: torch.device
+    steps_taken: int
+    record: dict[str, Any]  # config of the training run
+    precision: str = "fp32"  # of the model's forward pass; "bf16" as in training on a GPU
+    metrics: str = ""  # folder or s3:// prefix of the stage's metrics.jsonl
+    checkpoint: Checkpoint | None = None  # None while the model is being trained
+    adapters: tuple[dict[str, Any], ...] = ()  # merged LoRA adapters: sha256 of the file, and scale
+
+    @classmethod
+    def load(cls, run: str | Path, device: torch.device) -> "PictureModel":
+        """Loads a run, a stage or a checkpoint, local or on S3: see `run_folder.find_checkpoint`.
+
+        Uses the precision of the training on a GPU, fp32 on a CPU; merges the adapters of a LoRA run. Raises ValueError
+        if there is no finished checkpoint, if it is damaged, or if its codec, text encoder or base model is missing.
+        """
+        root = Store(str(run)).root
+        found = find_checkpoint(root)
+        if found is None:
+            raise ValueError(f"{root} has no checkpoint. Train one: python trainer/run.py --stage demo --run {root}")
+        record = config_of(found)
+        config, stage = XUTConfig.from_dict(record["model"]), record["stage"]
+        codec = load_codec(stage["codec"], device)  # before the model, to fail early if it is missing
+        with _local_folder(text_encoder_of_checkpoint(found)) as folder:
+            encoder = load_text_encoder(folder, device, layers=config.text_layers)
+        return cls(
+            trained_model(found).to(device).eval(),
+            codec,
+            encoder,
+            stage["text_tokens"],
+            device,
+            found.step,
+            record,
+            precision=stage["precision"] if device.type == "cuda" else "fp32",
+            metrics=found.folder.rsplit("/", 2)[0],
+            checkpoint=found,
+        )
+
+    def with_adapters(self, folder: Path, scale: float) -> "PictureModel":
+        """Merges a peft adapter folder into the weights, in place. Raises ValueError as `lora.merge_folder` does."""
+        merge_folder(self.model, folder, scale)
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        return replace(self, adapters=(*self.adapters, {"sha256": digest, "scale": scale}))
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """Everything besides the request that decides the bits of a picture, ready for JSON."""
+        found = self.checkpoint
+        merged = {"adapters": list(self.adapters)} if self.adapters else {}
+        return merged | {
+            "checkpoint": {"step": found.step, "saved_at": found.saved_at} if found else None,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": self.precision,
+            "torch": torch.__version__,
+        }
+
+    @property
+    def resolution(self) -> int:
+        """Side of the training crops, in pixels."""
+        return int(self.record["stage"]["resolution"])
+
+    @property
+    def token(self) -> int:
+        """Side of a token, in pixels."""
+        return self.codec.factor * self.model.config.patch_size
+
+    def nearest_size(self, pixels: float) -> int:
+        """The nearest side that is a whole number of tokens."""
+        return max(1, round(pixels / self.token)) * self.token
+
+    def time_shift(self, settings: SamplingSettings) -> float:
+        """The time shift of the settings or, if None, that of `flow.shift_for_tokens`: larger pictures than the
+        training crops spend more steps near noise, so that as much of the picture is hidden."""
+        if settings.shift is not None:
+            return settings.shift
+        return shift_for_tokens(settings.width * settings.height, self.resolution**2)
+
+    def round_size(self, settings: SamplingSettings) -> SamplingSettings:
+        """The settings with sides rounded to whole tokens. Raises ValueError if that is too many tokens."""
+        width, height = self.nearest_size(settings.width), self.nearest_size(settings.height)
+        rounded = replace(settings, width=width, height=height)
+        self.check_size(rounded)
+        return rounded
+
+    def check_size(self, settings: SamplingSettings) -> None:
+        """Raises ValueError if a side is not a whole number of tokens, or if there are too many tokens."""
+        width, height, token = settings.width, settings.height, self.token
+        if width % token or height % token:
+            raise ValueError(f"{width} x {height} pixels are not a whole number of {token}-pixel tokens")
+        tokens = width * height // token**2
+        if tokens > _MAX_TOKENS:
+            raise ValueError(
+                f"{width} x {height} pixels are {tokens} tokens of {token} pixels, more than the {_MAX_TOKENS} that "
+                "can be drawn. Ask for a smaller picture."
+            )
+
+    def max_batch(self, settings: SamplingSettings) -> int:
+        """How many pictures of this size `draw` puts into one batch."""
+        return max(1, min(MAX_BATCH, _BATCH_TOKENS * self.token**2 // (settings.width * settings.height)))
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        on_drawn: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Pixels]:
+        """One picture per prompt and seed. A picture does not depend on the others in its batch, except for rounding
+        (latents agree to 1e-4 in fp32).
+
+        on_drawn: called after each batch with the number of pictures so far. on_step: called after each step of a
+        batch. Raises ValueError as `check_size` does.
+        """
+        pictures: list[Pixels] = []
+        size = self.max_batch(settings)
+        for start in range(0, len(prompts), size):
+            batch = slice(start, start + size)
+            latents_BCHW = self.latents(prompts[batch], seeds[batch], settings, on_step)
+            pixels_B3HW = self.codec.decode(latents_BCHW)
+            pictures += list(pixels_B3HW.permute(0, 2, 3, 1).cpu().numpy())
+            if on_drawn is not None:
+                on_drawn(len(pictures))
+        return pictures
+
+    @torch.no_grad()
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, on_step: OnStep | None = None
+    ) -> Tensor:
+        """Sampled latents (B, C, H, W), fp32, of all prompts in one batch. Raises ValueError as `check_size` does."""
+        self.check_size(settings)
+        keys_B = torch.tensor([sample_key(seed, 0, 0) for seed in seeds], device=self.device)
+        shape = (self.codec.channels, settings.height // self.codec.factor, settings.width // self.codec.factor)
+        integrate = _SAMPLERS[settings.sampler]
+        return integrate(
+            self._guided(list(prompts), keys_B, settings),
+            draw_noise(keys_B, shape),
+            settings.steps,
+            self.time_shift(settings),
+            on_step,
+        )
+
+    def _guided(self, prompts: list[str], keys_B: Tensor, settings: SamplingSettings) -> Velocity:
+        """Velocity with classifier-free guidance: both branches in one forward pass if their routing rates agree."""
+        rate, unconditional_rate = settings.selection_rate, settings.unconditional_rate
+        if settings.guidance == 1:
+            return self._velocity(prompts, keys_B, settings, rate)
+        negatives = [settings.negative] * len(prompts)
+        if rate == unconditional_rate:
+            both = self._velocity([*prompts, *negatives], keys_B.repeat(2), settings, rate)
+            return guided(both, settings.guidance)
+        conditional = self._velocity(prompts, keys_B, settings, rate)
+        unconditional = self._velocity(negatives, keys_B, settings, unconditional_rate)
+        return guided_apart(conditional, unconditional, settings.guidance)
+
+    def _velocity(
+        self, texts: list[str], keys_B: Tensor, settings: SamplingSettings, selection_rate: float
+    ) -> Velocity:
+        """The model's forward pass, conditioned on one text per picture."""
+        width, height, config = settings.width, settings.height, self.model.config
+        map_N2 = picture_positions(config, width, height, self.codec.factor, self.device)
+        map_BN2 = camera(map_N2, settings.x_shift, settings.y_shift, settings.zoom).expand(len(texts), -1, -1)
+        sides_2B = torch.tensor([[width], [height]], device=self.device).expand(-1, len(texts))
+        aspect_B = aspect(config, *sides_2B.double()).float()
+        text_BTD, mask_BT = self.encoder.encode(texts, self.text_tokens, padding_is_text=pads_text(config))
+        bf16 = self.precision == "bf16"
+
+        def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                out: Tensor = self.model(
+                    x_BCHW,
+                    t_B,
+                    text=text_BTD,
+                    text_mask=mask_BT,
+                    position_map=map_BN2,
+                    aspect=aspect_B,
+                    selection_rate=selection_rate,
+                    # Depends on t, so that tokens skipped at one step are seen at the next.
+                    routing_key=keys_B + (t_B * 2**32).long() if selection_rate else None,
+                )
+            return out.float()  # because guidance multiplies the rounding error of bf16
+
+        return velocity
+
+
+@contextmanager
+def _local_folder(folder: str) -> Iterator[str]:
+    """The folder itself or, if it is on S3, a temporary copy."""
+    if not folder.startswith("s3://"):
+        yield folder
+        return
+    store = Store(folder)
+    with tempfile.TemporaryDirectory(prefix="hdm-text-encoder-") as copy:
+        for name in store.sizes():
+            path = Path(copy, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.read(name))
+        yield copy
