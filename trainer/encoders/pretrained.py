@@ -1,34 +1,36 @@
-"""Frozen models that others trained: the folder that a name stands for, and the number format that they run in."""
+"""What loading any frozen pretrained model needs: its folder, its dtype, and a library that stays quiet meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 
-def model_folder(name: str | Path, files: Sequence[str], kind: str, needs: str, example: str) -> Path:
-    """The folder of the model `name`: itself, without touching the network, or of a name of the Hugging Face hub the
-    hub's own cache, to which what matches `files` is downloaded once.
+def pretrained_folder(name: str | Path, files: Sequence[str], kind: str, needs: str, example: str) -> Path:
+    """The folder of a model: `name` itself, without network access, or the Hugging Face cache of the hub name.
 
-    ValueError where neither has it, in words: the `kind` of model ("codec"), the files that it `needs`, an `example`
-    of a name.
+    Files of a hub model that match `files` are downloaded once. Raises ValueError if there is no such folder and the
+    hub does not answer with the model; its message contains the `kind` of model, the files it `needs` and an `example`.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(files)))
-    except Exception as error:  # a dozen kinds, from a malformed name to a proxy's refusal; all mean the same here
+    except Exception as error:  # from a malformed name to a proxy's refusal; the advice is the same
         raise ValueError(
-            f"the {kind} {str(name)!r} is no folder here, and the Hugging Face hub did not give it "
-            f"({first_line(error)}). Give a folder with {needs}, or a name like {example} where the hub can be reached "
-            "or has been before"
+            f"the {kind} {str(name)!r} is not a folder, and the Hugging Face hub did not provide it "
+            f"({first_line(error)}). Give a folder with {needs}, or a name like {example} when the hub or its cache "
+            "has it"
         ) from error
 
 
-def folder_at_hand(name: str) -> Path | None:
-    """The folder of the model `name` where it is on this machine, whole or not; the network is not touched."""
+def cached_folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine, complete or not; None otherwise. Uses no network."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -43,6 +45,20 @@ def first_line(error: Exception) -> str:
 
 
 def frozen_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on a GPU: nothing is accumulated in a frozen model's weights, and half the bytes are read. fp32 on a
-    CPU, few of which compute in less."""
+    """bfloat16 on a GPU, where it halves memory traffic; float32 on a CPU, few of which compute in bfloat16."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+@contextmanager
+def quiet(library: Literal["transformers", "diffusers"]) -> Iterator[None]:
+    """Suppresses the warnings and progress bars of a library; its failures arrive as exceptions."""
+    logging = import_module(f"{library}.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

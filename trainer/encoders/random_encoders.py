@@ -1,16 +1,19 @@
-"""Encoders of random weights, in the shape of those that the recipe names: they take as long, and need no download."""
+"""Randomly initialised encoders with the shapes of the recipe's: as slow as the real ones, without a download."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 
-from trainer.encoders.text import TextEncoder, build_local_text_encoder, load_text_encoder, quiet_transformers
+from trainer.encoders.pretrained import quiet
+from trainer.encoders.text import TextEncoder, build_local_text_encoder, load_text_encoder
 from trainer.encoders.vae import Statistics, VaeCodec
+
+WORDS = "one word after another "
 
 
 def qwen3_600m(device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """Qwen3-0.6B, with a small tokenizer for which every word of WORDS is one token."""
+    """Qwen3-0.6B with a small tokenizer, for which each word of WORDS is one token."""
     from transformers import Qwen3Config, Qwen3Model
 
     config = Qwen3Config(
@@ -22,20 +25,20 @@ def qwen3_600m(device: torch.device, dtype: torch.dtype) -> TextEncoder:
         num_key_value_heads=8,
         head_dim=128,
     )
-    with torch.device(device), quiet_transformers():
+    with torch.device(device), quiet("transformers"):
         model = Qwen3Model(config).to(device, dtype)
     return TextEncoder(model, local_text_encoder(torch.device("cpu")).tokenizer)
 
 
 def local_text_encoder(device: torch.device) -> TextEncoder:
-    """The embedded one, made from WORDS."""
+    """The embedded text encoder, built from WORDS."""
     with tempfile.TemporaryDirectory() as folder:
         build_local_text_encoder([WORDS], Path(folder) / "encoder", seed=0)
         return load_text_encoder(Path(folder) / "encoder", device)
 
 
 def sdxl_vae(device: torch.device, dtype: torch.dtype, compiled: bool) -> VaeCodec:
-    """SDXL's image encoder and decoder; its latents are as good as any for what only takes time."""
+    """SDXL's image encoder and decoder; latents are not normalised, which a measurement of time does not need."""
     from diffusers import AutoencoderKL
 
     with torch.device(device):
@@ -48,6 +51,3 @@ def sdxl_vae(device: torch.device, dtype: torch.dtype, compiled: bool) -> VaeCod
         )
     statistics = Statistics(mean=(0.0,) * 4, std=(1.0,) * 4, source="none: random weights")
     return VaeCodec("SDXL's shape", vae.to(device, dtype), statistics, compiled)
-
-
-WORDS = "one word after another "

@@ -1,20 +1,19 @@
-"""Prompt -> embeddings: hidden states of a frozen causal language model.
+"""Text encoders: prompts -> hidden states of a frozen causal language model (HDM report, section 3.2).
 
-The only file that knows transformers. Qwen3-0.6B, Gemma3-1B (or the text part of a larger Gemma3, which also sees) and
-a small embedded default, made from a dataset's own captions, are saved in the same layout and loaded by the same code.
+Qwen3-0.6B, Gemma3-1B, the text part of a larger multimodal Gemma3, and a small embedded default built from a dataset's
+captions all have the same layout on disk and are loaded by the same code.
 
-Legend: B batch, T text tokens, D width of the encoder.
+Axes: B batch, T text tokens, D width of the encoder.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-# Texts are short: threads of the tokenizer would gain nothing and warn about every fork of the process. Read at import.
+# Texts are short: tokenizer threads would gain nothing and warn about every fork. The variable is read at import.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -23,11 +22,10 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.utils import logging
 
-from trainer.encoders.pretrained import first_line, folder_at_hand, frozen_dtype, model_folder
+from trainer.encoders.pretrained import cached_folder, first_line, frozen_dtype, pretrained_folder, quiet
 
-# Few lengths, so few compiled graphs, and yet little padding. Without a compiler a smaller multiple is faster.
+# Few lengths, so few compiled graphs, with little padding. Without a compiler a smaller multiple is faster.
 LENGTH_MULTIPLE = 32
 
 _CONFIG_FILES = ("config.json",)
@@ -40,8 +38,9 @@ TextLayers = Literal["last", "average"]
 class TextEncoder:
     """A frozen language model with its tokenizer.
 
-    layers: "last" gives its last hidden state, as the model itself normalises it; "average" the mean over all of its
-    layers, each normalised without weights (arXiv 2506.08210, section 4), which needs XUTConfig.text_layers="average".
+    layers: "last" returns the last hidden state, after the model's final norm. "average" returns the mean over all
+    layers of their layer-normalised hidden states (arXiv 2506.08210, section 4) and needs a model with
+    XUTConfig.text_layers="average".
     """
 
     def __init__(self, model: Any, tokenizer: Any, layers: TextLayers = "last") -> None:
@@ -50,7 +49,7 @@ class TextEncoder:
         self.layers = layers
         self.dim = int(model.config.get_text_config().hidden_size)
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        # Stands for an empty text, which many tokenizers turn into no token at all, and fills up short ones.
+        # For empty texts, which many tokenizers turn into no token at all, and for padding that is masked.
         self._empty_token = next(token for token in special if token is not None)
         self._padding_token = next(token for token in reversed(special) if token is not None)
 
@@ -58,13 +57,13 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], max_tokens: int, multiple: int = LENGTH_MULTIPLE, padding_is_text: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """fp32 embeddings (B, T, D), 0 at padding, and the mask (B, T), True at real tokens.
+        """Embeddings (B, T, D), float32, 0 at padding, and a mask (B, T), True at real tokens.
 
-        T is the longest text's length rounded up to a `multiple`, and max_tokens at most; what is longer is cut.
-        Padding is on the right, where it cannot reach a causal model's real tokens. Every text has a token at least.
+        T is the length of the longest text rounded up to a multiple, at most max_tokens; longer texts are cut. Padding
+        is on the right, where it cannot affect the real tokens of a causal model. Every text has at least one token.
 
-        padding_is_text, as the public weights were trained: T is max_tokens, padding keeps the hidden states that the
-        model gives it, and the mask is True everywhere.
+        padding_is_text, for the public weights: T is max_tokens, padding has the hidden states that the model computes
+        for it, and the mask is True everywhere.
         """
         assert texts, "nothing to encode"
         if max_tokens < 1:
@@ -81,37 +80,30 @@ class TextEncoder:
         output = self.model(
             input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False, output_hidden_states=average
         )
-        hidden_BTD: Tensor = _average(output.hidden_states[1:]) if average else output.last_hidden_state
+        hidden_BTD: Tensor = output.last_hidden_state
+        if average:  # normalised first, or the deep layers would dominate by their scale
+            layers = [F.layer_norm(layer_BTD, layer_BTD.shape[-1:]) for layer_BTD in output.hidden_states[1:]]
+            hidden_BTD = torch.stack(layers).mean(0)
         if padding_is_text:
             return hidden_BTD.to(torch.float32), torch.ones_like(mask_BT)
         return hidden_BTD.to(torch.float32).masked_fill(~mask_BT[:, :, None], 0), mask_BT
 
 
-def _average(layers: Sequence[Tensor]) -> Tensor:
-    """The mean of (B, T, D) hidden states, each normalised first: deep layers are larger and would outvote the rest."""
-    return torch.stack([F.layer_norm(hidden_BTD, hidden_BTD.shape[-1:]) for hidden_BTD in layers]).mean(0)
+def load_text_encoder(name: str | Path, device: torch.device | str = "cpu", layers: TextLayers = "last") -> TextEncoder:
+    """Loads an encoder from a folder, without network access, or from a Hugging Face hub name, downloaded once.
 
-
-def load_text_encoder(
-    name: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    layers: TextLayers = "last",
-) -> TextEncoder:
-    """From a folder, without touching the network, or from a name of the Hugging Face hub, downloaded once.
-
-    dtype: None is bfloat16 on a GPU and fp32 elsewhere. Weights in safetensors only, and all of them; code that comes
-    with a model is never run. ValueError, with the mend, where that fails.
+    It computes in bfloat16 on a GPU and in float32 elsewhere. Only complete weights in safetensors are accepted, and
+    code that comes with a model never runs. Raises ValueError if the model cannot be loaded.
     """
-    folder = model_folder(name, _MODEL_FILES, *_KIND)
-    from transformers import AutoModel, AutoTokenizer  # seconds, which whoever only asks for a width should not wait
+    folder = pretrained_folder(name, _MODEL_FILES, *_KIND)
+    from transformers import AutoModel, AutoTokenizer  # lazy: takes seconds, which `text_width` does not need
 
-    with quiet_transformers():
+    with quiet("transformers"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model, report = AutoModel.from_pretrained(
                 folder,
-                dtype=dtype or frozen_dtype(device),
+                dtype=frozen_dtype(device),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -119,17 +111,17 @@ def load_text_encoder(
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(_not_loaded(name, error)) from error
-    if report["missing_keys"]:  # which transformers would leave random
+    if report["missing_keys"]:  # transformers would initialise these randomly
         missing = f"{len(report['missing_keys'])} weights are missing, such as {min(report['missing_keys'])}"
         raise ValueError(_not_loaded(name, ValueError(missing)))
-    # Of a model that also sees, the language model alone, which is its own decoder: the rest would only take memory.
+    # The language model alone: the vision tower of a multimodal model would only take memory.
     return TextEncoder(model.get_decoder().to(device), tokenizer, layers)
 
 
 def text_width(name: str | Path) -> int:
-    """The D of `load_text_encoder(name)`, read from its config alone."""
-    folder = model_folder(name, _CONFIG_FILES, *_KIND)
-    with quiet_transformers():
+    """The width D of `load_text_encoder(name)`, from its config alone. Raises ValueError if it cannot be read."""
+    folder = pretrained_folder(name, _CONFIG_FILES, *_KIND)
+    with quiet("transformers"):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -138,12 +130,14 @@ def text_width(name: str | Path) -> int:
 
 
 def token_counts(texts: Sequence[str], name: str) -> list[int] | None:
-    """Tokens of each text by the tokenizer of the text encoder `name`, by one made from these texts for "local"; None
-    where it is not on this machine."""
+    """The number of tokens of each text; None if the text encoder `name` is not on this machine.
+
+    For "local" the tokenizer is trained on these texts.
+    """
     if name == "local":
         tokenizer = _train_tokenizer(texts)
     else:
-        folder = folder_at_hand(name)
+        folder = cached_folder(name)
         if folder is None or not (folder / "tokenizer.json").is_file():
             return None
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -153,22 +147,8 @@ def token_counts(texts: Sequence[str], name: str) -> list[int] | None:
 def _not_loaded(name: str | Path, error: Exception) -> str:
     return (
         f"the text encoder {str(name)!r} cannot be loaded ({first_line(error)}). It needs config.json, tokenizer.json "
-        "and weights as *.safetensors, of a model that transformers knows without code of its own"
+        "and weights as *.safetensors, of a model that transformers supports without remote code"
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' remarks and its progress bar for loading, which takes a second, off the terminal."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # --- The embedded default -------------------------------------------------------------------------------------------
@@ -176,32 +156,32 @@ def quiet_transformers() -> Iterator[None]:
 _VOCABULARY = 2048  # at most
 _END = "<|endoftext|>"
 
-# 64 texts of 32 tokens in 8 ms on one CPU core, besides 3 ms of tokenizer; twice the heads and feed-forward take 12 ms
-# and tell a probe no more.
+# 64 texts of 32 tokens take 8 ms on one CPU core, plus 3 ms for the tokenizer. Twice the heads and feed-forward width
+# take 12 ms, and a linear probe reads no more from them.
 _WIDTH = 128
 _HEADS, _HEAD_DIM = 2, 16
 _MLP_WIDTH = 32
-# The image model takes text as a bag of tokens, so what belongs together must meet here. The first layer sees three
-# tokens: with it a linear probe on "ball" tells the colour word before it in 100% of the sample dataset's texts, with
-# two layers that see everything in 78%. The second layer sees all that went before.
+# The image model sees text as a bag of tokens, so related words must be combined here. The first layer attends to three
+# tokens, the second to all before. A linear probe on "ball" then recovers the colour word before it in 100% of the
+# sample dataset's texts; with two layers of full attention, in 78%.
 _WINDOW = 3
 _LAYERS = ("sliding_attention", "full_attention")
-# Root mean square of what a sublayer adds to embeddings of 1, if it copied one token: enough to be read by a probe,
-# and the nearest embedding is still the token's own (cosine 0.8 on average).
+# RMS of what a sublayer that copies one token adds to embeddings of RMS 1: enough for a probe to read, while a token's
+# nearest embedding is still its own (cosine 0.8 on average).
 _ATTENTION_GAIN = 0.7
 _MLP_GAIN = 0.25
 
 
 def build_local_text_encoder(captions: Iterable[str], folder: Path, seed: int) -> None:
-    """Makes a tokenizer for these captions and a random Qwen3 that keeps its tokens apart; the same for the same seed.
+    """Writes an encoder folder: a tokenizer trained on the captions and a random Qwen3, determined by the seed.
 
-    The folder appears whole or not at all. It must not exist yet.
+    The folder must not exist yet and appears whole.
     """
     tokenizer = _train_tokenizer(captions)
     model = _random_qwen3(tokenizer.get_vocab_size(), tokenizer.token_to_id(_END), seed)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with quiet_transformers():
+    with quiet("transformers"):
         model.save_pretrained(partial)
         from transformers import PreTrainedTokenizerFast
 
@@ -211,8 +191,10 @@ def build_local_text_encoder(captions: Iterable[str], folder: Path, seed: int) -
 
 
 def _train_tokenizer(captions: Iterable[str]) -> Tokenizer:
-    """Byte-pair encoding in lower case. Words become whole, frequent ones first, while the vocabulary has room; what
-    was never seen falls back to pieces and bytes, so no text loses anything but its case.
+    """Byte-pair encoding of lower-case text.
+
+    Frequent words become single tokens while the vocabulary has room. Unseen text falls back to pieces and bytes, so
+    nothing but case is lost.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -230,7 +212,7 @@ def _train_tokenizer(captions: Iterable[str]) -> Tokenizer:
 
 
 def _random_qwen3(vocabulary: int, end: int, seed: int) -> Any:
-    """Embeddings of unit variance dominate the residual stream; attention and feed-forward add their gains to it."""
+    """A random Qwen3 whose unit-variance embeddings dominate the residual stream, so that tokens stay distinct."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -249,7 +231,7 @@ def _random_qwen3(vocabulary: int, end: int, seed: int) -> Any:
         eos_token_id=end,
         pad_token_id=end,
     )
-    with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own from the global generator
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
         model = Qwen3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     gains = {"o_proj": _ATTENTION_GAIN, "down_proj": _MLP_GAIN}

@@ -49,10 +49,6 @@ def lock_run(run: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def stage_folder(run: Path, stage: str) -> Path:
-    return run / stage
-
-
 def text_encoder_of(run: Path, name: str) -> str:
     """Folder or hub name of a stage's text encoder. "local" lies inside the run folder, which can be moved."""
     return str(run / "text_encoder") if name == "local" else name
@@ -81,7 +77,7 @@ def config_of(found: Checkpoint) -> dict[str, Any]:
 
 def read_config(run: Path, stage: str) -> dict[str, Any] | None:
     """The config that `write_config` wrote last; None before the first start. Raises UsageError if it is damaged."""
-    path = stage_folder(run, stage) / _CONFIG
+    path = run / stage / _CONFIG
     if not path.exists():
         return None
     try:
@@ -94,7 +90,7 @@ def read_config(run: Path, stage: str) -> dict[str, Any] | None:
 
 
 def write_config(run: Path, stage: str, record: dict[str, Any]) -> None:
-    Store(str(stage_folder(run, stage))).write(_CONFIG, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    Store(str(run / stage)).write(_CONFIG, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
 def checkpoints_of(run: str | Path, stage: str, home: str | None = None) -> str:

@@ -36,16 +36,11 @@ def training_state(
         "first_epoch": first_epoch,
         "seed": seed,
         "config": dict(config),
-        "config_hash": config_hash(config),
+        "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "selection": selection,
         "versions": versions(),
         "git_revision": git_revision(),
     }
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 in hexadecimal of a config's JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache

@@ -143,12 +143,12 @@ def test_the_shape_is_known_before_loading(name: str, shape: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("load", [load_codec, codec_shape])
-def test_a_name_that_is_found_nowhere_is_refused_with_the_mend(
+def test_a_name_that_is_found_nowhere_is_refused_with_an_example(
     load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-vae", "/not/a/folder"):
-        with pytest.raises(ValueError, match=rf"{name}.*no folder.*KBlueLeaf/EQ-SDXL-VAE") as refused:
+        with pytest.raises(ValueError, match=rf"{name}.*is not a folder.*KBlueLeaf/EQ-SDXL-VAE") as refused:
             load(name)
         assert "\n" not in str(refused.value)
     assert capfd.readouterr() == ("", "")

@@ -162,8 +162,11 @@ def test_the_width_is_known_before_loading(folder: Path, encoder: TextEncoder) -
     assert text_width(folder) == encoder.dim == encoder.encode(["red"], 32)[0].shape[-1]
 
 
-def test_half_precision_is_that_of_the_weights_alone(folder: Path, encoder: TextEncoder) -> None:
-    rounded = load_text_encoder(folder, dtype=torch.bfloat16)
+def test_half_precision_is_that_of_the_weights_alone(
+    folder: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.encoders.text.frozen_dtype", lambda device: torch.bfloat16)
+    rounded = load_text_encoder(folder)
     assert rounded.model.dtype == torch.bfloat16
     half, _ = rounded.encode(["red ball"], 32)
     assert half.dtype == torch.float32
@@ -172,11 +175,11 @@ def test_half_precision_is_that_of_the_weights_alone(folder: Path, encoder: Text
 
 @pytest.mark.parametrize("load", [load_text_encoder, text_width])
 @pytest.mark.parametrize("name", ["not/a/folder", "nobody/no-such-model"])
-def test_a_name_that_is_found_nowhere_is_refused_with_the_mend(
+def test_a_name_that_is_found_nowhere_is_refused_with_an_example(
     load: Callable[[str], object], name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=rf"{name}.*no folder.*Qwen/Qwen3-0.6B"):
+    with pytest.raises(ValueError, match=rf"{name}.*is not a folder.*Qwen/Qwen3-0.6B"):
         load(name)
     assert capfd.readouterr() == ("", "")
 

@@ -165,8 +165,10 @@ def test_the_vae_is_frozen_and_weighs_all_channels_alike(saved: Path) -> None:
     assert torch.equal(codec.loss_weight_C, torch.ones(4))
 
 
-def test_half_precision_is_that_of_the_weights_alone(saved: Path) -> None:
-    codec = load_codec(str(saved), dtype=torch.bfloat16, compiled=True)  # which means nothing without a GPU
+def test_half_precision_is_that_of_the_weights_alone(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr("trainer.encoders.load_codec.frozen_dtype", lambda device: torch.bfloat16)
+        codec = load_codec(str(saved), compiled=True)  # which means nothing without a GPU
     assert isinstance(codec, VaeCodec)
     assert codec.vae.dtype == torch.bfloat16
     latents_BChw = codec.encode(noise())
@@ -278,24 +280,24 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda folder: (folder / WEIGHTS).unlink(), rf"has no {WEIGHTS}.*get it anew"),
+        (lambda folder: (folder / WEIGHTS).unlink(), rf"has no {WEIGHTS}.*Download it again"),
         (lambda folder: (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin"), f"has no {WEIGHTS}"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "cannot be loaded.*get both anew"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 999), "cannot be loaded.*get both anew"),
-        (cut_short, "cannot be loaded.*get both anew"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "cannot be loaded.*Download both again"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 999), "cannot be loaded.*Download both again"),
+        (cut_short, "cannot be loaded.*Download both again"),
         (
             lambda folder: change_weights(folder, lambda weights: weights.pop("decoder.conv_in.bias")),
             r"1 weights .* not in .*such as decoder\.conv_in\.bias",
         ),
         (
             lambda folder: change_weights(folder, lambda w: w.update({"decoder.conv_in.bias": torch.zeros(3)})),
-            "cannot be loaded.*get both anew",
+            "cannot be loaded.*Download both again",
         ),
         (lambda folder: (folder / "config.json").unlink(), r"has no config\.json.*save_pretrained"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "must be of a diffusers AutoencoderKL"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not of a diffusers AutoencoderKL"),
         (lambda folder: set_config(folder, _class_name="AutoencoderDC"), "that of AutoencoderDC"),
-        (lambda folder: set_config(folder, latent_channels=None), "names no latent_channels"),
+        (lambda folder: set_config(folder, latent_channels=None), "has no latent_channels"),
         (lambda folder: set_config(folder, in_channels=1), "needs 3: red, green, blue"),
         (lambda folder: set_config(folder, norm_num_groups=5), "cannot be loaded"),
         (lambda folder: set_config(folder, act_fn="no such"), "cannot be loaded"),

@@ -1,17 +1,17 @@
 """XUT: its size, its wiring, what it depends on and what it must not depend on."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from trainer.diffusion.positions import full_position_map
-from trainer.model.blocks import Branch
+from trainer.model.blocks import Branch, Modulation
 from trainer.model.config import XUTConfig
 from trainer.model.xut import XUT, TimeEmbedding, compiled
 
@@ -86,61 +86,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "waves": {"absolute_position": "waves"},
 }
 every_option = pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS.keys())
-
-
-# Size and configuration
-
-
-@pytest.mark.parametrize(
-    ("config", "millions", "tolerance"),
-    [
-        (XUTConfig.base(), 343.2, 0.005),
-        (XUTConfig.large(), 555.6, 0.005),
-        (XUTConfig.small(), 227.0, 0.005),
-        (XUTConfig.released(), 343.2, 0.005),
-        (XUTConfig.tiny(in_channels=16, patch_size=1, text_dim=128), 2.0, 0.05),
-    ],
-    ids=["base", "large", "small", "released", "tiny"],
-)
-def test_parameter_counts_are_the_papers(config: XUTConfig, millions: float, tolerance: float) -> None:
-    with torch.device("meta"):
-        model = XUT(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=tolerance)
-
-
-def test_base_has_20_blocks_and_24_attention_layers() -> None:
-    with torch.device("meta"):
-        model = XUT(XUTConfig.base())
-    kinds = [module.kind for module in model.modules() if isinstance(module, Branch)]
-    assert (kinds.count("attn"), kinds.count("mlp"), kinds.count("cross")) == (20, 20, 4)
-
-
-def test_config_survives_json() -> None:
-    config = XUTConfig.released(depth=3, qk_norm=True)
-    assert XUTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_unknown_and_missing_fields_are_named() -> None:
-    fields = XUTConfig.tiny().to_dict()
-    del fields["dim"]
-    with pytest.raises(ValueError, match=r"unknown fields \[dims, wings\], missing fields \[dim\]"):
-        XUTConfig.from_dict({**fields, "wings": 2, "dims": 3})
-
-
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"absolute_position": "learned"}, "absolute_position must be one of none, waves"),
-        ({"skip": "sum"}, "skip must be one of cross, concat, add, none: got 'sum'"),
-        ({"depth": 0}, "depth"),
-        ({"depth": 2.0}, "depth"),
-        ({"qk_norm": "no"}, "qk_norm"),
-        ({"heads": 3}, "multiple of 24"),
-    ],
-)
-def test_impossible_configs_are_refused(overrides: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        XUTConfig.tiny(**overrides)
 
 
 # Wiring
@@ -468,14 +413,14 @@ ROUTED: dict[str, Any] = {
 
 
 def test_training_forward_is_one_graph_per_resolution_and_text_length() -> None:
-    """Also where those are more than torch compiles by itself, here two; and it is asked for as many as a run has."""
+    """Also if there are more than torch's own limit, here two; the limit is raised to what a run needs."""
     torch._dynamo.reset()
     counter = CompileCounter()
     model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
-    shapes = [(8, 2), (4, 2), (8, 4), (8, 6)]
+    shapes = [(4, 2), (8, 2), (8, 4)]
     with torch._dynamo.config.patch(recompile_limit=2):
         forward = compiled(model, backend=counter)
-        assert torch._dynamo.config.recompile_limit >= 2 * 512 // 32, "texts of training and of evaluation, by the 32"
+        assert torch._dynamo.config.recompile_limit >= 2 * 512 // 32, "text lengths in training and evaluation"
         for side, text_tokens in shapes:
             for seed in range(2):
                 batch = inputs(side=side, text_tokens=text_tokens, seed=seed)
@@ -486,14 +431,36 @@ def test_training_forward_is_one_graph_per_resolution_and_text_length() -> None:
 
 
 def test_the_compiled_model_equals_eager_in_velocity_and_gradients() -> None:
-    """Down to its kernels; where no C++ compiler is there, which torch.compile needs on a CPU, as a traced graph."""
+    """As one traced graph with the compiler's decompositions, but without its kernels."""
     torch._dynamo.reset()
     model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
     results = []
-    for run in (model, compiled(model, "inductor" if shutil.which("g++") else "aot_eager")):
+    for run in (model, compiled(model, "aot_eager_decomp_partition")):
         model.zero_grad()
         velocity = run(**inputs(), **ROUTED)
         velocity.square().mean().backward()
         results.append([velocity.detach(), *(parameter.grad for parameter in model.parameters())])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_compiled_kernels_of_a_block_equal_eager_in_output_and_gradients() -> None:
+    """A decoder block has every kind of branch. Scalar kernels without optimisation compile in a third of the time."""
+    torch._dynamo.reset()
+    model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0, rotary="learned")
+    block = model.decoder[0][0]
+    seen = capture(block)
+    model(**inputs(), **ROUTED)
+    (h, context, skip), _ = seen
+    context = context._replace(shared={kind: Modulation(*map(Tensor.detach, m)) for kind, m in context.shared.items()})
+    block._forward_hooks.clear()
+    results = []
+    with torch._inductor.config.patch({"cpp.simdlen": 1, "aot_inductor.debug_compile": True}):
+        for run in (block, torch.compile(block, fullgraph=True, dynamic=False)):
+            streams = [tensor.detach().requires_grad_() for tensor in (h, skip)]
+            out = run(streams[0], context, streams[1])
+            gradients = torch.autograd.grad(out.square().mean(), [*streams, *block.parameters()])
+            results.append([out.detach(), *gradients])
+    for eager, kernels in zip(*results, strict=True):
+        torch.testing.assert_close(kernels, eager, atol=1e-5, rtol=1e-5)
