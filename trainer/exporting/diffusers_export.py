@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import JobFailed
-from trainer.drawing.pictures import PictureModel
+from trainer.drawing.picture_model import PictureModel
 from trainer.encoders.latents import LinearCodec
-from trainer.encoders.pretrained import first_line
-from trainer.encoders.text import TextEncoder, quiet_transformers
-from trainer.encoders.vae import VaeCodec, quiet_diffusers
+from trainer.encoders.pretrained import first_line, quiet
+from trainer.encoders.text import TextEncoder
+from trainer.encoders.vae import VaeCodec
 from trainer.exporting.exported.hdm_codec import HDMCodec
 from trainer.exporting.exported.hdm_transformer import HDMTransformer
 from trainer.exporting.single_file import single_file
@@ -42,7 +42,7 @@ def write_diffusers(folder: Path, picture: PictureModel, dtype: torch.dtype) -> 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with quiet_diffusers(), quiet_transformers():
+        with quiet("diffusers"), quiet("transformers"):
             parts = _save(partial, picture, dtype)
             _compare(partial, parts, picture.encoder)
         partial.rename(folder)
