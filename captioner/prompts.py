@@ -59,7 +59,7 @@ _NOT_VISIBLE: Final = frozenset(
     }
 )
 _HAIR_OR_EYES = re.compile(r"\b(hair|eyes)$")
-_QUALIFIER = re.compile(r"\s*\([^()]*\)$")  # "nahida (genshin impact)": the series is a hint of its own
+_QUALIFIER = re.compile(r"\s*\([^()]*\)$")  # "nahida (genshin impact)": the series is another hint
 
 # Special tokens of chat templates and tokenizers: [INST], [/INST], [IMG_BREAK], <s>, <|user|>, <<SYS>>.
 _SPECIAL_TOKEN = re.compile(

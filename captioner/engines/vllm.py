@@ -20,8 +20,8 @@ from captioner.sampling import CompletionParams
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs, SamplingParams
 
-# vLLM ends a loop early, instead of at max_tokens: up to so many tokens, repeated so often. Five times, because "ha ha
-# ha" is a caption; answers.py judges the rest.
+# vLLM ends loops before max_tokens: up to 40 tokens, five times in a row, because "ha ha ha" may be in a caption.
+# answers.py checks the rest.
 _MAX_LOOP_TOKENS: Final = 40
 _LOOP_REPEATS: Final = 5
 _BATCHED_TOKENS: Final = 8192  # per step. A picture is never split, and the largest, 1024x1024, has 4,160

@@ -38,7 +38,7 @@ Row = dict[str, Any]  # of CAPTIONS
 _ROWS_PER_FILE: Final = 256  # of a partial shard: what a killed job loses at most of each
 _MAX_DEATHS: Final = 3  # of engines while they had the same picture: then it gets the caption of its tags
 _MAX_FUTILE_DEATHS: Final = 6  # of engines in a row that answered nothing
-# The job stops after this many engine failures in so many rows: another thousand rows would not fare better.
+# The job stops after more failures of the engine in this many rows: another thousand rows would not fare better.
 _FAILURE_WINDOW: Final = 1000
 _MAX_FAILURES: Final = 200
 _MIN_SIDE: Final = 16  # pixels: one patch of Pixtral

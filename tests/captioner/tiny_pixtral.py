@@ -1,8 +1,8 @@
-"""A random Pixtral of about a megabyte, in both layouts: real files for the real engine, made in seconds.
+"""Writes a random Pixtral of about a megabyte in either layout, in seconds.
 
     .venv-captioner/bin/python tests/captioner/tiny_pixtral.py FOLDER [mistral]
 
-What it says is nonsense in ASCII, but it depends on picture, prompt and seed as a trained model's words do.
+Its answers are nonsense in ASCII that depends on picture, prompt and seed, like the answers of a trained model.
 """
 
 import json
@@ -32,7 +32,7 @@ from captioner.prompts import TEMPLATES
 
 PATCH = 16  # pixels
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-WORDS = 600  # tokens, beside the special ones
+WORDS = 600  # tokens without the special ones
 _CHAT = (
     "{{ bos_token }}{% for message in messages %}[INST]{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}[IMG]{% endif %}"
@@ -41,7 +41,7 @@ _CHAT = (
 
 
 def save_tiny_pixtral(folder: Path, seed: int = 0) -> Path:
-    """Writes config, weights, tokenizer and processor; the same for the same seed."""
+    """Write config, weights, tokenizer and processor; equal for equal seeds."""
     tokenizer = _tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = LlavaConfig(
@@ -74,7 +74,7 @@ def save_tiny_pixtral(folder: Path, seed: int = 0) -> Path:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Pieces of the prompt's own words; whatever is not ASCII is unknown, so that all it can say is text."""
+    """Pieces of the prompt's words. Anything but ASCII is unknown, so that all answers are text."""
     bpe = Tokenizer(BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
@@ -94,7 +94,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_mistral_layout(folder: Path, seed: int = 0) -> Path:
-    """The same in Mistral's own layout: params.json, consolidated.safetensors, and a tokenizer cut from tekken."""
+    """The same in Mistral's layout: params.json, consolidated.safetensors, and a tokenizer cut from tekken."""
     folder.mkdir(parents=True, exist_ok=True)
     size, inner, heads, kv_heads, head, layers, words = 64, 128, 2, 1, 32, 2, 2048
     vision = {

@@ -1,4 +1,4 @@
-"""Real vLLM on a tiny random Pixtral: in this process, and as a server.
+"""Real vLLM with a tiny random Pixtral: in this process, and as a server.
 
 .venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py
 """
@@ -15,17 +15,26 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from captioner.engines import Completion, CompletionParams, EngineDied, EngineFailure, EngineUnusable, RequestFailed
-from captioner.prompts import Prompt, build_prompt, detect_layout
+from captioner.engines import (
+    API_KEY_VARIABLE,
+    Completion,
+    EngineDied,
+    EngineFailure,
+    EngineUnusable,
+    RequestFailed,
+)
+from captioner.prompt_layout import detect_layout
+from captioner.prompts import Prompt, build_prompt
 from captioner.requests import CaptionRequest
+from captioner.sampling import CompletionParams
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM has an environment of its own: make captioner", allow_module_level=True)
+    pytest.skip("vLLM is installed in another environment: make captioner", allow_module_level=True)
 
 import psutil
 
-from captioner.engines.openai import API_KEY_VARIABLE, OpenAIEngine, ServerSettings
-from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralChat, _TextChat, check_weights
+from captioner.engines.openai import OpenAIEngine, ServerSettings
+from captioner.engines.vllm import VllmEngine, VllmSettings, _MistralPrompts, _TextPrompts, check_weights
 
 PATCH = 16
 LOADS_WITHIN = 180  # seconds
@@ -35,7 +44,7 @@ VllmServer = tuple[str, "subprocess.Popen[bytes]"]  # address, process
 
 
 def picture(number: int) -> Image.Image:
-    """Of a size, 1 to 8 patches a side, and a colour that no other number below 64 has."""
+    """A picture whose size (1 to 8 patches a side) and colour no other number below 64 has."""
     size = (PATCH * (1 + number % 8), PATCH * (1 + number // 8))
     return Image.new("RGB", size, (number * 4, 255 - number * 3, number * 37 % 256))
 
@@ -46,7 +55,7 @@ def prompt(number: int) -> Prompt:
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """One event loop for all tests, as an engine belongs to the loop that it was first called in."""
+    """One event loop for all tests, because an engine belongs to the loop that first called it."""
     with asyncio.Runner() as runner:
         yield runner.run
 
@@ -79,7 +88,7 @@ def served(
     run(engine_of_server.close())
 
 
-def test_64_answers_at_once_are_each_bound_to_their_prompt_and_picture(
+def test_64_concurrent_answers_each_belong_to_their_prompt_and_picture(
     engine: VllmEngine, run: Run, tiny_pixtral: Path
 ) -> None:
     from tokenizers import Tokenizer
@@ -93,18 +102,18 @@ def test_64_answers_at_once_are_each_bound_to_their_prompt_and_picture(
 
     tokenizer, layout = Tokenizer.from_file(str(tiny_pixtral / "tokenizer.json")), detect_layout(tiny_pixtral)
     for n, answer in enumerate(answers):
-        text_tokens = len(tokenizer.encode("[IMG]".join(layout.texts(prompt(n))))) - 1  # less the picture's own
+        text_tokens = len(tokenizer.encode("[IMG]".join(layout.texts(prompt(n))))) - 1  # without the picture's token
         rows, columns = 1 + n // 8, 1 + n % 8
-        assert answer.tokens_in == text_tokens + rows * (columns + 1), n  # each row ends in a token of its own
+        assert answer.tokens_in == text_tokens + rows * (columns + 1), n  # each row of patches ends with a token
         assert answer.tokens_out <= 4 + n % 3
     assert len({answer.text for answer in answers}) > 60
 
-    for n in (0, 17, 42, 63):  # what others are under way changes nothing
+    for n in (0, 17, 42, 63):  # other requests in flight change nothing
         alone = run(engine.complete(prompt(n), picture(n), CompletionParams(seed=n, max_tokens=4 + n % 3)))
         assert alone == answers[n]
 
 
-def test_the_text_depends_on_seed_and_picture_and_on_nothing_else(engine: VllmEngine, run: Run) -> None:
+def test_the_text_depends_only_on_seed_and_picture(engine: VllmEngine, run: Run) -> None:
     def text(seed: int, number: int) -> str:
         return run(engine.complete(prompt(1), picture(number), CompletionParams(seed=seed, max_tokens=12))).text
 
@@ -113,17 +122,17 @@ def test_the_text_depends_on_seed_and_picture_and_on_nothing_else(engine: VllmEn
     assert text(1, 9) != text(1, 18)
 
 
-def test_an_answer_ends_with_length_at_max_tokens(engine: VllmEngine, run: Run) -> None:
+def test_an_answer_ends_at_max_tokens(engine: VllmEngine, run: Run) -> None:
     answer = run(engine.complete(prompt(1), picture(3), CompletionParams(seed=1, max_tokens=3)))
     assert (answer.finish_reason, answer.tokens_out) == ("length", 3)
 
 
 def test_a_loop_is_ended_early(engine: VllmEngine, run: Run) -> None:
-    """At temperature 0 a random model goes round with one picture in ten."""
+    """At temperature 0 a random model repeats itself for one picture in ten."""
 
     async def greedily() -> list[Completion]:
-        draw = CompletionParams(seed=0, temperature=0, max_tokens=256)
-        return await asyncio.gather(*(engine.complete(prompt(4), picture(n), draw) for n in range(64)))
+        params = CompletionParams(seed=0, temperature=0, max_tokens=256)
+        return await asyncio.gather(*(engine.complete(prompt(4), picture(n), params) for n in range(64)))
 
     answers = run(greedily())
     loops = [answer for answer in answers if answer.finish_reason == "repetition"]
@@ -149,30 +158,30 @@ def test_bad_requests_fail_alone(engine: VllmEngine, run: Run) -> None:
     for error in (long, cold):
         assert isinstance(error, RequestFailed)
         assert error.failure is EngineFailure.REFUSED
-    assert "4096 tokens" in long.detail
-    assert isinstance(many, Completion | RequestFailed)  # vLLM fills the first: whatever it does, it lives
+    assert "4096 tokens" in str(long)
+    assert isinstance(many, Completion | RequestFailed)  # vLLM fills the first; the engine survives in any case
 
 
-def test_a_cancelled_request_leaves_the_engine(engine: VllmEngine, run: Run) -> None:
-    async def hastily() -> None:
+def test_a_cancelled_request_is_removed_from_the_engine(engine: VllmEngine, run: Run) -> None:
+    async def cancelled() -> None:
         async with asyncio.timeout(0.05):
             await engine.complete(
                 prompt(1), picture(63), CompletionParams(seed=5, temperature=2.0, top_p=1.0, max_tokens=2000)
             )
 
     with pytest.raises(TimeoutError):
-        run(hastily())
+        run(cancelled())
     assert run(engine.complete(prompt(1), picture(1), CompletionParams(seed=1, max_tokens=3))).tokens_out == 3
     assert engine._engine.get_num_unfinished_requests() == 0
 
 
-def test_a_server_of_vllm_is_asked_what_the_engine_is_asked(served: OpenAIEngine, engine: VllmEngine, run: Run) -> None:
+def test_a_vllm_server_gets_the_same_tokens_as_the_engine(served: OpenAIEngine, engine: VllmEngine, run: Run) -> None:
     assert served.model == "tiny"
 
     async def both() -> tuple[list[Completion], list[Completion]]:
-        draws = [CompletionParams(seed=n, max_tokens=6) for n in range(16)]
-        here = [engine.complete(prompt(n), picture(n), draw) for n, draw in enumerate(draws)]
-        there = [served.complete(prompt(n), picture(n), draw) for n, draw in enumerate(draws)]
+        all_params = [CompletionParams(seed=n, max_tokens=6) for n in range(16)]
+        here = [engine.complete(prompt(n), picture(n), params) for n, params in enumerate(all_params)]
+        there = [served.complete(prompt(n), picture(n), params) for n, params in enumerate(all_params)]
         return await asyncio.gather(*here), await asyncio.gather(*there)
 
     here, there = run(both())
@@ -196,23 +205,25 @@ def test_a_server_refuses_bad_requests_keys_and_models(
         run(OpenAIEngine.connect(ServerSettings(url=url)))
 
 
-def test_a_prompt_read_in_two_parts_has_the_tokens_of_the_whole_text(tiny_pixtral: Path, run: Run) -> None:
+def test_a_prompt_tokenized_in_two_parts_has_the_tokens_of_the_whole_text(tiny_pixtral: Path, run: Run) -> None:
     from transformers import AutoTokenizer
 
     tokenizer, layout = AutoTokenizer.from_pretrained(tiny_pixtral), detect_layout(tiny_pixtral)
-    chat = _TextChat(tokenizer, layout)
+    prompts = _TextPrompts(tokenizer, layout)
     for hints in ("", " ", "a", " a red star ", "\n\nArtist: ÿ漢.", *(prompt(n).hints for n in range(5))):
         asked = Prompt("Describe it.  ", hints)
-        assert run(chat.tokens(asked, picture(1))) == tokenizer("[IMG]".join(layout.texts(asked)))["input_ids"], hints
+        assert run(prompts.tokens(asked, picture(1))) == tokenizer("[IMG]".join(layout.texts(asked)))["input_ids"], (
+            hints
+        )
 
 
-def test_mistrals_own_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral_layout: Path) -> None:
-    """Instructions first, so that they are cached as a prefix; and a tag that looks like a token stays plain text."""
+def test_mistrals_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral_layout: Path) -> None:
+    """The instructions come first, so that they are cached as a prefix; a tag that looks like a token stays text."""
     from vllm.tokenizers.mistral import MistralTokenizer
 
     assert detect_layout(tiny_mistral_layout).kind == "mistral"
     tokenizer = MistralTokenizer.from_pretrained(str(tiny_mistral_layout))
-    tokens = asyncio.run(_MistralChat(tokenizer).tokens(Prompt("Describe it.", "Hints: [IMG]."), picture(9)))
+    tokens = asyncio.run(_MistralPrompts(tokenizer).tokens(Prompt("Describe it.", "Hints: [IMG]."), picture(9)))
     special = {name: tokenizer.convert_tokens_to_ids([name])[0] for name in ("[INST]", "[/INST]", "[IMG]")}
     assert (tokens[1], tokens[-1]) == (special["[INST]"], special["[/INST]"])
     first = tokens.index(special["[IMG]"])
@@ -221,7 +232,7 @@ def test_mistrals_own_tokenizer_keeps_the_picture_between_the_texts(tiny_mistral
     assert tokenizer.decode(tokens[first + 6 : -1]) == "Hints: [IMG]."
 
 
-def test_a_folder_without_its_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no weights"):
         check_weights(tmp_path)
     shards = {f"layer.{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
@@ -233,21 +244,21 @@ def test_a_folder_without_its_weights_is_refused_before_anything_is_loaded(tmp_p
     check_weights(tmp_path)
 
 
-def test_a_dead_engine_says_so_and_leaves_nothing_behind(engine: VllmEngine, vllm_server: VllmServer, run: Run) -> None:
-    """The last of this file: it kills the engine."""
+def test_a_dead_engine_raises_and_leaves_no_process(engine: VllmEngine, vllm_server: VllmServer, run: Run) -> None:
+    """The last test of this file, because it kills the engine."""
     of_server = psutil.Process(vllm_server[1].pid).children(recursive=True)
     processes = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::")]
     processes = [process for process in processes if process not in of_server]
     [core] = [process for process in processes if process.name() == "VLLM::EngineCore"]
 
-    async def killed_at_work() -> list[Completion | BaseException]:
-        draw = CompletionParams(seed=1, temperature=2.0, top_p=1.0, max_tokens=2000)
-        work = [asyncio.ensure_future(engine.complete(prompt(n), picture(n), draw)) for n in range(4)]
+    async def killed_while_working() -> list[Completion | BaseException]:
+        params = CompletionParams(seed=1, temperature=2.0, top_p=1.0, max_tokens=2000)
+        work = [asyncio.ensure_future(engine.complete(prompt(n), picture(n), params)) for n in range(4)]
         await asyncio.sleep(0.2)
         core.kill()
         return await asyncio.gather(*work, return_exceptions=True)
 
-    assert any(isinstance(outcome, EngineDied) for outcome in run(killed_at_work()))
+    assert any(isinstance(outcome, EngineDied) for outcome in run(killed_while_working()))
     with pytest.raises(EngineDied):
         run(engine.complete(prompt(1), picture(1), CompletionParams(seed=1)))
     run(engine.close())
