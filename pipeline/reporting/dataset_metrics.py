@@ -4,7 +4,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -15,15 +14,8 @@ from pipeline.core.errors import S3Refused, S3Unavailable
 from pipeline.reporting.inventory import Holding, Inventory
 from pipeline.storage.shards import Store
 
-
-@dataclass(frozen=True)
-class Scan:
-    """The result of the last scan."""
-
-    holdings: dict[str, Holding] | None  # by folder; None if there is no dataset or it cannot be listed
-    disk: dict[str, float]  # bytes of the disk that the dataset is on; {} on S3
-    seconds: float  # taken by the scan
-    ended: float  # Unix time
+# Name without hdm_dataset_, help text, names of the labels, and the numbers by a tuple of the labels' values.
+Metric = tuple[str, str, tuple[str, ...], Mapping[Any, float]]
 
 
 class DatasetMetrics(Collector):
@@ -31,8 +23,10 @@ class DatasetMetrics(Collector):
 
     def __init__(self, dataset: Store) -> None:
         self._dataset, self._inventory = dataset, Inventory(dataset)
-        self._last: Scan | None = None
         self._problem = ""
+        self._scanned = (0.0, 0.0)  # Unix times of the start and the end of the last scan
+        self._holdings: dict[str, Holding] | None = None  # by folder; None if there is no dataset
+        self._disk: dict[str, float] = {}  # bytes of the disk that the dataset is on
 
     def serve(self, host: str, port: int) -> int:
         """Serves /metrics in a thread and returns the port. Raises OSError if the address cannot be used."""
@@ -43,8 +37,7 @@ class DatasetMetrics(Collector):
 
     def scan(self) -> None:
         """Scans the dataset. A problem is printed once to stderr and sets the metric `up` to 0."""
-        started = time.time()
-        holdings, disk, problem = None, {}, ""
+        started, holdings, disk, problem = time.time(), None, {}, ""
         try:
             holdings = self._inventory.scan()
             if holdings is None:
@@ -56,62 +49,53 @@ class DatasetMetrics(Collector):
             problem = str(error)
         if problem != self._problem:
             print(f"exporter: {problem or 'the dataset is there'}", file=sys.stderr, flush=True)
-        self._problem = problem
-        ended = time.time()
-        self._last = Scan(holdings, disk, ended - started, ended)
+        self._problem, self._holdings, self._disk = problem, holdings, disk
+        self._scanned = started, time.time()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        if self._last is None:
+        for name, meaning, labels, numbers in self._metrics(time.time()):
+            family = GaugeMetricFamily(f"hdm_dataset_{name}", meaning, labels=labels)
+            for values, number in numbers.items():
+                family.add_metric(values, number)
+            yield family
+
+    def _metrics(self, now: float) -> Iterator[Metric]:
+        started, ended = self._scanned
+        if not ended:
             return
-        now, last = time.time(), self._last
-        yield _gauge("up", "1 if the dataset could be scanned, else 0", last.holdings is not None)
-        yield _gauge("look_seconds", "Duration of the last scan", last.seconds)
-        yield _gauge("look_age_seconds", "Time since the last scan", now - last.ended)
-        if last.holdings is not None:
-            yield from _rows(last.holdings)
-            yield from _files(last.holdings, now)
-            for name, size in last.disk.items():
-                yield _gauge(name, "Size or free space of the disk that the dataset is on", size)
+        yield "up", "1 if the dataset could be scanned, else 0", (), {(): self._holdings is not None}
+        yield "look_seconds", "Duration of the last scan", (), {(): ended - started}
+        yield "look_age_seconds", "Time since the last scan", (), {(): now - ended}
+        if self._holdings is not None:
+            yield from _rows(self._holdings)
+            yield from _files(self._holdings, now)
+            for name, size in self._disk.items():
+                yield name, "Size or free space of the disk that the dataset is on", (), {(): size}
 
 
-def _rows(holdings: Mapping[str, Holding]) -> Iterator[GaugeMetricFamily]:
-    def below(first: str) -> dict[str, Holding]:
-        return {folder: held for folder, held in sorted(holdings.items()) if folder.partition("/")[0] == first}
+def _rows(holdings: Mapping[str, Holding]) -> Iterator[Metric]:
+    def below(first: str) -> list[tuple[str, Holding]]:
+        return [(folder, held) for folder, held in sorted(holdings.items()) if folder.partition("/")[0] == first]
 
-    yield _gauge("ingested_rows", "Rows with an image in the dataset", holdings.get("images", Holding()).rows)
-    reasons = holdings.get("rejected", Holding()).reasons
-    yield _gauges("rejected_rows", "Rows refused by ingest", ("reason",), {(why,): n for why, n in reasons.items()})
-    captions = below("captions")
-    captioned = {folder: held.rows - held.reasons.total() for folder, held in captions.items()}
-    yield _by_folder("captioned_rows", "Rows captioned by the requested engine", captioned)
+    none, by_folder, captions = Holding(), ("folder",), below("captions")
+    yield "ingested_rows", "Rows with an image in the dataset", (), {(): holdings.get("images", none).rows}
+    reasons = holdings.get("rejected", none).reasons
+    yield "rejected_rows", "Rows refused by ingest", ("reason",), {(why,): rows for why, rows in reasons.items()}
+    captioned = {(folder,): held.rows - held.reasons.total() for folder, held in captions}
+    yield "captioned_rows", "Rows captioned by the requested engine", by_folder, captioned
+    refused = {(folder, why): rows for folder, held in captions for why, rows in held.reasons.items()}
     meaning = "Rows captioned by their tags because the requested engine failed"
-    refused = {(folder, why): rows for folder, held in captions.items() for why, rows in held.reasons.items()}
-    yield _gauges("caption_rejected_rows", meaning, ("folder", "reason"), refused)
-    scored, selected = below("scores"), below("selections")
-    yield _by_folder("scored_rows", "Rows scored by a classifier", {f: held.rows for f, held in scored.items()})
-    yield _by_folder("selected_rows", "Rows of a selection", {f: held.rows for f, held in selected.items()})
+    yield "caption_rejected_rows", meaning, ("folder", "reason"), refused
+    scored = {(folder,): held.rows for folder, held in below("scores")}
+    yield "scored_rows", "Rows scored by a classifier", by_folder, scored
+    selected = {(folder,): held.rows for folder, held in below("selections")}
+    yield "selected_rows", "Rows of a selection", by_folder, selected
 
 
-def _files(holdings: Mapping[str, Holding], now: float) -> Iterator[GaugeMetricFamily]:
-    held = holdings.items()
-    yield _by_folder("shards", "Finished shards", {folder: of.shards for folder, of in held})
-    yield _by_folder("unreadable_shards", "Shards that cannot be read", {folder: of.unreadable for folder, of in held})
-    yield _by_folder("bytes", "Size of all files in a folder and below", {folder: of.bytes for folder, of in held})
-    ages = {folder: now - of.newest for folder, of in held if of.newest is not None}
-    yield _by_folder("newest_shard_age_seconds", "Time since the last shard of a folder was written", ages)
-
-
-def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
-    return _gauges(name, meaning, (), {(): value})
-
-
-def _by_folder(name: str, meaning: str, values: Mapping[str, float]) -> GaugeMetricFamily:
-    return _gauges(name, meaning, ("folder",), {(folder,): value for folder, value in values.items()})
-
-
-def _gauges(name: str, meaning: str, labels: tuple[str, ...], values: Mapping[Any, float]) -> GaugeMetricFamily:
-    """A metric with labels; `values` are by the values of the labels."""
-    family = GaugeMetricFamily(f"hdm_dataset_{name}", meaning, labels=labels)
-    for label_values, value in values.items():
-        family.add_metric(label_values, value)
-    return family
+def _files(holdings: Mapping[str, Holding], now: float) -> Iterator[Metric]:
+    folders, labels = [((folder,), held) for folder, held in holdings.items()], ("folder",)
+    yield "shards", "Finished shards", labels, {folder: held.shards for folder, held in folders}
+    yield "unreadable_shards", "Shards that cannot be read", labels, {folder: h.unreadable for folder, h in folders}
+    yield "bytes", "Size of all files in a folder and below", labels, {folder: held.bytes for folder, held in folders}
+    ages = {folder: now - held.newest for folder, held in folders if held.newest is not None}
+    yield "newest_shard_age_seconds", "Time since the last shard of a folder was written", labels, ages
