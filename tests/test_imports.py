@@ -67,7 +67,7 @@ ONLY_IN = {
     "s3fs": {"pipeline/storage/s3.py"},
     "tensorboard": {"trainer/training/run_log.py"},
     "wandb": {"trainer/training/run_log.py"},
-    "gradio": {"trainer/web/page.py"},
+    "gradio": {"trainer/web/page.py", "trainer/web/server.py"},
     "torchmetrics": {"trainer/evaluation/fidelity.py"},
     "jinja2": {
         "pipeline/captions/trial.py",

@@ -1,5 +1,5 @@
 (width, height, xShift, yShift, zoom) => {
-  // As outline.py; called again whenever a slider moves.
+  // The same as camera_outline.py; called whenever a slider moves.
   const outline = document.getElementById("outline");
   if (!outline) return;
   const words = outline.querySelector(".words");
@@ -16,7 +16,7 @@
   const [left, top, right, bottom] = [(x - 1) / zoom, (y - 1) / zoom, (x + 1) / zoom, (y + 1) / zoom];
   outline.dataset.view = [left, top, right, bottom].join(" ");
 
-  // Drawn in units that are the same both ways, and with room for all of both rectangles.
+  // In a unit that is the same for both directions, with room for both rectangles.
   const unitX = 2 * halfX, unitY = 2 * halfY;
   const place = (rectangle, l, t, r, b) => {
     const box = { x: l * unitX, y: t * unitY, width: (r - l) * unitX, height: (b - t) * unitY };

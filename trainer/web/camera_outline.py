@@ -1,19 +1,19 @@
-"""Where the camera looks, as a small drawing beside its sliders: the frame that was trained on, and the view.
+"""A small drawing beside the camera's sliders: the frame of training, and what the camera sees.
 
-Unit: half a side of the frame, from its centre, x right and y down, so that the frame is [-1, 1] both ways whatever its
-aspect ratio. outline.js is the same arithmetic in the browser, where it follows the sliders.
+Unit: half a side of the frame, from its centre, x right and y down, so that the frame is [-1, 1] in both directions at
+any aspect ratio. camera_outline.js does the same arithmetic in the browser, where it follows the sliders.
 """
 
 import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-# Takes width, height, x shift, y shift and zoom; gradio runs it in the browser.
+# A function of width, height, x shift, y shift and zoom, which gradio runs in the browser.
 MOVE_OUTLINE = Path(__file__).with_name("camera_outline.js").read_text()
 
 
 @dataclass(frozen=True)
-class View:
+class CameraView:
     """Edges of what the camera sees."""
 
     left: float
@@ -22,21 +22,21 @@ class View:
     bottom: float
 
 
-def view(width: int, height: int, x_shift: float, y_shift: float, zoom: float) -> View:
-    """What `positions.camera` makes of the edges of a picture of width x height pixels (`paper` convention).
+def camera_view(width: int, height: int, x_shift: float, y_shift: float, zoom: float) -> CameraView:
+    """Where `positions.camera` puts the edges of a picture of width x height pixels (`paper` convention).
 
-    There a position is in units of sqrt(width * height), so that half a side is sqrt(width / height) / 2 of them.
+    It measures in units of sqrt(width * height), so half a side is sqrt(width / height) / 2.
     """
     half_x, half_y = math.sqrt(width / height) / 2, math.sqrt(height / width) / 2
     x, y = x_shift / half_x, y_shift / half_y
-    return View((x - 1) / zoom, (y - 1) / zoom, (x + 1) / zoom, (y + 1) / zoom)
+    return CameraView((x - 1) / zoom, (y - 1) / zoom, (x + 1) / zoom, (y + 1) / zoom)
 
 
 def outline_html(width: int, height: int) -> str:
-    """The drawing with the camera at rest."""
-    seen = view(width, height, 0, 0, 1)
+    """The drawing for a camera that is not moved."""
+    seen = camera_view(width, height, 0, 0, 1)
     edges = " ".join(f"{edge:g}" for edge in astuple(seen))
-    x, y = math.sqrt(width / height), math.sqrt(height / width)  # half sides, in units that are the same both ways
+    x, y = math.sqrt(width / height), math.sqrt(height / width)  # half sides, in a unit that is the same for both
     box = 1.25 * max(x, y)
     rectangle = f'x="{-x:.4f}" y="{-y:.4f}" width="{2 * x:.4f}" height="{2 * y:.4f}"'
     return f"""<div id="outline" data-view="{edges}">

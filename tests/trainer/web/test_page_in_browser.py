@@ -1,7 +1,4 @@
-"""The page in a browser: what a visitor does with it, from the prompt to the file that is downloaded.
-
-Each run leaves a screenshot in .pytest_artefacts/page.png.
-"""
+"""The page in a browser, from the prompt to the downloaded file. Leaves a screenshot in .pytest_artefacts/page.png."""
 
 import json
 import math
@@ -15,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from trainer.drawing.pictures import read_origin
-from trainer.web.camera_outline import view
+from trainer.drawing.picture_files import read_metadata
+from trainer.web.camera_outline import camera_view
 
 ARTEFACTS = Path(__file__).parents[3] / ".pytest_artefacts"
-SOON = 60_000  # milliseconds: a busy machine is no failure
+TIMEOUT = 60_000  # milliseconds; a busy machine is no failure
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +33,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, served: Any) -> Iterator[Any]:
-    """A tab with the page; it must ask nothing of any other server, and no script of it may fail."""
+    """A tab with the page. It must not contact any other server, and none of its scripts may fail."""
     tab = browser.new_page(viewport={"width": 1000, "height": 1200})
-    tab.set_default_timeout(SOON)
+    tab.set_default_timeout(TIMEOUT)
     asked: list[str] = []
     failed: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
@@ -67,8 +64,8 @@ def outline(page: Any) -> list[float]:
 
 
 def wait_for_outline(page: Any, *camera: float) -> None:
-    """Until it is where outline.py says."""
-    edges = json.dumps(astuple(view(*camera)))  # type: ignore[arg-type]
+    """Until it is where camera_outline.py puts it."""
+    edges = json.dumps(astuple(camera_view(*camera)))  # type: ignore[arg-type]
     page.wait_for_function(
         f"""{edges}.every((edge, i) => Math.abs(
             edge - Number(document.querySelector("#outline").dataset.view.split(" ")[i])) < 1e-6)"""
@@ -80,7 +77,7 @@ def wait_for_message(page: Any, pattern: str) -> str:
     return str(page.text_content("#message")).strip()
 
 
-def test_from_a_prompt_to_a_file_that_says_what_made_it(page: Any, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_and_downloaded_with_its_metadata(page: Any, tmp_path: Path) -> None:
     page.fill("#prompt textarea", "red star, night")
     page.fill("#negative textarea", "blue fish")
     slider = page.locator("#x_shift input[type=range]")
@@ -108,11 +105,11 @@ def test_from_a_prompt_to_a_file_that_says_what_made_it(page: Any, tmp_path: Pat
         "prompt": "red star, night", "negative": "blue fish", "width": 80, "height": 64, "steps": 3, "seed": 11,
         "guidance": 2.5, "sampler": "euler", "x_shift": 0.25, "y_shift": 0.0, "zoom": 0.8,
     }  # fmt: skip
-    origin = read_origin(path)
+    origin = read_metadata(path)
     assert {name: origin[name] for name in wanted} == wanted
 
 
-def test_what_cannot_be_drawn_is_a_message_on_the_page_and_the_next_picture_is_drawn(page: Any) -> None:
+def test_invalid_input_shows_a_message_and_a_drawing_can_be_stopped(page: Any) -> None:
     fill(page, "steps", 2)
     fill(page, "width", 0)  # not the zoom: gradio brings a slider's number between its ends, now and then
     page.wait_for_selector("#outline.impossible")
@@ -136,9 +133,17 @@ def test_what_cannot_be_drawn_is_a_message_on_the_page_and_the_next_picture_is_d
     page.click("#draw")  # without a prompt
     wait_for_message(page, "64 × 64 pixels, 2 steps")
     page.wait_for_selector("#picture img")
+    fill(page, "steps", 1000)
+    page.click("#draw")
+    wait_for_message(page, "step [1-9]")
+    page.click("#stop")
+    wait_for_message(page, "stopped")
+    fill(page, "steps", 2)
+    page.click("#draw")
+    wait_for_message(page, "2 steps, seed")
 
 
-def test_a_picture_of_the_session_brings_its_settings_back(page: Any) -> None:
+def test_a_picture_of_the_session_restores_its_settings(page: Any) -> None:
     for prompt, width, x_shift in (("red star", 48, 0.5), ("blue fish", 64, 0)):
         page.fill("#prompt textarea", prompt)
         for field, value in (("width", width), ("x_shift", x_shift), ("steps", 2), ("seed", width)):
@@ -153,18 +158,7 @@ def test_a_picture_of_the_session_brings_its_settings_back(page: Any) -> None:
     assert page.evaluate("document.querySelector('#picture img').naturalWidth") == 48
 
 
-def test_a_picture_can_be_stopped(page: Any) -> None:
-    fill(page, "steps", 1000)
-    page.click("#draw")
-    wait_for_message(page, "step [1-9]")
-    page.click("#stop")
-    wait_for_message(page, "stopped")
-    fill(page, "steps", 2)
-    page.click("#draw")
-    wait_for_message(page, "2 steps, seed")
-
-
-def test_examples_presets_and_the_dice_fill_the_form_in(page: Any) -> None:
+def test_examples_presets_seeds_and_the_camera_work_in_the_browser(page: Any) -> None:
     page.locator("#examples tbody tr").first.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'red star'")
     page.click("#preset input")
@@ -179,9 +173,7 @@ def test_examples_presets_and_the_dice_fill_the_form_in(page: Any) -> None:
         seeds.add(form(page, "seed")[0])
     assert len(seeds) == 3
     assert all(0 <= int(seed) < 2**31 for seed in seeds)
-
-
-def test_the_outline_is_the_one_of_the_arithmetic_in_python(page: Any) -> None:
+    # The outline equals the arithmetic in Python.
     for camera in ((64, 128, -0.4, 0.3, 0.5), (128, 64, 1, -1, 4), (96, 96, 0, 0, 1)):
         for field, value in zip(("width", "height", "x_shift", "y_shift", "zoom"), camera, strict=True):
             fill(page, field, value)
