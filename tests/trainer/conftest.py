@@ -60,10 +60,12 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from trainer.encoders.load_codec import load_codec
     from trainer.encoders.text import build_local_text_encoder, text_width
-    from trainer.model.xut import XUT, XUTConfig
+    from trainer.model.config import XUTConfig
+    from trainer.model.xut import XUT
     from trainer.recipe.stages import STAGES
-    from trainer.runs.checkpoint import Checkpoints, training_state
+    from trainer.runs.checkpoint import Checkpoints
     from trainer.runs.ema import EMA
+    from trainer.runs.training_state import training_state
 
     run = tmp_path_factory.mktemp("runs") / "random"
     stage = STAGES["demo"]

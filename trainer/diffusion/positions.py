@@ -91,4 +91,6 @@ def _from_centre(start_B: Tensor, token: float, count: int, size_B: Tensor) -> T
 
 def _pairs(y_BR: Tensor, x_BG: Tensor) -> Tensor:
     """All pairs (y, x), row by row: (B, R * G, 2)."""
-    return torch.stack(torch.broadcast_tensors(y_BR[:, :, None], x_BG[:, None, :]), dim=-1).flatten(1, 2)
+    y_BRG = y_BR[:, :, None].expand(-1, -1, x_BG.shape[1])
+    x_BRG = x_BG[:, None, :].expand(-1, y_BR.shape[1], -1)
+    return torch.stack([y_BRG, x_BRG], dim=-1).flatten(1, 2)

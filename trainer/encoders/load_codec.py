@@ -34,7 +34,7 @@ def load_codec(name: str, device: torch.device | str = "cpu", compiled: bool = F
 
 
 def codec_shape(name: str) -> tuple[int, int]:
-    """Latent channels and pixels per latent side of `load_codec(name)`, from a VAE's config alone. Raises as it does."""
+    """Latent channels and pixels per latent side of `load_codec(name)`, without loading weights. Raises as it does."""
     if name in EMBEDDED_CODECS:
         codec = EMBEDDED_CODECS[name]()
         return codec.channels, codec.factor

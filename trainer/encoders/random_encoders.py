@@ -49,5 +49,5 @@ def sdxl_vae(device: torch.device, dtype: torch.dtype, compiled: bool) -> VaeCod
             layers_per_block=2,
             latent_channels=4,
         )
-    statistics = Statistics(mean=(0.0,) * 4, std=(1.0,) * 4, source="none: random weights")
+    statistics = Statistics(mean=(0.0,) * 4, std=(1.0,) * 4)
     return VaeCodec("SDXL's shape", vae.to(device, dtype), statistics, compiled)

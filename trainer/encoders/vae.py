@@ -24,20 +24,15 @@ _PIXELS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Statistics:
-    """Normalisation latent = (z - mean) / std of the encoder's output, by channel, and the source of the numbers."""
+    """Normalisation of the encoder's output z by channel: latent = (z - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    source: str
 
 
 # Measured by HDM's authors, because the config of this VAE has only the scaling_factor of the SDXL VAE that it was
 # fine-tuned from.
-_EQ_SDXL_VAE = Statistics(
-    mean=(-3.8660, -1.3354, 0.8354, 0.9099),
-    std=(10.0365, 6.8484, 7.2138, 5.5913),
-    source="HDM's statistics of EQ-SDXL-VAE",
-)
+_EQ_SDXL_VAE = Statistics(mean=(-3.8660, -1.3354, 0.8354, 0.9099), std=(10.0365, 6.8484, 7.2138, 5.5913))
 
 
 class VaeCodec(nn.Module):
@@ -104,7 +99,7 @@ def latent_statistics(name: str, config: dict[str, Any]) -> Statistics:
                 f"the codec {name!r}: latents_mean and latents_std of its {_CONFIG} must both be {channels} numbers, "
                 f"one of each channel, deviations above 0; got {mean} and {std}"
             )
-        return Statistics(tuple(mean), tuple(std), f"latents_mean and latents_std of its {_CONFIG}")
+        return Statistics(tuple(mean), tuple(std))
     if _is_eq_sdxl_vae(name, config) and (channels, factor) == (4, 8):
         return _EQ_SDXL_VAE
     factors = [config.get("scaling_factor"), config.get("shift_factor") or 0.0]
@@ -115,8 +110,7 @@ def latent_statistics(name: str, config: dict[str, Any]) -> Statistics:
             "scaling_factor above 0 into it"
         )
     scale, shift = factors
-    source = f"scaling_factor {scale:g} and shift_factor {shift:g} of its {_CONFIG}"
-    return Statistics((float(shift),) * channels, (1 / scale,) * channels, source)
+    return Statistics((float(shift),) * channels, (1 / scale,) * channels)
 
 
 def _is_eq_sdxl_vae(name: str, config: dict[str, Any]) -> bool:

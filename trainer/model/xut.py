@@ -208,13 +208,8 @@ class XUT(nn.Module):
         shared = None
         if self.adaln is not None:
             shared = {kind: self.adaln[kind](condition_BD) for kind in _BRANCH_KINDS if kind in self.adaln}
-        return Context(
-            position=position_BS2,
-            rotary=None if self.frequency is None else rotary_table(position_BS2, self.frequency),
-            key_mask=key_mask_B11S,
-            condition=condition_BD,
-            shared=shared,
-        )
+        rotary_BS1P2 = None if self.frequency is None else rotary_table(position_BS2, self.frequency)
+        return Context(position_BS2, rotary_BS1P2, key_mask_B11S, condition_BD, shared)
 
     def _token_positions(self, position_map: Tensor, x_BCHW: Tensor) -> Tensor:
         """Token positions (B, N, 2), float32, from a map of tokens or, for the release, of latent pixels.

@@ -103,14 +103,6 @@ def merge_folder(model: nn.Module, folder: Path, scale: float = 1.0) -> dict[str
 
 def read_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a folder in peft's layout. Raises ValueError for any other folder or kind of adapter."""
-    return _read_config(folder), read_tensors(folder / WEIGHTS)
-
-
-def _exported(name: str) -> str:
-    return f"base_model.model.{name.replace('.default.', '.')}"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder} is not a folder of adapters: it has no {' and no '.join(missing)}. trainer/export.py --to-lora "
@@ -125,7 +117,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         other.append(f"init_lora_weights={start}")
     if other:
         raise ValueError(f"{folder}/{CONFIG} has {', '.join(other)}, but only plain adapters, A and B, can be merged")
-    return fields
+    return fields, read_tensors(folder / WEIGHTS)
+
+
+def _exported(name: str) -> str:
+    return f"base_model.model.{name.replace('.default.', '.')}"
 
 
 def _check_fit(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

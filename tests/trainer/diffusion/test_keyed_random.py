@@ -1,4 +1,4 @@
-"""The random numbers of training samples, which no library's version and no machine may change."""
+"""The random numbers of training samples, which must not depend on library versions or machines."""
 
 import numpy as np
 import pytest

@@ -91,12 +91,12 @@ def test_camera_shifts_before_it_zooms_and_is_undone_by_its_inverse() -> None:
 
 
 @pytest.mark.parametrize("zoom", [0.0, -1.0, math.inf, math.nan])
-def test_camera_refuses_a_zoom_that_is_no_zoom(zoom: float) -> None:
+def test_camera_refuses_a_zoom_that_is_not_positive_and_finite(zoom: float) -> None:
     with pytest.raises(ValueError, match="zoom"):
         camera(full_position_map(64, 64, 4, 4), zoom=zoom)
 
 
 @pytest.mark.parametrize("shift", [math.inf, math.nan])
-def test_camera_refuses_a_shift_to_nowhere(shift: float) -> None:
+def test_camera_refuses_a_shift_that_is_not_finite(shift: float) -> None:
     with pytest.raises(ValueError, match="shift"):
         camera(full_position_map(64, 64, 4, 4), x_shift=shift)

@@ -10,7 +10,8 @@ from torch import Tensor
 from trainer.diffusion.flow import shift_time
 from trainer.diffusion.positions import full_position_map
 from trainer.diffusion.sampler import Velocity, euler, guided, guided_apart, heun, time_grid
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
 
 Integrate = Callable[..., Tensor]
 

@@ -15,7 +15,7 @@ from trainer.encoders.load_codec import codec_shape, load_codec
 
 
 def noise(batch: int = 2, height: int = 16, width: int = 24) -> Tensor:
-    """Every byte is as likely: the hardest picture there is for a codec that drops anything."""
+    """Uniformly random bytes, the hardest picture for a lossy codec."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8)
 

@@ -146,7 +146,7 @@ def test_no_room_for_tokens_is_refused(encoder: TextEncoder) -> None:
 # --- load -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_loaded_without_network_and_without_a_word(
+def test_a_folder_is_loaded_without_network_and_without_output(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object) -> None:
@@ -213,7 +213,7 @@ def without_a_layer(weights: Path) -> None:
     ("damage", "why"),
     [(cut_short, "incomplete"), (without_a_layer, r"weights are missing, such as layers\.1"), (Path.unlink, "no file")],
 )
-def test_weights_that_are_not_whole_are_refused_in_one_line(
+def test_incomplete_weights_are_refused_in_one_line(
     folder: Path, tmp_path: Path, damage: Callable[[Path], None], why: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))

@@ -1,4 +1,4 @@
-"""The closed form of XUT's arithmetic against torch's own count of every product."""
+"""The closed form of XUT's operations against torch's count."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from trainer.model.xut import XUT
 
 
 def counted(config: XUTConfig, side: int, text_tokens: int, rate: float) -> tuple[int, int]:
-    """Operations of a forward pass and of a whole step on one sample; nothing is computed, tensors are shapes only."""
+    """Operations of a forward pass and of a whole step on one sample, on the meta device."""
     with torch.device("meta"):
         model = XUT(config)
         inputs: dict[str, Any] = {
@@ -51,7 +51,7 @@ def test_the_closed_form_is_what_torch_counts(overrides: dict[str, Any], rate: f
     assert (closed.forward, closed.step) == (forward, step)
 
 
-def test_base_at_512_pixels_with_tread_does_three_fifths_of_the_dense_arithmetic() -> None:
+def test_base_at_512_pixels_with_tread_takes_three_fifths_of_the_dense_operations() -> None:
     """1024 image tokens and 96 of text: 16 of 20 blocks see half of the image tokens."""
     dense, routed = (count_flops(XUTConfig.base(), 1024, 96, rate).step for rate in (0.0, 0.5))
     assert routed / dense == pytest.approx(0.595, abs=0.005)

@@ -1,4 +1,4 @@
-"""The public weights: reproduced, renamed without loss, refused where they do not fit."""
+"""The public weights: reproduced, renamed without loss, refused if they do not fit."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Rotary embedding: what turns, by how much, and what attention sees of it."""
+"""Rotary embedding: which dims rotate, by which angle, and the effect on attention scores."""
 
 import math
 

@@ -14,13 +14,13 @@ def keys(count: int, seed: int = 0) -> torch.Tensor:
     ("tokens", "rate", "kept"),
     [(256, 0.5, 128), (64, 0.5, 32), (1024, 0.75, 256), (9, 0.5, 5), (4, 0.99, 1), (4, 0.0, 4)],
 )
-def test_rate_is_the_share_of_image_tokens_left_out(tokens: int, rate: float, kept: int) -> None:
+def test_the_rate_is_the_share_of_image_tokens_that_are_routed_around(tokens: int, rate: float, kept: int) -> None:
     assert kept_image_tokens(tokens, rate) == kept
     assert select_tokens(keys(3), tokens, 7, rate).shape == (3, kept + 7)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_a_rate_that_is_no_share_is_refused(rate: float) -> None:
+def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="selection_rate"):
         kept_image_tokens(64, rate)
 

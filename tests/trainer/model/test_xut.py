@@ -1,4 +1,4 @@
-"""XUT: its size, its wiring, what it depends on and what it must not depend on."""
+"""XUT: its wiring, its initial state, and which inputs its output depends on."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TEXT_DIM = 16
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Kernels this small are slower on more threads, by far where other work runs beside."""
+    """Kernels this small are slower on more threads, especially beside other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def small_model(seed: int = 0, **overrides: Any) -> XUT:
-    """A model of a few thousand weights, all random: nothing hides behind a zero initialisation."""
+    """A small model whose weights are all random, so that no zero initialisation hides an effect."""
     shape = {"dim": 32, "heads": 2, "mlp_dim": 48, "depth": 2, "dec_blocks": 2, "post_blocks": 1, "text_dim": TEXT_DIM}
     torch.manual_seed(seed)
     model = XUT(XUTConfig(**{**shape, **overrides}))
@@ -56,14 +56,14 @@ def inputs(batch: int = 2, text_tokens: int = 6, side: int = 8, seed: int = 1) -
 
 
 def fresh_model(**overrides: Any) -> XUT:
-    """A small model exactly as it starts."""
+    """A small model in its initial state."""
     model = small_model(**overrides)
     torch.manual_seed(0)
     return XUT(model.config)
 
 
 def capture(module: nn.Module) -> list[Any]:
-    """The list that will hold the module's next inputs, then its output."""
+    """A list that the module's next forward pass extends by its inputs and its output."""
     seen: list[Any] = []
     module.register_forward_hook(lambda module, args, out: seen.extend([args, out]))
     return seen
@@ -110,7 +110,7 @@ def test_without_skips_the_decoder_reads_nothing() -> None:
 
 
 def _stages_read(model: XUT) -> list[set[str]]:
-    """Which encoder stages (a, b, c ...) each decoder stage reads besides the stream it is handed."""
+    """The encoder stages (a, b, c ...) that each decoder stage reads, apart from its input stream."""
     encoded: dict[str, Tensor] = {}
     decoded: list[Tensor] = []
 
@@ -242,7 +242,7 @@ def test_routing_without_a_key_is_refused() -> None:
         small_model()(**inputs(), selection_rate=0.5)
 
 
-# What the velocity must not depend on
+# Invariances
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -320,7 +320,7 @@ def test_latents_that_do_not_split_into_patches_are_refused(shape: tuple[int, ..
 
 
 @every_option
-def test_one_batch_is_learned_by_heart(overrides: dict[str, Any]) -> None:
+def test_one_batch_is_memorised(overrides: dict[str, Any]) -> None:
     """The loss of a repeated batch falls below 5% of its start."""
     model = fresh_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0, **overrides)
     batch = inputs(batch=4, side=4)

@@ -1,4 +1,4 @@
-"""Muon against torch's own, and what an orthogonal step is."""
+"""Muon against torch's implementation, and orthogonalisation against the SVD."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, whatever happens to the process, the disk or S3."""
+"""A checkpoint is complete or absent, whatever happens to the process, the disk or S3."""
 
 import errno
 import itertools
@@ -28,7 +28,7 @@ FILES = (*(f"{kind}.safetensors" for kind in KINDS), "state.json")
 
 @pytest.fixture(autouse=True)
 def fresh_connection() -> Iterator[None]:
-    """Each test has an S3 connection made with its own environment."""
+    """Each test connects to S3 with its own environment."""
     s3._connect.cache_clear()
     yield
     s3._connect.cache_clear()
@@ -36,19 +36,19 @@ def fresh_connection() -> Iterator[None]:
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The checkpoints of a stage of a run, on the local disk and on S3."""
+    """The folder of a stage's checkpoints, on the local disk and on S3."""
     name = request.node.name.replace("[", "-").replace("]", "")
     run = str(tmp_path / "my run") if request.param == "local" else f"{request.getfixturevalue('bucket')}/runs/{name}"
     return f"{run}/demo/checkpoints"
 
 
 def of_step(step: int, size: int = 4) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors that say of which step they are."""
+    """Tensors whose values are the step."""
     return {kind: {"weight": torch.full((size,), float(step)), "empty": torch.zeros(0, 3)} for kind in KINDS}
 
 
 def newest_step(root: str) -> int | None:
-    """Of the newest checkpoint, which is whole: each of its files loads and is of its step."""
+    """The step of the newest checkpoint, after checking that each of its files loads and belongs to that step."""
     found = Checkpoints(root).newest()
     if found is None:
         return None
@@ -66,7 +66,7 @@ def folders(root: str) -> list[str]:
     return Store(root).folders("")
 
 
-# --- There and back ---------------------------------------------------------------------------------------------------
+# --- Saving and loading -----------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved(root: str) -> None:
@@ -110,7 +110,7 @@ def test_a_large_file_goes_to_s3_in_parts(bucket: str, s3_server: Any) -> None:
     assert torch.equal(saved.tensors("model")["weight"], tensors["model"]["weight"])
 
 
-def test_a_type_that_safetensors_does_not_have_is_refused_and_harms_no_older_one(tmp_path: Path) -> None:
+def test_a_dtype_that_safetensors_does_not_have_is_refused_and_harms_no_older_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(1, of_step(1), {})
     with pytest.raises(ValueError, match="complex"):
@@ -123,7 +123,7 @@ def test_a_run_without_checkpoints_has_none(root: str) -> None:
     assert Checkpoints(root).newest() is None
 
 
-# --- What is kept -----------------------------------------------------------------------------------------------------
+# --- Retention --------------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_and_every_kth_are_kept(root: str) -> None:
@@ -136,7 +136,7 @@ def test_the_newest_and_every_kth_are_kept(root: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [{"keep_last": 0}, {"keep_every": -1}])
-def test_to_keep_none_is_refused(tmp_path: Path, keep: dict[str, int]) -> None:
+def test_keeping_no_checkpoint_is_refused(tmp_path: Path, keep: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="keep_last"):
         Checkpoints(str(tmp_path)).save(1, of_step(1), {}, **keep)
 
@@ -161,11 +161,11 @@ def test_the_newest_is_the_one_saved_last_also_when_training_went_back_or_a_cloc
     assert steps(root) == [1600, 1700]
 
 
-# --- What is passed over ----------------------------------------------------------------------------------------------
+# --- Incomplete checkpoints -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_one_that_is_cut_short_anywhere_is_passed_over_and_harms_no_other(root: str, file: str) -> None:
+def test_a_truncated_checkpoint_is_ignored_and_harms_no_other(root: str, file: str) -> None:
     Checkpoints(root).save(1, of_step(1), {})
     second = Store(Checkpoints(root).save(2, of_step(2), {"config": {"a": [1, 2]}}).folder)
     whole = second.read(file)
@@ -179,7 +179,7 @@ def test_one_that_is_cut_short_anywhere_is_passed_over_and_harms_no_other(root: 
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"files": 1}', '{"files": {}, "saved_at": "now"}', "\udcff"])
-def test_a_state_of_something_else_is_passed_over(tmp_path: Path, text: str) -> None:
+def test_a_state_file_with_other_content_is_ignored(tmp_path: Path, text: str) -> None:
     Checkpoints(str(tmp_path)).save(1, of_step(1), {})
     (tmp_path / "step-00000002").mkdir()
     (tmp_path / "step-00000002/state.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -188,7 +188,7 @@ def test_a_state_of_something_else_is_passed_over(tmp_path: Path, text: str) -> 
     assert newest_step(str(tmp_path)) == 1
 
 
-def test_one_of_the_right_size_that_does_not_load_names_the_mend(root: str) -> None:
+def test_a_damaged_checkpoint_of_the_right_size_says_what_to_remove(root: str) -> None:
     Checkpoints(root).save(1, of_step(1), {})
     second = Checkpoints(root).save(2, of_step(2), {})
     files = Store(second.folder)
@@ -203,7 +203,7 @@ def test_one_of_the_right_size_that_does_not_load_names_the_mend(root: str) -> N
 
 # --- Killed -----------------------------------------------------------------------------------------------------------
 
-# One process imports torch, and kills children of its own that save in a loop.
+# One process imports torch, then forks children that save in a loop, and kills them.
 _KILLED_SAVES = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
@@ -213,7 +213,7 @@ sys.path.insert(0, sys.argv[1])
 from test_checkpoint import newest_step, of_step
 
 root, kills = sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)  # or a forked child would wait for threads that it does not have
+torch.set_num_threads(1)  # a forked child would wait for threads that it does not have
 Checkpoints(root).save(1, of_step(1), {})
 died_half_way = 0
 for number in range(kills):
@@ -257,7 +257,7 @@ def _dead_from(number: int) -> Callable[[Any], bool]:
 def test_a_save_to_s3_that_dies_at_any_request_leaves_whole_checkpoints_only(
     bucket: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is sent from some request on, as if the process had been killed there."""
+    """All requests from a certain one on fail, as if the process had been killed there."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     checkpoints = Checkpoints(f"{bucket}/dying")
 
@@ -341,11 +341,11 @@ def test_s3_out_of_reach_fails_that_save_only(bucket: str, s3_server: Any, monke
     assert "step 2" in failure
 
 
-# --- Beside the training ----------------------------------------------------------------------------------------------
+# --- Background saves -------------------------------------------------------------------------------------------------
 
 
 class Held(Checkpoints):
-    """Saves when it is told to."""
+    """Waits with each save until `go` is set."""
 
     go = threading.Event()
     started = 0

@@ -65,7 +65,7 @@ def test_the_averages_are_in_place_only_inside_the_context() -> None:
     assert all(bool((p == 7).all()) for p in module.parameters())
 
 
-def test_a_saved_average_goes_on_as_if_never_stopped() -> None:
+def test_a_loaded_average_continues_like_the_original() -> None:
     module = nn.Linear(3, 2)
     whole, first = EMA(module, 0.9), EMA(module, 0.9)
     for value in (1.0, 2.0):

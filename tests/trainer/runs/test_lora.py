@@ -1,4 +1,4 @@
-"""Adapters: what they are, how they are trained on weights that stay, and that everything afterwards merges them."""
+"""Adapters: their arithmetic, training on a frozen base, and merging wherever the model is used."""
 
 import json
 import runpy
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 def random_model(config: XUTConfig, seed: int = 0) -> XUT:
-    """All of its weights are random, those that start at zero too."""
+    """A model whose weights are all random, also those that are initialised to zero."""
     torch.manual_seed(seed)
     model = XUT(config)
     scatter(dict(model.named_parameters()))
@@ -76,7 +76,7 @@ def velocity(model: Callable[..., Tensor]) -> Tensor:
 # --- The mathematics ------------------------------------------------------------------------------------------------
 
 
-def test_new_adapters_change_nothing_and_trained_ones_as_much_merged_as_beside() -> None:
+def test_new_adapters_change_nothing_and_merging_trained_ones_keeps_the_output() -> None:
     model = small()
     names, plain = list(model.state_dict()), velocity(model)
     add_adapters(model, 3)
@@ -130,7 +130,7 @@ def test_the_compiled_model_is_still_one_graph_and_the_same_function() -> None:
     torch.testing.assert_close(velocity(compiled(model, backend="eager")), velocity(model), atol=1e-5, rtol=1e-5)
 
 
-def test_the_arithmetic_of_a_step_is_a_little_more_than_the_closed_form_says() -> None:
+def test_a_step_takes_slightly_more_operations_than_the_closed_form_says() -> None:
     config = XUTConfig(dim=256, heads=4, mlp_dim=768, depth=1, text_dim=64)
     with torch.device("meta"):
         model = XUT(config)
@@ -144,8 +144,8 @@ def test_the_arithmetic_of_a_step_is_a_little_more_than_the_closed_form_says() -
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_of_the_two_matrices_the_one_with_the_models_fan_in_learns_slower_the_wider_it_is(kind: Any) -> None:
-    """As LoRA+ has it; B's fan-in is the rank. And AdamW has both: Muon would fix the norm of each."""
+def test_the_rate_of_a_falls_with_the_width_and_that_of_b_does_not(kind: Any) -> None:
+    """As in LoRA+: the fan-in of B is the rank. AdamW trains both, because Muon would fix the norm of each update."""
     for dim in (32, 64):
         model = random_model(XUTConfig.tiny(**SHAPE | {"dim": dim}))
         add_adapters(model, 4)
@@ -180,7 +180,7 @@ def ask(dataset: Path, tmp_path: Path, random_run: Path) -> Callable[..., Traini
 
 @pytest.fixture(scope="module")
 def live(dataset: Path, random_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The worker that has trained three steps of adapters of rank 4 on the random run, at a rate that can be seen."""
+    """A worker that has trained adapters of rank 4 on the random run for three steps, at a high rate."""
     run = tmp_path_factory.mktemp("runs") / "lora"
     settings = (*SETTINGS, RATE, "ema_decay=0.5")
     command = Command(
@@ -205,7 +205,7 @@ def newest(run: Path, stage: str = "demo") -> Checkpoint:
     return found
 
 
-def test_adapters_move_their_base_stays_and_a_checkpoint_has_nothing_but_them(live: Any, random_run: Path) -> None:
+def test_adapters_change_the_base_does_not_and_a_checkpoint_holds_only_adapters(live: Any, random_run: Path) -> None:
     found, base = newest(Path(live.training.run)), newest(random_run)
     record = found.state()["config"]
     assert record["lora"] == {
@@ -226,7 +226,7 @@ def test_adapters_move_their_base_stays_and_a_checkpoint_has_nothing_but_them(li
     assert all(torch.equal(tensor, wanted[name.replace(".base_layer.", ".")]) for name, tensor in frozen.items())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(ask: Callable[..., Training]) -> None:
+def test_a_stopped_run_continues_bit_for_bit(ask: Callable[..., Training]) -> None:
     whole, parts, again = Recorder(), Recorder(stops_after=1), Recorder()
     assert worker(ask(RATE, steps=4, run="whole"), whole).run() == 4
     assert worker(ask(RATE, steps=4, run="parts"), parts).run() == 2
@@ -241,11 +241,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(ask: Callable[..., Training]) -> None
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_what_a_run_of_adapters_is_trained_with_unless_told(ask: Callable[..., Training], random_run: Path) -> None:
+def test_defaults_of_a_run_of_adapters(ask: Callable[..., Training], random_run: Path) -> None:
     training = ask(steps=None)
     assert (training.stage.optimizer.kind, training.stage.optimizer.learning_rate) == ("adamw", 5e-4)
     assert training.stop_step == 64_000 // 4
-    assert "adapters are trained with optimizer.kind=adamw" in training.notes[0]
+    assert "--lora implies optimizer.kind=adamw" in training.notes[0]
     assert newest(random_run).folder in training.notes[-1]
     check_device(training, gpus=0)
     large = replace(training, stage=replace(training.stage, model="base"), model=XUTConfig.base())
@@ -271,17 +271,17 @@ def refused(ask: Callable[..., Training], *settings: str, **flags: Any) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_trained_is_refused_with_the_mend(
+def test_a_base_that_does_not_fit_is_refused_with_advice(
     ask: Callable[..., Training], random_run: Path, tmp_path: Path
 ) -> None:
     save_model(tmp_path / "model", small().config, small().state_dict())
     for start_from in (None, "nothing"):
         assert "give --from FOLDER" in refused(ask, start_from=start_from)
-    assert "has no weights; give a run folder" in refused(ask, start_from=str(tmp_path))
+    assert "has no weights; give a run" in refused(ask, start_from=str(tmp_path))
     assert "a rank from 1 to the model's width of 128" in refused(ask, lora=0)
     assert "a rank from 1 to" in refused(ask, lora=129)
-    assert "with --lora the model is that of --from" in refused(ask, "model.dim=64")
-    assert "with --lora the model is that of --from" in refused(ask, "patch_size=2")
+    assert "with --lora the model is the one of --from" in refused(ask, "model.dim=64")
+    assert "with --lora the model is the one of --from" in refused(ask, "patch_size=2")
     assert "codec: dct -> pixel" in refused(ask, "codec=pixel")
     said = refused(ask, start_from=str(tmp_path / "model"))
     assert "takes 4 latent channels, but codec dct gives" in said
@@ -344,7 +344,7 @@ def test_a_base_that_is_trained_on_leaves_the_adapters_where_they_began(
     assert again.lora.base == first.folder
 
 
-# --- What is done with them -----------------------------------------------------------------------------------------
+# --- Using them -----------------------------------------------------------------------------------------------------
 
 SETTINGS_OF_A_PICTURE = SamplingSettings(width=64, height=32, steps=2)
 DRAWN = ("--width", 64, "--height", 32, "--steps", 2, "--prompt", "red star")
@@ -424,12 +424,10 @@ def test_sample_merges_adapters_by_their_scale_and_says_so_in_the_picture(
     assert again.read_bytes() == whole.read_bytes()
     assert "will differ" not in said
     _, said = sample("without", "--run", random_run, "--like", whole)
-    assert "now with no adapters: the picture will differ" in said
+    assert "now with null: the picture will differ" in said
 
 
-def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
-    call_job: RunJob, random_run: Path, tmp_path: Path
-) -> None:
+def test_adapters_that_do_not_fit_are_refused_in_one_line(call_job: RunJob, random_run: Path, tmp_path: Path) -> None:
     model = small()
     add_adapters(model, 2)
     state = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
@@ -444,8 +442,8 @@ def test_what_is_no_adapter_of_this_model_is_refused_in_one_line(
     (tmp_path / "empty").mkdir()
     for folder, said in (
         ("narrow", "belong to another model: "),
-        ("dora", "use_dora=True; only plain adapters"),
-        ("pissa", "init_lora_weights=pissa_niter_4; only plain adapters"),
+        ("dora", "use_dora=True, but only plain adapters"),
+        ("pissa", "init_lora_weights=pissa_niter_4, but only plain adapters"),
         ("elsewhere", "belong to another model: Target modules"),
         ("empty", "it has no adapter_config.json and no adapter_model.safetensors"),
         ("narrow:nan", "give a scale from -10 to 10"),
@@ -474,7 +472,7 @@ def test_adapters_that_do_not_fit_are_named_by_what_is_missing_unknown_and_missh
         merge_folder(small(), tmp_path / "adapters")
 
 
-def test_a_stage_may_go_on_from_merged_adapters(ask: Callable[..., Training], lora_run: Path) -> None:
+def test_a_stage_can_start_from_merged_adapters(ask: Callable[..., Training], lora_run: Path) -> None:
     live = worker(ask(lora=None, start_from=str(lora_run), run="whole"), Recorder())
     wanted = trained_model(newest(lora_run)).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in live.loop.model.state_dict().items())
