@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from pipeline.core.records import TEXT_CATEGORIES
-from pipeline.pictures.decoder import Crop, square_crop
+from pipeline.pictures.crops import Crop, square_crop
 from pipeline.storage.shards import Store
 from trainer.samples.data import text_parts
 from trainer.samples.training_text import CaptionConfig, full_text, training_text

@@ -27,11 +27,12 @@ from trainer.diffusion.flow import draw_noise, draw_times, flow_loss, interpolat
 from trainer.diffusion.keyed_random import sample_key
 from trainer.diffusion.positions import crop_position_map
 from trainer.encoders.random_encoders import WORDS, qwen3_600m, sdxl_vae
-from trainer.model.flops import products
-from trainer.model.xut import XUT, XUTConfig, compiled
+from trainer.model.config import XUTConfig
+from trainer.model.flops import count_flops
+from trainer.model.xut import XUT, compiled
 from trainer.optimization.optimizers import OptimizerConfig, build_optimizer
 
-# Not those of trainer.recipe.settings, which needs packages that a bare GPU machine may not have.
+# Not those of trainer.recipe.stage_config, which needs packages that a bare GPU machine may not have.
 SHAPES = {
     "tiny": XUTConfig.tiny,
     "small": XUTConfig.small,
@@ -88,7 +89,7 @@ def main() -> None:
     first = statistics.median(seconds[args.tread[0]])
     for rate in args.tread:
         middle = statistics.median(seconds[rate])
-        done = args.batch * products(config, image_tokens, args.text_tokens, rate).step / middle
+        done = args.batch * count_flops(config, image_tokens, args.text_tokens, rate).step / middle
         speed = f"{middle:.3f} s, {args.batch / middle:.2f} images/s, {done / 1e12:.3f} TFLOP/s"
         shares = f"{done / peak:.0%} of the matmul peak, {middle / first:.3f} of the first one's time"
         print(f"| step: {kind}, TREAD {rate:g} | {speed}, {shares}, {memory[rate]:.1f} GiB |")

@@ -1,5 +1,6 @@
-"""Killed, stopped, moved to other workers: a run goes on as if nothing had happened."""
+"""A run that is killed, stopped or moved to other workers resumes as if nothing had happened."""
 
+import itertools
 import json
 import os
 import runpy
@@ -9,25 +10,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any, TextIO
 
 import pytest
+import torch
+
+from trainer.recipe.command import Command
+from trainer.recipe.resolve import resolve
+from trainer.recipe.training import Training
+from trainer.samples.data import Batch, TrainingData, held_out_batch, load_batch
+from trainer.samples.order import micro_batches
+from trainer.training.worker import SampleSource, Worker
+from trainer.training.worker_group import WorkerGroup
 
 ROOT = Path(__file__).parents[2]
-# Shared with tests/trainer/conftest.py, whose fixtures pytest finds by itself.
+# Functions of tests/trainer/conftest.py, which cannot be imported. pytest finds its fixtures by itself.
 _SHARED = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
-STEPS, training = _SHARED["STEPS"], _SHARED["training"]
+STEPS, SETTINGS, training = _SHARED["STEPS"], _SHARED["SETTINGS"], _SHARED["training"]
 
-RunJob = Callable[..., CompletedProcess[str]]
 StartJob = Callable[..., "subprocess.Popen[str]"]
 
 
+class Silent:
+    """A Reporter that drops everything and never requests a stop."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def report(self, line: Any) -> None:
+        pass
+
+    warn = report
+
+
 def ids(run: Path) -> dict[int, list[str]]:
-    """Of each step's global batch, in its order: what was trained last, where a step was taken twice."""
+    """The sample ids of each step's global batch, in order; the last ones if a step was repeated."""
     batches: dict[int, dict[int, list[str]]] = {}
     for text in (run / "audit").read_text().splitlines():
         line = json.loads(text)
@@ -54,7 +74,7 @@ def wait_until(is_true: Callable[[], bool], job: "subprocess.Popen[str]", second
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that this one has started, and theirs."""
+    """All processes started by this one, directly or not."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -79,7 +99,7 @@ def is_train_worker(pid: int) -> bool:
 def started(
     dataset: Path, run: Path, environment: dict[str, str], output: int | TextIO
 ) -> "Iterator[subprocess.Popen[str]]":
-    """The job with two workers, which does not outlive the block."""
+    """The job with two workers; killed at the end of the block."""
     command = [sys.executable, *map(str, training(dataset, run))]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=subprocess.DEVNULL)
     try:
@@ -90,17 +110,16 @@ def started(
 
 
 @pytest.fixture(scope="module")
-def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, with a Ray of its own: driver, workers and Ray are killed between two checkpoints."""
+def killed(dataset: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose driver and workers are killed between two checkpoints."""
     run = tmp_path_factory.mktemp("killed")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with started(dataset, run, environment, subprocess.DEVNULL) as job:
-        wait_until(lambda: max(losses(run), default=0) >= 6 and bool(saved(run)), job)
-        for pid in [job.pid, *descendants(job.pid)]:
-            try:
+    with started(dataset, run, os.environ | {"RAY_ADDRESS": ray_address}, subprocess.DEVNULL) as job:
+        wait_until(lambda: max(losses(run), default=0) >= 5 and bool(saved(run)), job)
+        workers = [pid for pid in descendants(os.getpid()) if is_train_worker(pid)]
+        assert len(workers) >= 2
+        for pid in [job.pid, *descendants(job.pid), *workers]:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         assert job.wait() == -signal.SIGKILL
     return run
 
@@ -108,14 +127,14 @@ def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @dataclass(frozen=True)
 class Stopped:
     run: Path
-    killed_at: int  # the newest checkpoint's step, as of the kill
+    killed_at: int  # step of the newest checkpoint when it was killed
     exit_code: int
     printed: str
 
 
 @pytest.fixture(scope="module")
 def stopped(dataset: Path, killed: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
-    """The killed run, run again, and asked to stop after its first new steps."""
+    """The killed run, resumed, and stopped by SIGTERM after its first new step."""
     folder = tmp_path_factory.mktemp("stopped")
     run = shutil.copytree(killed, folder / "run")
     began, taken = saved(run)[-1], (run / "audit").stat().st_size
@@ -128,18 +147,18 @@ def stopped(dataset: Path, killed: Path, ray_address: str, tmp_path_factory: pyt
         return Stopped(run, began, job.wait(timeout=60), (folder / "printed").read_text())
 
 
-def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(dataset: Path, whole: Path) -> None:
+def test_an_epoch_has_every_sample_once_and_no_held_out_one(dataset: Path, whole: Path) -> None:
     rows = json.loads((dataset / "selections/demo/selection.json").read_text())["shards"]
     seen = [id for _, batch in sorted(ids(whole).items()) for id in batch]
     assert len(seen) == STEPS * 32
     epoch = len(set(seen))
     assert 32 < epoch <= sum(rows.values())
-    assert len(seen) > 2 * epoch, "the run has whole epochs"
+    assert len(seen) > 2 * epoch, "the run has complete epochs"
     for start in range(0, len(seen) - epoch + 1, epoch):
         assert len(set(seen[start : start + epoch])) == epoch
 
 
-def test_killed_and_run_again_it_takes_the_same_steps_to_the_last_bit(whole: Path, stopped: Stopped) -> None:
+def test_a_killed_run_resumes_bit_equal_to_an_uninterrupted_one(whole: Path, stopped: Stopped) -> None:
     assert 4 <= stopped.killed_at < STEPS
     assert f"going on from step {stopped.killed_at}" in stopped.printed
     last = saved(stopped.run)[-1]
@@ -149,27 +168,45 @@ def test_killed_and_run_again_it_takes_the_same_steps_to_the_last_bit(whole: Pat
     assert losses(stopped.run) == {step: loss for step, loss in losses(whole).items() if step <= last}
 
 
-def test_asked_to_stop_it_saves_and_ends_well(stopped: Stopped) -> None:
+def test_sigterm_saves_a_checkpoint_and_exits_with_0(stopped: Stopped) -> None:
     assert stopped.exit_code == 0
     assert saved(stopped.run)[-1] == max(losses(stopped.run)) < STEPS
 
 
-def test_with_another_number_of_workers_it_sees_the_same_batches(
-    run_job: RunJob, dataset: Path, whole: Path, stopped: Stopped, tmp_path: Path
+def test_another_number_of_workers_sees_the_same_batches(
+    dataset: Path, whole: Path, stopped: Stopped, tmp_path: Path, one_thread: None
 ) -> None:
+    """One worker in this process continues the run of two."""
     run = shutil.copytree(stopped.run, tmp_path / "run")
     (run / "audit").unlink()
     began = saved(run)[-1]
-    again = run_job(*training(dataset, run, "--workers", 1, "--set", "evaluate_every=1000"))
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert f"going on from step {began}" in again.stdout
+    settings = [value for flag, value in itertools.pairwise(SETTINGS) if flag == "--set"]
+    command = Command(
+        stage="demo", dataset=str(dataset), run=str(run), steps=STEPS, audit=str(run / "audit"),
+        settings=(*settings, "evaluate_every=1000"), workers=1,
+    )  # fmt: skip
+    training = resolve(command)
+    assert f"going on from step {began}" in "".join(training.notes)
+    stage, workers = training.stage, WorkerGroup.from_process_group()
+    data = TrainingData.load(
+        training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams, window=stage.window,
+        hold_out=stage.hold_out,
+    )  # fmt: skip
+
+    def batches(training: Training) -> Iterator[Batch]:
+        for step in range(training.start_step, STEPS):
+            for positions in micro_batches(step, stage.batch_size, 0, 1, training.micro_batch):
+                yield load_batch(data, positions)
+
+    source = SampleSource(data, batches, lambda numbers: held_out_batch(data, numbers))
+    assert Worker(training, workers, torch.device("cpu"), source, Silent()).run() == STEPS
     assert ids(run) == {step: batch for step, batch in ids(whole).items() if step > began}
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.fixture
 def two_nodes() -> Iterator[Any]:
-    """A Ray of a head without CPUs and two nodes beside it, on this machine."""
+    """A Ray cluster of a head without CPUs and two nodes, all on this machine."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -179,7 +216,7 @@ def two_nodes() -> Iterator[Any]:
 
 
 @pytest.mark.cluster
-def test_a_worker_that_dies_and_a_node_that_goes_take_no_step_along(
+def test_a_lost_worker_and_a_lost_node_lose_no_step(
     two_nodes: Any, start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
 ) -> None:
     cluster, nodes = two_nodes
@@ -197,4 +234,4 @@ def test_a_worker_that_dies_and_a_node_that_goes_take_no_step_along(
     assert ids(tmp_path) == ids(whole)
     assert losses(tmp_path) == losses(whole)
     taken = [json.loads(line)["step"] for line in (tmp_path / "audit").read_text().splitlines()]
-    assert len(taken) > 2 * STEPS, "some steps were taken again"
+    assert len(taken) > 2 * STEPS, "some steps were repeated"

@@ -1,4 +1,4 @@
-"""The training and the sampling job as their users run them: workers, going on, pictures, and what is refused."""
+"""The training and sampling jobs as users run them: output files, pictures, and refused commands."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.runs.run_folder import only_job
+from trainer.runs.run_folder import lock_run
 
 RunJob = Callable[..., CompletedProcess[str]]
 
@@ -25,7 +25,7 @@ def _succeeds(finished: CompletedProcess[str]) -> CompletedProcess[str]:
 
 
 def _refuses(finished: CompletedProcess[str], *words: str) -> None:
-    """Exit code 2 and one line that has these words; no traceback."""
+    """Exit code 2 and one error line with these words, without a traceback."""
     assert finished.returncode == 2, finished.stderr[-2000:]
     assert "Traceback" not in finished.stderr
     last = finished.stderr.strip().splitlines()[-1]
@@ -33,7 +33,7 @@ def _refuses(finished: CompletedProcess[str], *words: str) -> None:
     assert all(word in last for word in words), last
 
 
-def test_a_run_leaves_its_figures_pictures_and_record(whole: Path) -> None:
+def test_a_run_writes_metrics_pictures_and_record(whole: Path) -> None:
     folder = whole / "demo"
     record = json.loads((folder / "run.json").read_text())
     assert (record["rows_in"], record["rows_out"], record["steps"]) == (12 * 32, 12 * 32, 12)
@@ -46,13 +46,13 @@ def test_a_run_leaves_its_figures_pictures_and_record(whole: Path) -> None:
     assert (state["position"], state["seed"], state["stage_name"]) == (12 * 32, 0, "demo")
 
 
-def test_a_run_that_has_its_steps_takes_no_more(call_job: RunJob, dataset: Path, whole: Path) -> None:
+def test_a_finished_run_takes_no_more_steps(call_job: RunJob, dataset: Path, whole: Path) -> None:
     again = _train(call_job, dataset, whole, "--steps", 12)
     assert again.returncode == 0, again.stderr
     assert "has its 12 steps; --steps N trains longer" in again.stdout
 
 
-def test_a_run_of_another_selection_is_refused(call_job: RunJob, dataset: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_changed_selection_is_refused(call_job: RunJob, dataset: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     state = tmp_path / "run/demo/checkpoints/step-00000012/state.json"
     changed = json.loads(state.read_text())
@@ -61,10 +61,8 @@ def test_a_run_of_another_selection_is_refused(call_job: RunJob, dataset: Path, 
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 13), "selection.hash", "--new-order", "--run")
 
 
-def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
-    call_job: RunJob, dataset: Path, whole: Path, tmp_path: Path
-) -> None:
-    """Its samples and its optimizer's state would be those of other positions and parameters."""
+def test_a_changed_optimizer_is_refused_by_field(call_job: RunJob, dataset: Path, whole: Path, tmp_path: Path) -> None:
+    """The stored state would belong to other positions and parameters."""
     shutil.copytree(whole, tmp_path / "run")
     state = tmp_path / "run/demo/checkpoints/step-00000012/state.json"
     changed = json.loads(state.read_text())
@@ -74,13 +72,13 @@ def test_a_run_of_another_batch_size_or_optimizer_is_refused_by_field(
     _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 13), "optimizer.kind: adamw -> muon", "--run")
 
 
-def test_a_second_job_keeps_out_of_a_run_that_one_trains(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
-    with only_job(tmp_path / "run"):
+def test_a_second_job_on_the_same_run_is_refused(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    with lock_run(tmp_path / "run"):
         _refuses(_train(call_job, dataset, tmp_path / "run", "--steps", 1), "another job is training", "--run")
         assert not list((tmp_path / "run").iterdir())
-    with pytest.raises(BlockingIOError), only_job(tmp_path / "run"):
-        raise BlockingIOError  # of the job itself, whose words are not those of another job
-    with only_job(tmp_path / "run"):
+    with pytest.raises(BlockingIOError), lock_run(tmp_path / "run"):
+        raise BlockingIOError  # raised by the job itself: passed on
+    with lock_run(tmp_path / "run"):
         pass
 
 
@@ -89,13 +87,13 @@ def test_a_refused_job_leaves_no_folder_behind(call_job: RunJob, dataset: Path, 
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     _refuses(_train(call_job, dataset, tmp_path / "run", "--workers", 3), "does not divide")
-    assert (tmp_path / "run").exists(), "which was the user's"
+    assert (tmp_path / "run").exists(), "the folder was the user's"
 
 
-def test_the_number_of_workers_may_come_from_the_environment(
+def test_the_number_of_workers_defaults_to_the_environment(
     call_job: RunJob, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that one command is right on every cluster: `trainer/run.py --stage 1024`."""
+    """So that the same command works on every cluster."""
     monkeypatch.setenv("HDM_WORKERS", "3")
     _refuses(_train(call_job, dataset, tmp_path), "--workers 3 does not divide")
     _refuses(_train(call_job, dataset, tmp_path, "--workers", 5), "--workers 5 does not divide")
@@ -103,14 +101,14 @@ def test_the_number_of_workers_may_come_from_the_environment(
     _refuses(_train(call_job, dataset, tmp_path), "--workers", "'four'")
 
 
-def test_what_cannot_be_trained_is_refused_with_the_mend(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+def test_impossible_trainings_are_refused_with_a_remedy(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
     _refuses(_train(call_job, dataset, tmp_path, "--workers", 3), "does not divide", "[2, 4]")
     _refuses(_train(call_job, dataset, tmp_path, "--steps", 0), "--steps")
     _refuses(_train(call_job, tmp_path, tmp_path, "--steps", 1), "pipeline/curate.py")
     _refuses(call_job("trainer/run.py", "--stage", "2048"), "2048", "demo")
 
 
-def test_a_picture_is_the_same_again_and_moves_with_the_camera(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
+def test_a_picture_is_reproducible_and_moves_with_the_camera(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
     names: list[str] = []
 
     def sample(out: str, *arguments: object) -> np.ndarray:
@@ -126,13 +124,13 @@ def test_a_picture_is_the_same_again_and_moves_with_the_camera(call_job: RunJob,
         return np.stack([np.asarray(Image.open(path)) for path in pictures])
 
     still = sample("still", "--width", 101, "--height", 48)
-    assert still.shape == (2, 48, 104, 3), "101 is no whole number of 8-pixel tokens: the nearest is 104"
+    assert still.shape == (2, 48, 104, 3), "101 is rounded to 104, a multiple of the 8-pixel token"
     np.testing.assert_array_equal(still, sample("again", "--width", 101, "--height", 48))
     assert not np.array_equal(still, sample("moved", "--width", 101, "--height", 48, "--x-shift", 0.25))
-    assert names[0] == names[1] != names[2], "no picture overwrites one of other settings"
+    assert names[0] == names[1] != names[2], "pictures with other settings have other names"
 
 
-def test_a_page_shows_all_there_is(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
+def test_the_gallery_has_every_section(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
     arguments = ("--gallery", "--steps", 1, "--colour-agreement", 4, "--out", tmp_path, "--prompt", "red star")
     done = _succeeds(call_job("trainer/sample.py", "--run", whole, *arguments))
     assert str(tmp_path / "index.html") in done.stdout.splitlines()[-1]
@@ -146,7 +144,7 @@ def test_a_page_shows_all_there_is(call_job: RunJob, whole: Path, tmp_path: Path
     assert [record["job"] for record in figures["funnel"]] == ["ingest", "caption", "curate"]
 
 
-def test_what_cannot_be_drawn_is_refused_with_the_mend(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
+def test_impossible_pictures_are_refused_with_a_remedy(call_job: RunJob, whole: Path, tmp_path: Path) -> None:
     def sample(*arguments: object) -> CompletedProcess[str]:
         return call_job("trainer/sample.py", "--run", whole, "--out", tmp_path, "--prompt", "red star", *arguments)
 
