@@ -102,7 +102,8 @@ def test_the_safetensors_library_reads_what_was_written_bit_for_bit(tmp_path: Pa
         assert torch.equal(read[name], tensor)
 
 
-def test_a_large_file_goes_to_s3_in_parts(bucket: str, s3_server: Any) -> None:
+def test_a_large_file_goes_to_s3_in_parts(bucket: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 << 20)  # the smallest that S3 accepts
     tensors = {"model": {"weight": torch.arange(s3._PART_BYTES // 2, dtype=torch.int32)}}
     with s3_server.counting() as requests:
         saved = Checkpoints(f"{bucket}/large").save(1, tensors, {})
@@ -164,7 +165,11 @@ def test_the_newest_is_the_one_saved_last_also_when_training_went_back_or_a_cloc
 # --- Incomplete checkpoints -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("root", "file"),
+    [*(("local", file) for file in FILES), ("s3", "model.safetensors"), ("s3", "state.json")],
+    indirect=["root"],
+)
 def test_a_truncated_checkpoint_is_ignored_and_harms_no_other(root: str, file: str) -> None:
     Checkpoints(root).save(1, of_step(1), {})
     second = Store(Checkpoints(root).save(2, of_step(2), {"config": {"a": [1, 2]}}).folder)
@@ -239,7 +244,7 @@ print(before, died_half_way)
 
 def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    command = [sys.executable, "-c", _KILLED_SAVES, str(Path(__file__).parent), str(root), "12"]
+    command = [sys.executable, "-c", _KILLED_SAVES, str(Path(__file__).parent), str(root), "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     last, died_half_way = map(int, done.stdout.split())
