@@ -1,6 +1,6 @@
-"""A Ray cluster of two nodes, as deploy/start-ray.sh starts it: who is let in, and what becomes of submitted jobs.
+"""A Ray cluster of two nodes started by deploy/start-ray.sh: who gets access, and how submitted jobs end.
 
-The commands are those of the README, to the letter; the cluster's environment says where the dataset and the run are.
+The commands are those of the documentation, to the letter. The cluster's environment names the dataset and the run.
 """
 
 import json
@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +25,22 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.ingestion.preflight import find_raw, plan_shards
+from pipeline.ingestion.rules import IngestRules
+from pipeline.ingestion.validation import validate_shard
+from pipeline.storage.shards import Store
+
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 120
 ROWS_PER_SHARD = 3
 UPLOADED = (".gitignore", "README.md", "captioner", "deploy", "pipeline", "pyproject.toml", "trainer")
-# Client settings that would let a test in by way of the machine's own.
+# Settings of this machine that would give a test access.
 RAY_SETTINGS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 Finished = CompletedProcess[str]
+RunJob = Callable[..., Finished]
 
 
 def wait_until(true: Callable[[], object], seconds: float = 240) -> None:
@@ -63,14 +70,14 @@ class Node:
         return next(child for child in psutil.Process(self.process.pid).children() if "raylet" in child.name())
 
     def titles(self) -> str:
-        """Of the processes of its tasks and actors, which name what they are about."""
+        """Command lines of its tasks and actors, which contain their names."""
         return " ".join(part for child in self.raylet.children() for part in child.cmdline())
 
 
 @dataclass
 class Cluster:
-    folder: Path  # short: sockets lie in it, whose paths have at most 107 bytes
-    python: Path  # its folder
+    folder: Path  # short, because paths of sockets have at most 107 bytes
+    python: Path  # folder of the interpreter
     address: str = ""
     dashboard: str = ""
     agent: str = ""
@@ -89,18 +96,18 @@ class Cluster:
         return self.folder / "run"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of a shell beside the cluster, with nothing of Ray's but `more`. Ray waits for a refused driver 2 seconds."""
+        """Environment of a shell without settings of Ray except `more`. Refused drivers give up after two attempts."""
         inherited = {name: value for name, value in os.environ.items() if name not in RAY_SETTINGS}
         path = f"{self.python}{os.pathsep}{os.environ['PATH']}"
         return inherited | {"HOME": str(self.folder), "PATH": path, "RAY_NUM_REDIS_GET_RETRIES": "2"} | more
 
     def client(self, **more: str) -> dict[str, str]:
-        """Of a shell with the token."""
+        """Environment of a shell that has the token."""
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         return self.environment(**token, RAY_API_SERVER_ADDRESS=self.dashboard, **more)
 
     def start(self, *role: object) -> Node:
-        """Returns once the node is there."""
+        """Start a node and wait until it runs."""
         log = self.folder / f"node-{len(self.nodes)}.log"
         environment = self.environment(
             RAY_AUTH_TOKEN_PATH=str(self.token), RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="1",
@@ -122,7 +129,7 @@ class Cluster:
         return self.nodes[-1]
 
     def submit(self, *command: object, wait: bool = True, cwd: Path = ROOT, **more: str) -> Any:
-        """`ray job submit` ...: the finished command, or without `wait` the running one."""
+        """Run `ray job submit` with these arguments; with `wait`, until it has finished."""
         line = {"args": ["ray", "job", "submit", *map(str, command)], "cwd": cwd, "env": self.client(**more)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         if wait:
@@ -141,7 +148,7 @@ class Cluster:
             return error.code, error.read().decode()
 
     def jobs(self) -> dict[str, dict[str, Any]]:
-        """What the dashboard knows of submitted jobs, by their submission ids."""
+        """Submitted jobs as the dashboard lists them, by submission id."""
         status, text = self.request(f"{self.dashboard}/api/jobs/", self.token.read_text())
         assert status == 200, text
         return {job["submission_id"]: job for job in json.loads(text) if job["submission_id"]}
@@ -150,7 +157,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="hdm-"))
-    (folder / "venv").symlink_to(sys.prefix)  # Ray starts workers from no path with a space
+    (folder / "venv").symlink_to(sys.prefix)  # Ray cannot start workers from a path with a space
     cluster = Cluster(folder, folder / "venv" / "bin")
     gcs, dashboard, client = free_ports(3)
     cluster.dashboard = f"http://127.0.0.1:{dashboard}"
@@ -175,8 +182,13 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
+def finish(job: "subprocess.Popen[str]", seconds: float = 240) -> Finished:
+    output, _ = job.communicate(timeout=seconds)
+    return CompletedProcess(job.args, job.returncode, output)
+
+
 def log_of(job: Finished) -> list[str]:
-    """The lines of the job itself, as they were streamed."""
+    """The lines that the job printed."""
     lines = job.stdout.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith("Running entrypoint")), None)
     assert start is not None, job.stdout
@@ -190,7 +202,7 @@ def succeeded(job: Finished) -> str:
 
 
 def refused(job: Finished) -> str:
-    """The one line of a job that left with 2: in its log, and again in the status that the dashboard keeps."""
+    """The error line of a job that exited with 2."""
     assert job.returncode == 1, job.stdout
     assert "Job entrypoint command failed with exit code 2" in job.stdout
     (line,) = {line for line in log_of(job) if line.startswith("error: ")}
@@ -198,10 +210,10 @@ def refused(job: Finished) -> str:
     return line
 
 
-# --- Who is let in ----------------------------------------------------------------------------------------------------
+# --- Access -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_is_made_once_for_this_user_alone_also_by_two_at_a_time(tmp_path: Path) -> None:
+def test_concurrent_starts_create_one_token_that_only_this_user_can_read(tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "token"
     command = ["sh", str(ROOT / "deploy" / "ray-token.sh"), str(file)]
     makers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
@@ -219,7 +231,7 @@ def test_a_token_is_made_once_for_this_user_alone_also_by_two_at_a_time(tmp_path
     assert len(file.read_text()) == 64
 
 
-def test_a_worker_without_the_token_is_not_started(tmp_path: Path) -> None:
+def test_a_worker_without_the_token_does_not_start(tmp_path: Path) -> None:
     command = ["sh", str(ROOT / "deploy" / "start-ray.sh"), "worker", "127.0.0.1:1"]
     environment = os.environ | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -227,9 +239,7 @@ def test_a_worker_without_the_token_is_not_started(tmp_path: Path) -> None:
     assert f"no token at {tmp_path / 'none'}" in done.stderr
 
 
-def test_a_ray_of_this_machines_own_finds_a_token_that_other_users_cannot_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_ray_uses_a_token_that_other_users_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.core.cluster import keep_token_private
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -244,12 +254,12 @@ def test_a_ray_of_this_machines_own_finds_a_token_that_other_users_cannot_read(
     assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == (made, 0o600)
 
 
-def test_the_heads_token_is_for_its_user_alone(cluster: Cluster) -> None:
+def test_only_its_user_can_read_the_heads_token(cluster: Cluster) -> None:
     assert stat.S_IMODE(cluster.token.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 403)])
-def test_without_the_token_neither_dashboard_nor_agent_answers_or_takes_a_job(
+def test_without_the_token_dashboard_and_agent_refuse_requests_and_jobs(
     cluster: Cluster, token: str | None, status: int
 ) -> None:
     job = {"entrypoint": f"touch {cluster.folder / 'broken-in'}"}
@@ -262,45 +272,59 @@ def test_without_the_token_neither_dashboard_nor_agent_answers_or_takes_a_job(
     assert not (cluster.folder / "broken-in").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [({}, "Missing authentication token"), ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, "Invalid")],
-    ids=["no token", "wrong token"],
-)
-def test_without_the_token_no_job_is_submitted(cluster: Cluster, settings: dict[str, str], why: str) -> None:
-    submitted = subprocess.run(
-        ["ray", "job", "submit", "--", "touch", str(cluster.folder / "broken-in")],
-        env=cluster.environment(RAY_API_SERVER_ADDRESS=cluster.dashboard, **settings),
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}
+SUBMISSIONS = {"no token": ({}, "Missing authentication token"), "wrong token": (WRONG, "Invalid")}
+DRIVERS = {
+    "no token": ({}, "or it requires its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
+    "wrong token": (WRONG, "or it requires its token"),
+    "mode alone": ({"RAY_AUTH_MODE": "token"}, "no authentication token was found; set RAY_AUTH_MODE=token and"),
+    "dashboard": ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "is a dashboard: submit the job to it (ray job submit"),
+}
+
+
+@pytest.fixture(scope="module")
+def attempts(cluster: Cluster, images: Path) -> dict[tuple[str, str], Finished]:
+    """What every command without access prints, started at the same time: most of their seconds are waits."""
+
+    def start(command: list[str], **settings: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            command, cwd=ROOT, env=cluster.environment(**settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    submit = ["ray", "job", "submit", "--", "touch", str(cluster.folder / "broken-in")]
+    caption = [str(cluster.python / "python"), "pipeline/caption.py", "--dataset", str(images), "--name", "never"]
+    running = {
+        ("submission", name): start(submit, RAY_API_SERVER_ADDRESS=cluster.dashboard, **settings)
+        for name, (settings, _) in SUBMISSIONS.items()
+    } | {
+        ("driver", name): start(caption, **{"RAY_ADDRESS": cluster.address} | settings)
+        for name, (settings, _) in DRIVERS.items()
+    }
+    ended = {key: (process, process.communicate(timeout=120)) for key, process in running.items()}
+    return {key: CompletedProcess([], process.returncode, *output) for key, (process, output) in ended.items()}
+
+
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_without_the_token_no_job_is_submitted(
+    cluster: Cluster, attempts: dict[tuple[str, str], Finished], name: str
+) -> None:
+    submitted = attempts["submission", name]
     assert submitted.returncode != 0
-    assert why in submitted.stderr
+    assert SUBMISSIONS[name][1] in submitted.stderr
     assert not cluster.jobs()
     assert not (cluster.folder / "broken-in").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, "or it requires its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, "or it requires its token"),
-        ({"RAY_AUTH_MODE": "token"}, "no authentication token was found; set RAY_AUTH_MODE=token and"),
-        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "is a dashboard: submit the job to it (ray job submit"),
-    ],
-    ids=["no token", "wrong token", "mode alone", "dashboard"],
-)
-def test_without_the_token_no_driver_joins_and_a_job_says_so_in_one_line(
-    cluster: Cluster, images: Path, settings: dict[str, str], line: str
+@pytest.mark.parametrize("name", DRIVERS)
+def test_without_the_token_no_driver_joins_and_its_job_says_so_in_one_line(
+    attempts: dict[tuple[str, str], Finished], images: Path, name: str
 ) -> None:
-    joining = {"RAY_ADDRESS": cluster.address} | settings
-    job = subprocess.run(
-        [str(cluster.python / "python"), "pipeline/caption.py", "--dataset", str(images), "--name", "never"],
-        cwd=ROOT, env=cluster.environment(**joining), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    job = attempts["driver", name]
     assert job.returncode == 2
     *others, error = job.stderr.splitlines()
     assert error.startswith("error: ")
-    assert line in error
+    assert DRIVERS[name][1] in error
     assert all("Failed to get cluster ID from GCS server: Unauthenticated" in other for other in others)  # Ray's own
     assert not (images / "captions" / "never").exists()
 
@@ -317,51 +341,33 @@ def raw(cluster: Cluster) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ingested(cluster: Cluster, raw: Path) -> str:
-    """The log of the job."""
-    return succeeded(cluster.submit("--", *ingest(raw, cluster.dataset)))
-
-
-def ingest(raw: Path, dataset: Path) -> tuple[object, ...]:
-    flags = ("--raw", raw, "--dataset", dataset, "--rows-per-shard", ROWS_PER_SHARD)
-    return ("python", "pipeline/ingest.py", *flags)
-
-
-@pytest.fixture(scope="module")
-def images(cluster: Cluster, ingested: str) -> Path:
+def images(cluster: Cluster, raw: Path) -> Path:
+    """The dataset, ingested in this process without Ray."""
+    store, rules = Store(str(cluster.dataset)), IngestRules()
+    plan = plan_shards(find_raw([str(raw)]), "auto", ROWS_PER_SHARD, store, rules)
+    for part in plan.shards.values():
+        validate_shard(part, store.root, rules)
     return cluster.dataset
 
 
 def shards(cluster: Cluster, folder: str) -> dict[str, int]:
-    """Finished ones, by name, and when each was written."""
+    """When each finished shard was written, by name."""
     return {path.name: path.stat().st_mtime_ns for path in (cluster.dataset / folder).glob("*.parquet")}
-
-
-def test_a_submitted_jobs_log_lies_where_the_dashboard_lists_it(cluster: Cluster, ingested: str) -> None:
-    (line,) = (line for line in ingested.splitlines() if "; log: " in line or ": log: " in line)
-    assert "http://" not in line
-    name = Path(line.partition("log: ")[2]).name
-    nodes = json.loads(cluster.request(f"{cluster.dashboard}/api/v0/nodes", cluster.token.read_text())[1])
-    head = next(node["node_id"] for node in nodes["data"]["result"]["result"] if node["is_head_node"])
-    url = f"{cluster.dashboard}/api/v0/logs/file?node_id={head}&filename={name}"
-    status, text = cluster.request(url, cluster.token.read_text())
-    assert status == 200
-    assert "session folder of Ray" in text
 
 
 @pytest.fixture(scope="module")
 def captioned(cluster: Cluster, images: Path) -> tuple[str, dict[str, int], str]:
-    """What a job prints that is stopped in its middle, the shards that it leaves, and what the same command prints."""
+    """Output of a job that is stopped halfway, the shards it leaves, and the output of the same command run again."""
     job = cluster.submit("--submission-id", "stopped", "--", "python", "pipeline/caption.py", wait=False)
     wait_until(lambda: job.poll() is not None or shards(cluster, "captions"))
-    # What `ray job stop` asks for; by the time that it has started, this small job would have ended.
+    # The request of `ray job stop`: this small job would end before that command has started.
     assert cluster.request(f"{cluster.dashboard}/api/jobs/stopped/stop", cluster.token.read_text(), {})[0] == 200
-    output, _ = job.communicate(timeout=60)
+    output = finish(job).stdout
     kept = shards(cluster, "captions")
     return output, kept, succeeded(cluster.submit("--", "python", "pipeline/caption.py"))
 
 
-def test_a_data_job_that_is_stopped_keeps_its_shards_and_the_same_command_goes_on(
+def test_a_stopped_data_job_keeps_its_shards_and_the_same_command_continues(
     cluster: Cluster, captioned: tuple[str, dict[str, int], str]
 ) -> None:
     stopped, kept, again = captioned
@@ -373,9 +379,23 @@ def test_a_data_job_that_is_stopped_keeps_its_shards_and_the_same_command_goes_o
     assert shards(cluster, "captions").keys() == shards(cluster, "images").keys()
 
 
+def test_the_dashboard_lists_the_log_file_of_a_submitted_job(
+    cluster: Cluster, captioned: tuple[str, dict[str, int], str]
+) -> None:
+    (line,) = (line for line in captioned[2].splitlines() if "; log: " in line or ": log: " in line)
+    assert "http://" not in line
+    name = Path(line.partition("log: ")[2]).name
+    nodes = json.loads(cluster.request(f"{cluster.dashboard}/api/v0/nodes", cluster.token.read_text())[1])
+    head = next(node["node_id"] for node in nodes["data"]["result"]["result"] if node["is_head_node"])
+    url = f"{cluster.dashboard}/api/v0/logs/file?node_id={head}&filename={name}"
+    status, text = cluster.request(url, cluster.token.read_text())
+    assert status == 200
+    assert "session folder of Ray" in text
+
+
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout whose code differs from the cluster's, with all that lies in one after `make demo`."""
+    """A checkout whose code differs from the cluster's, with every ignored folder that `make demo` leaves."""
     folder = tmp_path_factory.mktemp("lap") / "top"
     for name in UPLOADED:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -384,7 +404,7 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (".venv/lib", ".venv-captioner/lib", ".git", "demo/raw", "demo-mine/raw", "dataset/images", "run/demo"):
         (folder / name).mkdir(parents=True)
         with (folder / name / "big").open("wb") as file:
-            file.truncate(600 << 20)  # more than Ray takes
+            file.truncate(600 << 20)  # more than Ray uploads
     engine = folder / "captioner" / "engines" / "tags.py"
     changed = engine.read_text().replace('"engine": "tags"', '"engine": "tags of the laptop"')
     assert changed != engine.read_text()
@@ -392,15 +412,24 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_from_a_laptop_its_own_code_runs_on_all_nodes_and_nothing_that_git_ignores_is_uploaded(
-    cluster: Cluster, images: Path, laptop: Path
-) -> None:
+@pytest.fixture(scope="module")
+def side_by_side(cluster: Cluster, captioned: object, laptop: Path) -> tuple[Finished, Finished]:
+    """Two jobs that run at the same time. One is submitted from the laptop. The other curates for the demo stage and
+    then tries the last stage with encoders that need no download."""
+    last = "--stage 1024 --set selection=demo --set codec=dct --set text_encoder=local --from nothing"
+    commands = f"python pipeline/curate.py --stage demo && python trainer/run.py {last}"
+    curate = cluster.submit("--submission-id", "last", "--", "sh", "-c", commands, wait=False)
     caption = "python pipeline/caption.py"
-    job = cluster.submit(
-        "--working-dir", ".", "--", "sh", "-c", f"{caption} --dataset demo; {caption} --name laptop", cwd=laptop
-    )
+    commands = f"{caption} --dataset demo; {caption} --name laptop"
+    uploaded = cluster.submit("--working-dir", ".", "--", "sh", "-c", commands, cwd=laptop, wait=False)
+    return finish(uploaded), finish(curate)
+
+
+def test_from_a_laptop_its_code_runs_on_all_nodes_and_ignored_files_are_not_uploaded(
+    cluster: Cluster, side_by_side: tuple[Finished, Finished]
+) -> None:
     error = "error: --dataset demo would be in the uploaded folder, which Ray removes: give s3://bucket/prefix or"
-    assert error in succeeded(job)
+    assert error in succeeded(side_by_side[0])
     written = list((cluster.dataset / "captions" / "laptop").glob("*.parquet"))
     assert len(written) == len(shards(cluster, "images"))
     engines = {engine for path in written for engine in pq.read_table(path)["engine"].to_pylist()}
@@ -412,37 +441,34 @@ def test_from_a_laptop_its_own_code_runs_on_all_nodes_and_nothing_that_git_ignor
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def curated(cluster: Cluster, captioned: object) -> Finished:
-    """A job that curates for the demo stage, and then tries the last stage with what needs no download."""
-    last = "--stage 1024 --set selection=demo --set codec=dct --set text_encoder=local --from nothing"
-    commands = f"python pipeline/curate.py --stage demo && python trainer/run.py {last}"
-    return cluster.submit("--submission-id", "last", "--", "sh", "-c", commands)
-
-
-def test_the_last_stage_is_refused_without_a_gpu_and_the_job_has_failed_with_that_line(
-    cluster: Cluster, curated: Finished
+def test_without_a_gpu_the_last_stage_is_refused_and_the_job_fails_with_that_line(
+    cluster: Cluster, side_by_side: tuple[Finished, Finished]
 ) -> None:
-    line = refused(curated)
+    line = refused(side_by_side[1])
     assert "there is no GPU, and stage 1024 trains" in line
     last = cluster.jobs()["last"]
     assert (last["status"], last["driver_exit_code"]) == ("FAILED", 2)
     assert line in last["message"]
 
 
-def test_the_last_stage_names_the_command_that_makes_its_selection(cluster: Cluster, images: Path) -> None:
-    line = refused(cluster.submit("--", "python", "trainer/run.py", "--stage", "1024"))
-    assert f"{images} has no selection '1024'; run: python pipeline/curate.py --dataset {images} --stage 1024" in line
+def test_a_stage_without_a_selection_names_the_command_that_makes_it(
+    call_job: RunJob, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HDM_DATASET", str(images))
+    job = call_job("trainer/run.py", "--stage", "1024")
+    assert job.returncode == 2
+    command = f"python pipeline/curate.py --dataset {images} --stage 1024"
+    assert f"{images} has no selection '1024'; run: {command}" in job.stderr
 
 
-@pytest.mark.usefixtures("curated")
-def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(cluster: Cluster) -> None:
+@pytest.mark.usefixtures("side_by_side")
+def test_a_stopped_training_saves_a_checkpoint_and_the_same_job_resumes(cluster: Cluster) -> None:
     command = ("--", "python", "trainer/run.py", "--stage", "demo", "--set", "log_every=1", "--set", "batch_size=16")
     job = cluster.submit("--submission-id", "training", *command, wait=False)
     metrics = cluster.run / "demo" / "metrics.jsonl"
     wait_until(lambda: job.poll() is not None or (metrics.exists() and metrics.read_text()))
     subprocess.run(["ray", "job", "stop", "training"], env=cluster.client(), timeout=240, check=True)
-    output, _ = job.communicate(timeout=60)
+    output = finish(job).stdout
     steps = len(metrics.read_text().splitlines())
     assert f"run: stopped after step {steps}, which is saved" in output
     saved = [path.name for path in (cluster.run / "demo" / "checkpoints").glob("step-*")]
@@ -454,7 +480,7 @@ def test_a_training_that_is_stopped_saves_a_checkpoint_and_the_same_job_goes_on(
 
 # --- A node is killed -------------------------------------------------------------------------------------------------
 
-# Two actors, of which one is on each node; their shards end when the file `go` is there.
+# Two actors, one on each node. Their shards end when the file `go` exists.
 WITH_ACTORS = """
 import sys, time
 from pathlib import Path
@@ -478,47 +504,45 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def survivors(cluster: Cluster, raw: Path) -> tuple[Finished, Finished, Path]:
-    """Two jobs that end after the node was killed on which an actor and all tasks were: with actors, and an ingest;
-    and the latter's dataset."""
+def survivors(cluster: Cluster, raw: Path, images: Path) -> tuple[Finished, Finished, Path]:
+    """A job with actors, an ingest, and the dataset of the latter. A node with an actor and all tasks is killed while
+    both jobs run."""
     folder, dataset = cluster.folder / "actors", cluster.folder / "second"
     folder.mkdir()
     script = folder / "job.py"
     script.write_text(WITH_ACTORS)
     actors = cluster.submit("--", "python", script, folder, wait=False)
     wait_until(lambda: actors.poll() is not None or len(list(folder.glob("*.begun"))) == 2)
-    tasks = cluster.submit("--", *ingest(raw, dataset), wait=False)
+    flags = ("--raw", raw, "--dataset", dataset, "--rows-per-shard", ROWS_PER_SHARD)
+    tasks = cluster.submit("--", "python", "pipeline/ingest.py", *flags, wait=False)
     wait_until(lambda: tasks.poll() is not None or len(list((dataset / "images").glob("*.parquet"))) > 2)
     worker = cluster.nodes[1]
     assert "ray::_Actor" in worker.titles()
     worker.raylet.kill()
     finished_before = len(list((dataset / "images").glob("*.parquet")))
     (folder / "go").touch()
-    outputs = [job.communicate(timeout=240)[0] for job in (actors, tasks)]
+    ended = finish(actors), finish(tasks)
     assert finished_before < IMAGES // ROWS_PER_SHARD
-    return (
-        CompletedProcess([], actors.returncode, outputs[0]),
-        CompletedProcess([], tasks.returncode, outputs[1]),
-        dataset,
-    )
+    return *ended, dataset
 
 
-def test_tasks_of_a_node_that_is_killed_leave_the_files_of_an_undisturbed_job(
-    cluster: Cluster, images: Path, survivors: tuple[Finished, Finished, Path]
+def test_an_ingest_whose_node_is_killed_writes_the_files_of_an_undisturbed_one(
+    images: Path, survivors: tuple[Finished, Finished, Path]
 ) -> None:
     _, job, dataset = survivors
     succeeded(job)
     for folder in ("images", "rejected"):
         written = {path.name: path.read_bytes() for path in (dataset / folder).glob("*.parquet*")}
         assert written == {path.name: path.read_bytes() for path in (images / folder).glob("*.parquet*")}
-    records = [json.loads((root / "images" / "run.json").read_text()) for root in (dataset, images)]
-    for record in records:
-        record.pop("seconds")
-    assert records[0] == records[1]
+    record = json.loads((dataset / "images" / "run.json").read_text())
+    rejected = Counter(
+        reason
+        for path in (images / "rejected").glob("*.parquet")
+        for reason in pq.read_table(path)["reason"].to_pylist()
+    )
+    assert (record["rows_in"], record["rejected"], record["failed"]) == (IMAGES, rejected, {})
+    assert record["rows_out"] == IMAGES - rejected.total()
 
 
-def test_actors_of_a_node_that_is_killed_leave_their_shards_to_others(
-    survivors: tuple[Finished, Finished, Path],
-) -> None:
-    job, _, _ = survivors
-    assert "{}" in succeeded(job).splitlines()
+def test_shards_of_actors_on_a_killed_node_are_done_by_others(survivors: tuple[Finished, Finished, Path]) -> None:
+    assert "{}" in succeeded(survivors[0]).splitlines()
