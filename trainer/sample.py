@@ -2,29 +2,25 @@
 --evaluate: measures of picture quality.
 """
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import JobFailed, UsageError
-from pipeline.core.jobs import default_dataset, local_path, run
+from pipeline.core.jobs import run
 from pipeline.storage.run_record import write_run_record
-from trainer.drawing.command import SampleJob, parse_args
+from trainer.drawing.command import EvaluationConfig, SampleJob, parse_args
 from trainer.drawing.prompt_files import PictureSpec, number_seeds, sweep
 
 if TYPE_CHECKING:
     from trainer.drawing.picture_model import PictureModel
     from trainer.drawing.redraw import SavedPicture
 
-_DEFAULT_EVALUATED = 256  # pictures
-
 
 def main() -> None:
     job = parse_args(__doc__)
     started = time.time()
-    out = local_path("--out", job.out)
     import torch  # takes seconds, which --help should not
 
     from trainer.drawing.draw import build_request
@@ -40,14 +36,14 @@ def main() -> None:
         model = PictureModel.load(job.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for folder, scale in job.adapters:
             model = model.with_adapters(folder, scale)
-        if job.evaluate is not None:
-            _evaluate(job, job.evaluate, model, out, started)
+        if job.evaluation:
+            _evaluate(job, job.evaluation, model, started)
             return
         specs = specs or number_seeds(model.record["example_prompts"], job.given)
         if job.gallery:
-            _draw_gallery(job, model, specs, out, started)
+            _draw_gallery(job, model, specs, started)
         else:
-            _draw_pictures(job, model, specs, saved, out, started)
+            _draw_pictures(job, model, specs, saved, started)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -55,12 +51,7 @@ def main() -> None:
 
 
 def _draw_pictures(
-    job: SampleJob,
-    model: "PictureModel",
-    specs: list[PictureSpec],
-    saved: "SavedPicture | None",
-    out: Path,
-    start: float,
+    job: SampleJob, model: "PictureModel", specs: list[PictureSpec], saved: "SavedPicture | None", start: float
 ) -> None:
     from trainer.drawing.draw import build_request, draw_to_files, fit_to_model, make_batches, write_list, write_tables
     from trainer.drawing.sheet import MOST_ON_A_SHEET
@@ -77,47 +68,38 @@ def _draw_pictures(
         saved.print_differences(model)
         if not (job.given or job.prompts or job.sweep):
             batches = saved.batches(model, requests[0])
-    pictures = draw_to_files(model, batches, out, keep=job.grid or bool(job.sweep))
+    pictures = draw_to_files(model, batches, job.out, keep=job.grid or bool(job.sweep))
     if job.sweep:
-        write_tables(out, requests, pictures, job.sweep)
+        write_tables(job.out, requests, pictures, job.sweep)
     if job.grid:
-        write_list(out, requests, pictures)
+        write_list(job.out, requests, pictures)
     count = len(requests)
-    write_run_record(str(out), "sample", start, count, count, {}, settings=dict(job.given), **model.made_with)
+    write_run_record(str(job.out), "sample", start, count, count, {}, settings=dict(job.given), **model.made_with)
 
 
-def _draw_gallery(job: SampleJob, model: "PictureModel", specs: list[PictureSpec], out: Path, start: float) -> None:
+def _draw_gallery(job: SampleJob, model: "PictureModel", specs: list[PictureSpec], start: float) -> None:
     from trainer.drawing.draw import build_request
     from trainer.evaluation.gallery import write_gallery
 
     first = build_request(specs[0], model.resolution)
     settings = model.round_size(first.settings)
     prompts = [str(spec.fields["prompt"]) for spec in specs]
-    page, count = write_gallery(model, prompts, settings, first.seed, out, job.colour_agreement)
-    write_run_record(str(out), "sample", start, count, count, {}, settings=asdict(settings))
+    page, count = write_gallery(model, prompts, settings, first.seed, job.out, job.colour_agreement)
+    write_run_record(str(job.out), "sample", start, count, count, {}, settings=asdict(settings))
     print(f"sample: {page}", flush=True)
 
 
-def _evaluate(job: SampleJob, selection: str, model: "PictureModel", out: Path, start: float) -> None:
+def _evaluate(job: SampleJob, config: EvaluationConfig, model: "PictureModel", start: float) -> None:
     from trainer.drawing.draw import build_request
-    from trainer.evaluation.evaluate import EvaluationConfig, evaluate
+    from trainer.evaluation.evaluate import evaluate
     from trainer.evaluation.report import report_lines
 
     first = build_request(number_seeds([""], job.given)[0], model.resolution)
-    trained_on = model.record.get("selection", {}).get("dataset", default_dataset())
-    config = EvaluationConfig(
-        dataset=job.dataset or os.environ.get("HDM_DATASET") or trained_on,
-        selection=selection,
-        count=_DEFAULT_EVALUATED if job.n is None else job.n,
-        seed=first.seed,
-        inception=job.inception,
-        tagger=job.tagger,
-    )
-    found = evaluate(model, config, first.settings, out)
+    found = evaluate(model, config, first, job.out)
     for line in report_lines(found):
         print(f"  {line}", flush=True)
-    write_run_record(str(out), "sample", start, found.pictures, found.pictures, {}, settings=dict(job.given))
-    print(f"sample: {out / 'evaluation.json'}", flush=True)
+    write_run_record(str(job.out), "sample", start, found.pictures, found.pictures, {}, settings=dict(job.given))
+    print(f"sample: {job.out / 'evaluation.json'}", flush=True)
 
 
 if __name__ == "__main__":

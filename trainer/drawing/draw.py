@@ -18,7 +18,7 @@ from trainer.drawing.picture_files import Pixels, picture_png, save_picture, slu
 from trainer.drawing.picture_model import PictureModel
 from trainer.drawing.prompt_files import Axis, PictureSpec
 from trainer.drawing.settings import PictureRequest, SamplingSettings
-from trainer.drawing.sheet import Labelled, draw_sheet, in_rows, limit_size
+from trainer.drawing.sheet import draw_sheet, in_rows, limit_size
 
 
 def build_request(spec: PictureSpec, side: int) -> PictureRequest:
@@ -63,16 +63,11 @@ class DrawingBatch:
     def save(self, out: Path, pictures: Sequence[Pixels], made_with: Mapping[str, Any]) -> list[Path]:
         """Writes the wanted ones of the batch's pictures into OUT, in the order of `wanted`."""
         batch = {"prompts": [r.prompt for r in self.requests], "seeds": [r.seed for r in self.requests]}
-        return [
-            save_picture(
-                out,
-                pictures[place],
-                self.requests[place],
-                made_with,
-                batch | {"place": place} if len(self.requests) > 1 else None,
-            )
-            for place in self.wanted
-        ]
+        paths = []
+        for place in self.wanted:
+            recorded = batch | {"place": place} if len(self.requests) > 1 else None
+            paths.append(save_picture(out, pictures[place], self.requests[place], made_with, recorded))
+        return paths
 
 
 def make_batches(model: PictureModel, requests: Sequence[PictureRequest]) -> list[DrawingBatch]:
@@ -113,7 +108,7 @@ def write_list(out: Path, requests: Sequence[PictureRequest], pictures: Mapping[
     labelled = []
     for number, request in enumerate(requests):
         more = [f"{name} {all_settings[number][name]}" for name in differing]
-        labelled.append(Labelled(pictures[number], ", ".join([request.prompt, f"seed {request.seed}", *more])))
+        labelled.append((pictures[number], ", ".join([request.prompt, f"seed {request.seed}", *more])))
     _write_sheet(out, "grid", draw_sheet(in_rows(labelled)), requests)
 
 
@@ -127,9 +122,7 @@ def write_tables(
     rows, columns = len(axes[0].values) if len(axes) == 2 else 1, len(axes[-1].values)
     for start in range(0, len(requests), rows * columns):
         swept = requests[start : start + rows * columns]
-        cells = [
-            [Labelled(pictures[start + row * columns + column]) for column in range(columns)] for row in range(rows)
-        ]
+        cells = [[(pictures[start + row * columns + column], "") for column in range(columns)] for row in range(rows)]
         seed = "" if any(axis.field == "seed" for axis in axes) else f", seed {swept[0].seed}"
         title = (swept[0].prompt or "(no prompt)") + seed
         row_labels = axes[0].labels if len(axes) == 2 else ()

@@ -155,11 +155,10 @@ class PictureModel:
         on_drawn: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
     ) -> list[Pixels]:
-        """One picture per prompt and seed. A picture does not depend on the others in its batch, except for rounding
-        (latents agree to 1e-4 in fp32).
+        """One picture per prompt and seed. The other pictures of a batch affect only rounding (latents agree to 1e-4 in
+        fp32). Raises ValueError as `check_size` does.
 
-        on_drawn: called after each batch with the number of pictures so far. on_step: called after each step of a
-        batch. Raises ValueError as `check_size` does.
+        on_drawn: called after each batch with the number of pictures so far. on_step: called after each step.
         """
         pictures: list[Pixels] = []
         size = self.max_batch(settings)

@@ -1,5 +1,6 @@
 """`sample.py --like`: a saved picture, drawn again from its own metadata."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,12 @@ from trainer.drawing.picture_model import MAX_BATCH, PictureModel
 from trainer.drawing.prompt_files import Fields, check_fields
 from trainer.drawing.settings import PictureRequest
 
-_MADE_WITH = ("checkpoint", "adapters", "device", "precision", "torch")  # keys of PictureModel.made_with
+# Keys of PictureModel.made_with -> the effect of a difference.
+_MADE_WITH = {
+    "checkpoint": "the picture will differ. --run also takes the path of a checkpoint.",
+    "adapters": "the picture will differ. --lora FOLDER:SCALE sets adapters.",
+    **dict.fromkeys(("device", "precision", "torch"), "pixels may differ a little"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,26 +41,12 @@ class SavedPicture:
         return cls(path, check_fields(fields, f"--like {path}"), made_with, batch)
 
     def print_differences(self, model: PictureModel) -> None:
-        """Prints what will make the new picture differ: checkpoint, adapters, or device, precision and torch."""
-        now = model.made_with
-        then, here = self.made_with["checkpoint"], now["checkpoint"]
-        if then != here:
-            step = then.get("step") if isinstance(then, dict) else "unknown"
-            print(
-                f"sample: {self.path} was drawn with another checkpoint (step {step}; this one: step "
-                f"{model.steps_taken}): the picture will differ. --run also takes the path of a checkpoint.",
-                flush=True,
-            )
-        if self.made_with["adapters"] != now.get("adapters"):
-            print(
-                f"sample: {self.path} was drawn with {_list_adapters(self.made_with['adapters'])}, now with "
-                f"{_list_adapters(now.get('adapters'))}: the picture will differ. --lora FOLDER:SCALE sets adapters.",
-                flush=True,
-            )
-        changed = [name for name in ("device", "precision", "torch") if self.made_with[name] != now[name]]
-        if changed:
-            changes = ", ".join(f"{name} {self.made_with[name]} -> {now[name]}" for name in changed)
-            print(f"sample: {self.path} was drawn with {changes}: pixels may differ a little", flush=True)
+        """Prints what will make the new picture differ."""
+        for name, effect in _MADE_WITH.items():
+            then, now = self.made_with[name], model.made_with.get(name)
+            if then != now:
+                change = f"{name} {json.dumps(then)}, now with {json.dumps(now)}"
+                print(f"sample: {self.path} was drawn with {change}: {effect}", flush=True)
 
     def batches(self, model: PictureModel, request: PictureRequest) -> list[DrawingBatch]:
         """The request in a batch equal to the one it was first drawn in, because the batch size affects rounding.
@@ -72,11 +64,3 @@ class SavedPicture:
         if not valid:
             raise UsageError(f"--like {self.path}: its metadata about the batch it was drawn in is damaged")
         return [DrawingBatch(requests, {place: 0})]
-
-
-def _list_adapters(adapters: Any) -> str:
-    try:
-        listed = [f"adapters {each['sha256'][:12]} at {each['scale']}" for each in adapters or []]
-    except (KeyError, TypeError):
-        return "unknown adapters"
-    return " and ".join(listed) or "no adapters"

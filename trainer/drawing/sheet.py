@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,10 +23,7 @@ _MIN_TILE, _MAX_TILE = 160, 512
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@dataclass(frozen=True)
-class Labelled:
-    pixels: Pixels
-    label: str = ""  # printed under the picture, in at most 3 lines
+Labelled = tuple[Pixels, str]  # a picture, and its label: at most 3 lines under it
 
 
 def grid_png(
@@ -38,9 +35,9 @@ def grid_png(
     """
     if not prompts or not len(prompts) == len(pictures) == len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(pictures)} pictures, {len(seeds)} seeds: give one of each")
-    tiles = [Labelled(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     metadata = {"prompts": list(prompts), "seeds": list(seeds), **asdict(settings)}
-    return picture_png(np.asarray(draw_sheet(in_rows(tiles), caption_lines=_CAPTION_LINES)), metadata)
+    sheet = draw_sheet(in_rows(list(zip(pictures, prompts, strict=True))), caption_lines=_CAPTION_LINES)
+    return picture_png(np.asarray(sheet), metadata)
 
 
 def in_rows(pictures: Sequence[Labelled]) -> list[Sequence[Labelled]]:
@@ -57,9 +54,9 @@ def draw_sheet(
     caption_lines: int = 0,
 ) -> Image.Image:
     """Rows of pictures of any sizes, each row as high as it needs; its captions have at least `caption_lines` lines."""
-    tiles = [[_tile(picture.pixels) for picture in row] for row in rows]
+    tiles = [[_tile(pixels) for pixels, _ in row] for row in rows]
     widest = max(tile.width for row in tiles for tile in row)
-    captions = [[wrap_text(picture.label, widest) for picture in row] for row in rows]
+    captions = [[wrap_text(label, widest) for _, label in row] for row in rows]
     heights = [
         max(tile.height + max(len(lines), caption_lines) * _LINE for tile, lines in zip(*row, strict=True)) + _GAP
         for row in zip(tiles, captions, strict=True)

@@ -25,14 +25,13 @@ class CameraMove:
 
     before: Picture
     after: Picture
-    x_shift: float
-    y_shift: float
+    x_shift: float = 0.0
+    y_shift: float = 0.0
 
 
 @dataclass(frozen=True)
 class CameraConsistency:
-    """Statistics of each move's ratio: displacement along the expected direction / expected displacement. 1 is
-    perfect."""
+    """Statistics of displacement along the expected direction / expected displacement; 1 is perfect."""
 
     moves: int
     ratio: float  # median
@@ -46,10 +45,7 @@ def camera_consistency(moves: Sequence[CameraMove]) -> CameraConsistency:
         raise ValueError("camera consistency needs at least one picture with a moved camera")
     ratios = np.array([_ratio(move) for move in moves])
     return CameraConsistency(
-        len(moves),
-        float(np.median(ratios)),
-        float((np.abs(ratios - 1) <= 0.4).mean()),
-        float((ratios > 0).mean()),
+        len(moves), float(np.median(ratios)), float((np.abs(ratios - 1) <= 0.4).mean()), float((ratios > 0).mean())
     )
 
 

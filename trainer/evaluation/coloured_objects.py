@@ -20,16 +20,7 @@ from trainer.samples.row_index import Selection
 Picture = NDArray[np.uint8]  # (H, W, 3)
 
 # Hue in degrees of where people place these words, which is not evenly spaced.
-COLOUR_HUES = {
-    "red": 0,
-    "orange": 28,
-    "yellow": 52,
-    "green": 120,
-    "aqua": 180,
-    "blue": 220,
-    "purple": 275,
-    "pink": 325,
-}
+COLOUR_HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 120, "aqua": 180, "blue": 220, "purple": 275, "pink": 325}
 _COLOURED = re.compile(rf"({'|'.join(COLOUR_HUES)}) (\w+)", re.IGNORECASE)
 
 # Excludes pastel grounds, greys, outlines and shadows.
@@ -112,11 +103,7 @@ def _to_hsv(rgb_N3: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDAr
     value = np.maximum(np.maximum(r, g), b)
     chroma = value - np.minimum(np.minimum(r, g), b)
     safe = np.where(chroma > 0, chroma, 1)
-    hue = np.select(
-        [value == r, value == g],
-        [((g - b) / safe) % 6, (b - r) / safe + 2],
-        (r - g) / safe + 4,
-    )
+    hue = np.select([value == r, value == g], [((g - b) / safe) % 6, (b - r) / safe + 2], (r - g) / safe + 4)
     return hue * 60 % 360, chroma / np.where(value > 0, value, 1), value
 
 

@@ -4,28 +4,29 @@ For a finished checkpoint; `training/validation.py` is what a training run measu
 """
 
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipeline.core.errors import UsageError
+from pipeline.core.jobs import default_dataset
 from pipeline.core.progress import progress_bar
 from pipeline.storage.shards import Store
+from trainer.drawing.command import EvaluationConfig
 from trainer.drawing.draw import fit_to_model, make_batches
 from trainer.drawing.picture_files import Pixels, picture_name
 from trainer.drawing.picture_model import PictureModel
-from trainer.drawing.settings import PictureRequest, SamplingSettings
+from trainer.drawing.settings import PictureRequest
 from trainer.evaluation.camera_consistency import CameraConsistency, CameraMove, camera_consistency
 from trainer.evaluation.coloured_objects import Agreement, ShapeAgreement, coloured_object, object_agreement
 from trainer.evaluation.fidelity import Fidelity, fidelity
-from trainer.evaluation.inception import FEATURES, Inception
+from trainer.evaluation.inception import Inception
 from trainer.evaluation.report import Evaluation, SamplingSpeed, notes
 from trainer.evaluation.rows import EvaluationRow, center_crops, evaluation_rows
 from trainer.evaluation.tagger import TagAgreement, Tagger, tag_agreement
@@ -38,40 +39,23 @@ _CAMERA_PROMPTS = 16
 _MOVES: tuple[dict[str, Any], ...] = ({"x_shift": -0.25}, {"x_shift": 0.25}, {"y_shift": -0.25}, {"y_shift": 0.25})
 # Colour and shape are measured if this share of the texts names exactly one coloured object.
 _MIN_OBJECTS = 0.9
-_GROUP = 32  # pictures in memory at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    dataset: str
-    selection: str
-    count: int  # pictures, not counting those of the camera moves
-    seed: int = 0  # of the first picture
-    inception: Path | None = None  # weights for `inception.Inception`
-    tagger: Path | None = None  # folder for `tagger.Tagger`
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UsageError(f"--n {self.count}: must be at least 1 picture")
-        if self.inception and self.count < 2:
-            raise UsageError(f"--n {self.count}: FID needs the covariance of at least 2 pictures")
-
-
-def evaluate(model: PictureModel, config: EvaluationConfig, settings: SamplingSettings, out: Path) -> Evaluation:
+def evaluate(model: PictureModel, config: EvaluationConfig, first: PictureRequest, out: Path) -> Evaluation:
     """Draws what is missing in OUT/pictures, measures all of it and writes OUT/evaluation.json.
 
-    settings: squares of the training resolution. Raises UsageError or ValueError, before anything is drawn, if the
-    selection, the tagger or the weights cannot be loaded.
+    first: seed of the first picture, and settings: squares of the training resolution. Raises UsageError or ValueError,
+    before anything is drawn, if the selection, the tagger or the weights cannot be loaded.
     """
-    selection = _load_selection(config, model.resolution)
+    selection = _load_selection(model, config)
     tagger = Tagger.load(config.tagger, model.device.type) if config.tagger else None
     inception = Inception.load(config.inception, model.device) if config.inception else None
-    rows = evaluation_rows(selection, config.count, model.record["stage"].get("hold_out", 0.0))
+    rows = evaluation_rows(selection, config.n, model.record["stage"].get("hold_out", 0.0))
     # If more pictures than rows are asked for, texts are repeated with other seeds.
-    rows = [rows[number % len(rows)] for number in range(config.count)]
-    still = [PictureRequest(prompt=row.text, seed=config.seed + i, settings=settings) for i, row in enumerate(rows)]
+    rows = [rows[number % len(rows)] for number in range(config.n)]
+    still = [replace(first, prompt=row.text, seed=first.seed + i) for i, row in enumerate(rows)]
     moved = [
-        replace(request, settings=replace(settings, **move)) for move in _MOVES for request in still[:_CAMERA_PROMPTS]
+        replace(one, settings=replace(first.settings, **move)) for move in _MOVES for one in still[:_CAMERA_PROMPTS]
     ]
     requests = fit_to_model(model, [*still, *moved])
     drawn_with = {"settings": asdict(requests[0].settings), **model.made_with}
@@ -88,7 +72,7 @@ def evaluate(model: PictureModel, config: EvaluationConfig, settings: SamplingSe
     )
     record = {
         "selection": {"dataset": selection.dataset, "name": selection.name, "hash": selection.digest},
-        "seed": config.seed,
+        "seed": first.seed,
         **drawn_with,
         **asdict(found),
         "notes": notes(found),
@@ -97,14 +81,16 @@ def evaluate(model: PictureModel, config: EvaluationConfig, settings: SamplingSe
     return found
 
 
-def _load_selection(config: EvaluationConfig, resolution: int) -> Selection:
+def _load_selection(model: PictureModel, config: EvaluationConfig) -> Selection:
+    trained_on = model.record.get("selection", {}).get("dataset")
+    dataset = config.dataset or os.environ.get("HDM_DATASET") or trained_on or default_dataset()
     try:
-        selection = Selection.load(config.dataset, config.selection, resolution)
+        selection = Selection.load(dataset, config.selection, model.resolution)
     except FileNotFoundError as error:
-        existing = ", ".join(Store(config.dataset).folders("selections")) or "none"
+        existing = ", ".join(Store(dataset).folders("selections")) or "none"
         raise UsageError(
-            f"--evaluate {config.selection}: no such selection in {config.dataset} (there: {existing}). Give one of "
-            "these, or another --dataset."
+            f"--evaluate {config.selection}: no such selection in {dataset} (there: {existing}). Give one of these, or "
+            "another --dataset."
         ) from error
     if not selection.count:
         raise UsageError(f"--evaluate {config.selection}: the selection has no rows; curate another one")
@@ -121,11 +107,8 @@ def _draw_missing(
     made_with = model.made_with
     paths = [out / f"{picture_name(request, made_with)}.png" for request in requests]
     # The JSON is written after the picture, but the user may have moved pictures away.
-    missing = [
-        request
-        for request, path in zip(requests, paths, strict=True)
-        if not (path.exists() and path.with_suffix(".json").exists())
-    ]
+    exist = [path.exists() and path.with_suffix(".json").exists() for path in paths]
+    missing = [request for request, exists in zip(requests, exist, strict=True) if not exists]
     batches = make_batches(model, missing)
     seconds = 0.0
     with progress_bar(iter(()), len(requests), "evaluate", "pictures") as bar:
@@ -177,8 +160,7 @@ def _objects(
 
 def _tags(tagger: Tagger, rows: Sequence[EvaluationRow], paths: Sequence[Path]) -> TagAgreement:
     prompts = [row.text for row in rows]
-    found = np.concatenate([tagger.found(group) for group in _groups(map(_pixels, paths))])
-    return tag_agreement(prompts, tagger.asked(prompts), found)
+    return tag_agreement(prompts, tagger.asked(prompts), tagger.found(map(_pixels, paths)))
 
 
 def _fidelity(
@@ -186,19 +168,11 @@ def _fidelity(
 ) -> Fidelity:
     """The drawn pictures against the center crops of the pictures whose texts they were drawn from."""
     real = (pixels for _, pixels in center_crops(selection, rows, side))
-    drawn = map(_pixels, paths)
-    return fidelity(_features(inception, real, len(rows)), _features(inception, drawn, len(paths)))
-
-
-def _features(inception: Inception, pictures: Iterable[Pixels], count: int) -> torch.Tensor:
-    groups = _groups(progress_bar(pictures, count, "features", "pictures"))
-    return torch.cat([torch.empty(0, FEATURES), *(inception.features(group) for group in groups)])
-
-
-def _groups(pictures: Iterable[Pixels]) -> Iterator[list[Pixels]]:
-    remaining = iter(pictures)
-    while group := list(islice(remaining, _GROUP)):
-        yield group
+    real_NC, drawn_NC = (
+        inception.features(progress_bar(pictures, len(rows), "features", "pictures"))
+        for pictures in (real, map(_pixels, paths))
+    )
+    return fidelity(real_NC, drawn_NC)
 
 
 def _pixels(path: Path) -> Pixels:

@@ -25,17 +25,6 @@ class Fidelity:
     kid_spread: float  # standard deviation over the subsets; 0 if there is only one
 
 
-class _Precomputed(nn.Module):
-    """Takes the place of torchmetrics' network, so that features are computed once for both metrics."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features_NC: Tensor) -> Tensor:
-        return features_NC
-
-
 def fidelity(real_NC: Tensor, drawn_NC: Tensor) -> Fidelity:
     """Deterministic, including KID's subsets. Raises ValueError for fewer than 2 real or drawn pictures."""
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
@@ -50,9 +39,10 @@ def fidelity(real_NC: Tensor, drawn_NC: Tensor) -> Fidelity:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance`")  # about memory for the features
         torch.manual_seed(0)
-        features = _Precomputed(real_NC.shape[1])
-        fid = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
-        kid = KernelInceptionDistance(features, subsets=subsets, subset_size=size)
+        identity = nn.Identity()  # instead of a network: features are computed once for both metrics
+        identity.num_features = real_NC.shape[1]  # type: ignore[assignment]
+        fid = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+        kid = KernelInceptionDistance(identity, subsets=subsets, subset_size=size)
         for features_NC, real in ((real_NC, True), (drawn_NC, False)):
             fid.update(features_NC.double(), real=real)
             kid.update(features_NC.double(), real=real)

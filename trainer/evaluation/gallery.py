@@ -58,12 +58,8 @@ _Measures = tuple[CameraConsistency, Agreement | None, ShapeAgreement | None]
 def write_gallery(
     model: PictureModel, prompts: Sequence[str], settings: SamplingSettings, seed: int, out: Path, agreement: int = 0
 ) -> tuple[Path, int]:
-    """Writes OUT/index.html (self-contained), OUT/grid.png and OUT/gallery.json. Returns the path of the page and the
-    number of pictures drawn.
-
-    agreement: number of pictures that measure colour and shape. Raises ValueError if it is above 0 and the selection
-    has no tags of coloured objects.
-    """
+    """Writes OUT/index.html (self-contained), OUT/grid.png and OUT/gallery.json. Returns the page and the number of
+    pictures drawn. Raises ValueError if there are no tags of coloured objects for `agreement` pictures to measure."""
     with progress_bar(iter(()), None, "gallery", "pictures") as bar:
 
         def draw(prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> list[Pixels]:
@@ -78,21 +74,21 @@ def write_gallery(
             "Camera": camera_strips,
             "Camera swept over shift and zoom": _sweep_strips(draw, prompts[: _CAMERA_PROMPTS + 1][-1], seed),
         }
-        measures = camera, *(_objects(draw, model, agreement) if agreement else (None, None))
+        colour, shape = _objects(draw, model, agreement) if agreement else (None, None)
     funnel = _funnel(model.record["selection"]["dataset"], model.record["selection"]["name"])
     out.mkdir(parents=True, exist_ok=True)
     _contact_sheet([strip for strips in sections.values() for strip in strips]).save(out / "grid.png", optimize=True)
-    camera_record, *object_records = (asdict(measure) if measure else None for measure in measures)
     record = {
         "steps": model.steps_taken,
-        **dict(zip(("colour_agreement", "shape_agreement"), object_records, strict=True)),
-        "camera": camera_record,
+        "colour_agreement": asdict(colour) if colour else None,
+        "shape_agreement": asdict(shape) if shape else None,
+        "camera": asdict(camera),
         "funnel": funnel,
     }
     (out / "gallery.json").write_text(json.dumps(record, indent=1))
     page = out / "index.html"
-    page.write_text(_render(model, sections, measures, funnel))
-    _print_summary(measures, funnel)
+    page.write_text(_render(model, sections, (camera, colour, shape), funnel))
+    _print_summary((camera, colour, shape), funnel)
     return page.resolve(), bar.n
 
 
@@ -127,14 +123,13 @@ def _sweep_strips(draw: _Draw, prompt: str, seed: int) -> list[Strip]:
 def _camera(draw: _Draw, prompts: Sequence[str], seed: int) -> tuple[CameraConsistency, list[Strip]]:
     """Shifts are drawn for all prompts, because they are measured; zooms only for those that are shown."""
     shown = prompts[:_CAMERA_PROMPTS]
-    drawn, moves = {}, []
-    for move in (move for row in _CAMERA.values() for move in row):
+    drawn, moves = {}, list[CameraMove]()
+    for move in sorted((move for row in _CAMERA.values() for move in row), key=bool):  # first without a move
         if _name(move) not in drawn:
             of = shown if "zoom" in move else prompts
             drawn[_name(move)] = draw(of, [seed] * len(of), **move)
-    for move in (move for row in _CAMERA.values() for move in row if move and "zoom" not in move):
-        for before, after in zip(drawn[_name({})], drawn[_name(move)], strict=True):
-            moves.append(CameraMove(before, after, move.get("x_shift", 0.0), move.get("y_shift", 0.0)))
+        if move and "zoom" not in move:
+            moves += [CameraMove(*pair, **move) for pair in zip(drawn[_name({})], drawn[_name(move)], strict=True)]
     return camera_consistency(moves), [
         Strip(f"{title}: {prompt}", [(_name(move), drawn[_name(move)][number]) for move in row])
         for number, prompt in enumerate(shown)
@@ -152,9 +147,7 @@ def _objects(draw: _Draw, model: PictureModel, count: int) -> tuple[Agreement, S
     selection = Selection.load(record["dataset"], record["name"], model.resolution)
     tags = sorted(tag for tag in selection_tags(selection) if tag.split()[0] in COLOUR_HUES)
     if not tags:
-        raise ValueError(
-            f"the selection {record['name']!r} has no tags of coloured objects: leave out --colour-agreement"
-        )
+        raise ValueError(f"{record['name']!r} has no tags of coloured objects: leave out --colour-agreement")
     # 37 has no factor in common with the number of tags, so that colours and objects are drawn equally often.
     prompts = [tags[number * 37 % len(tags)] for number in range(count)]
     pictures = draw(prompts, [_AGREEMENT_SEED + number for number in range(count)])

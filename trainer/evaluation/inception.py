@@ -11,7 +11,8 @@ Axes: N pictures, C channels, H W rows and columns.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import Tensor
 from trainer.model.released import read_tensors
 
 FEATURES = 2048
+_BATCH = 32  # pictures
 _SIDE = 299  # pixels: what the network was trained on
-_TENSORS, _FC_SHAPE = 472, (1008, FEATURES)
 # SHA-256 of the names and shapes of the tensors, as JSON.
 _LAYOUT = "4f5e4b100286952afb401a7c4049d030b8e427e342e90dd345e82fcc106bbb52"
 _CONVOLUTION = ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")
@@ -44,11 +45,7 @@ _BLOCK_C = (
     "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5",
     "average_pool branch_pool",
 )
-_BLOCK_D = (
-    "branch3x3_1 branch3x3_2/2",
-    "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4/2",
-    "max_pool/2",
-)
+_BLOCK_D = ("branch3x3_1 branch3x3_2/2", "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4/2", "max_pool/2")
 _BLOCK_E = (
     "branch1x1",
     "branch3x3_1 branch3x3_2a+branch3x3_2b",
@@ -79,17 +76,22 @@ class Inception:
         # torchvision and Keras have networks of this name, whose FID is not comparable.
         layout = json.dumps({name: list(weights[name].shape) for name in sorted(weights)})
         if hashlib.sha256(layout.encode()).hexdigest() != _LAYOUT:
-            classifier = tuple(weights["fc.weight"].shape) if "fc.weight" in weights else None
+            fc_shape = tuple(weights["fc.weight"].shape) if "fc.weight" in weights else None
             raise ValueError(
-                f"{path} is not the Inception of FID: names or shapes differ ({len(weights)} tensors, fc.weight "
-                f"{classifier}; expected {_TENSORS}, {_FC_SHAPE}). Give the weights of 2015-12-05 that pytorch-fid or "
-                "torch-fidelity publishes, as safetensors."
+                f"{path} is not the Inception of FID: names or shapes differ (fc.weight {fc_shape}, expected (1008, "
+                "2048)). Give the weights of 2015-12-05 that pytorch-fid or torch-fidelity publishes, as safetensors."
             )
         return cls(weights)
 
+    def features(self, pictures: Iterable[NDArray[np.uint8]]) -> Tensor:
+        """Features (N, FEATURES) on the CPU of pictures (H, W, 3) of one size, a batch in memory at a time."""
+        remaining, batches = iter(pictures), [torch.empty(0, FEATURES)]
+        while batch := list(islice(remaining, _BATCH)):
+            batches.append(self._batch_features(batch))
+        return torch.cat(batches)
+
     @torch.no_grad()
-    def features(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Features (N, FEATURES) on the CPU of pictures (H, W, 3) of one size."""
+    def _batch_features(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
         pixels_N3HW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self._weights["fc.weight"].device)
         # Antialiased with half-pixel centres, as torchmetrics does. Other ways of resizing give other FIDs (Parmar et
         # al. 2022, arXiv 2104.11222).

@@ -34,14 +34,11 @@ class Evaluation:
 
 def report_lines(found: Evaluation) -> list[str]:
     """One line per measure."""
-    lines = [f"pictures: {found.pictures}, {found.held_out} of them of held-out texts"]
-    if speed := found.speed:
-        lines.append(
-            f"speed: {speed.pictures_per_second:.3g} pictures/s, {speed.seconds_per_step:.3g} s per step of a batch of "
-            f"up to {speed.at_once}"
-        )
-    else:
-        lines.append("speed: not measured, because all pictures were there already")
+    speed = "not measured, because all pictures were there already"
+    if found.speed:
+        speed = f"{found.speed.pictures_per_second:.3g} pictures/s, {found.speed.seconds_per_step:.3g} s per step of a "
+        speed += f"batch of up to {found.speed.at_once}"
+    lines = [f"pictures: {found.pictures}, {found.held_out} of them of held-out texts", f"speed: {speed}"]
     lines += measure_lines(found.camera, found.colour, found.shape)
     if found.tags:
         lines.append(f"tags of the text found: {_percent(found.tags.share)} (chance {_percent(found.tags.chance)})")

@@ -4,8 +4,9 @@ Axes: N pictures or prompts, L general tags that the tagger knows.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -62,15 +63,14 @@ class Tagger:
         tags = [{piece.strip().casefold() for piece in prompt.split(",")} for prompt in prompts]
         return np.array([[tag in given for tag in self.columns] for given in tags], bool).reshape(len(prompts), -1)
 
-    def found(self, pictures: Sequence[Pixels]) -> Flags:
+    def found(self, pictures: Iterable[Pixels]) -> Flags:
         """Which general tags each picture shows. Raises ValueError if the tagger's output is not finite."""
-        flags = np.zeros((len(pictures), len(self.columns)), bool)
         resized = self.classifier.preprocessing.resized
-        for start in range(0, len(pictures), _BATCH):
-            batch = pictures[start : start + _BATCH]
+        remaining, flags = iter(pictures), [np.zeros((0, len(self.columns)), bool)]
+        while batch := list(islice(remaining, _BATCH)):
             scores = self.classifier.scores(np.stack([resized(Image.fromarray(pixels)) for pixels in batch]))
-            flags[start : start + len(batch)] = scores[:, list(self.columns.values())] >= THRESHOLD
-        return flags
+            flags.append(scores[:, list(self.columns.values())] >= THRESHOLD)
+        return np.concatenate(flags)
 
 
 def tag_agreement(prompts: Sequence[str], asked: Flags, found: Flags) -> TagAgreement:
