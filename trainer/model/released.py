@@ -121,7 +121,7 @@ def write_released(path: Path, config: XUTConfig, tensors: Mapping[str, Tensor])
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors: its config is written beside it")
     if existing := [name for name in (path, path.with_suffix(".json")) if name.exists()]:
-        raise ValueError(f"{existing[0]} exists already; give a new path, or remove it first")
+        raise ValueError(f"{existing[0]} exists already. Give a new path, or remove it first")
     fields = {their: getattr(config, our) for their, our in CONFIG_FIELDS.items()} | FIXED_FIELDS
     tread = {their: getattr(config, our) for their, our in TREAD_FIELDS.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
