@@ -1,4 +1,4 @@
-"""The page's pictures drawn under Ray Serve: a replica for each GPU, on any node. The page talks to their handle."""
+"""Draws the page's pictures with Ray Serve: one replica per GPU, on any node."""
 
 import logging
 import uuid
@@ -25,7 +25,7 @@ except ImportError as missing:
 
 
 class _Replica:
-    """What Ray Serve starts, once for each GPU."""
+    """The deployment's class."""
 
     def __init__(self, run: str) -> None:
         self._model = PictureModel.load(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -45,27 +45,27 @@ class Replicas:
     @classmethod
     @contextmanager
     def of(cls, run: str, count: int | None) -> Iterator["Replicas"]:
-        """On the connected Ray, for as long as the block lasts; `count` None: one for each GPU, or one without any.
+        """Runs the replicas on the connected Ray until the block ends. `count` None: one per GPU, or one without GPUs.
 
-        UsageError for a run that cannot be loaded and for more than there are GPUs, JobFailed where they do not start.
+        UsageError if the run cannot be loaded or there are too few GPUs, JobFailed if the replicas do not start.
         """
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if gpus and count is not None and count > gpus:
             raise UsageError(f"--replicas {count}: the cluster has {gpus} GPUs, and each replica takes one")
         count = count or max(1, gpus)
-        # Here, too: what cannot be loaded is refused in one line, and not by each replica in a log of its own.
+        # Loaded here first, so that a bad run gives one error and not one in the log of every replica.
         info = ModelInfo.of(load_model(run, torch.device("cpu")))
         kind = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        name = f"hdm-page-{uuid.uuid4().hex[:8]}"  # a cluster may have many
-        # The queue is the page's: a replica never has more than one picture. Ray's own web server stays off.
+        name = f"hdm-page-{uuid.uuid4().hex[:8]}"  # a cluster may run several pages
+        # The page has the queue: a replica draws one picture at a time. Ray's own web server stays off.
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(_Replica).options(
             name="painter", num_replicas=count, max_ongoing_requests=1, ray_actor_options=kind
         )
         what = "GPUs" if gpus else "CPUs"
         description = f"{info.description.rpartition(', on ')[0]}, on {count} {what} of Ray Serve"
-        # Also where it is stopped while they start, which lasts as long as GPUs are not free: a cluster outlives it.
+        # Delete it also if this job is stopped while replicas wait for free GPUs: the cluster outlives the job.
         try:
             try:
                 handle = serve.run(deployment.bind(run), name=name, route_prefix=None)
@@ -77,7 +77,7 @@ class Replicas:
             serve.delete(name)
 
     async def draw(self, request: PictureRequest) -> AsyncIterator[DrawingStep | DrawnPicture]:
-        """As `stream.stream_picture`, by whichever replica is free."""
+        """`stream.stream_picture` on a free replica."""
         news = self.handle.draw.remote(request)
         try:
             async for what in news:

@@ -5,7 +5,7 @@ Axes: B batch, C latent channels, H W latent rows and columns, T text tokens, D 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
@@ -37,16 +37,6 @@ class TrainingInputs:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """Result of one step, equal on all workers: 0-dim tensors on the device. Reading one makes the host wait."""
-
-    loss: Tensor  # mean over the global batch
-    grad_norm: Tensor  # of the whole gradient, before clipping
-    skipped: Tensor  # steps skipped in the whole run
-    worst_run: Tensor  # most steps skipped in a row since the last reading, earlier ones of the series included
-
-
-@dataclass(frozen=True)
 class Reading:
     """Statistics of the steps since the last reading, equal on all workers."""
 
@@ -58,9 +48,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Counters on the device as 0-dim tensors. Every step makes new tensors, so earlier results stay valid."""
+class StepResult:
+    """The last step and the counts so far, equal on all workers: 0-dim tensors on the device.
 
+    Reading one makes the host wait. Every step makes new tensors, so earlier results stay valid.
+    """
+
+    loss: Tensor  # float32, mean over the global batch
+    grad_norm: Tensor  # float32, of the whole gradient, before clipping
     skipped: Tensor  # int64, steps skipped in the whole run
     run: Tensor  # int64, steps skipped in a row up to now
     worst_run: Tensor  # int64, largest value of `run` since the last reading
@@ -69,13 +64,17 @@ class Tally:
     norm_sum: Tensor  # float64, over the taken steps
 
     @classmethod
-    def of(cls, skipped: Tensor) -> "Tally":
+    def start(cls, skipped: Tensor, run: Tensor | None = None) -> "StepResult":
+        """Counts that start from zero, except those given: a series of skipped steps continues over a reading."""
         zero = torch.zeros_like(skipped)
-        return cls(skipped, zero, zero, zero, zero.double(), zero.double())
+        run = zero if run is None else run
+        return cls(zero.float(), zero.float(), skipped, run, zero, zero, zero.double(), zero.double())
 
-    def after(self, loss: Tensor, grad_norm: Tensor, skip: Tensor) -> "Tally":
+    def after(self, loss: Tensor, grad_norm: Tensor, skip: Tensor) -> "StepResult":
         run = (self.run + 1).masked_fill(~skip, 0)
-        return Tally(
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
             skipped=self.skipped + skip,
             run=run,
             worst_run=torch.maximum(self.worst_run, run),
@@ -83,10 +82,6 @@ class Tally:
             loss_sum=self.loss_sum + loss.double().masked_fill(skip, 0),
             norm_sum=self.norm_sum + grad_norm.double().masked_fill(skip, 0),
         )
-
-    def read(self) -> "Tally":
-        """The tally after a reading. Keeps `run`, because a series of skipped steps may continue."""
-        return replace(Tally.of(self.skipped), run=self.run)
 
 
 class Loop:
@@ -124,7 +119,7 @@ class Loop:
         self.steps_taken = 0
         # The compiled model shares the parameters.
         self._forward: Callable[..., Tensor] = compiled(model) if compile else model
-        self._tally = Tally.of(torch.zeros((), dtype=torch.int64, device=self.device))
+        self._last = StepResult.start(torch.zeros((), dtype=torch.int64, device=self.device))
 
     @property
     def device(self) -> torch.device:
@@ -147,13 +142,13 @@ class Loop:
         step_unless(skip, self.optimizer)
         self.ema.update(self.model, skip)
         self.steps_taken += 1
-        self._tally = self._tally.after(loss, grad_norm, skip)
-        return StepResult(loss, grad_norm, self._tally.skipped, self._tally.worst_run)
+        self._last = self._last.after(loss, grad_norm, skip)
+        return self._last
 
     def read(self) -> Reading:
         """Statistics of the steps since the last reading. Makes the host wait for the device: only call it to log."""
-        tally, self._tally = self._tally, self._tally.read()
-        numbers = torch.stack([tally.loss_sum, tally.norm_sum, tally.taken, tally.skipped, tally.worst_run])
+        last, self._last = self._last, StepResult.start(self._last.skipped, self._last.run)
+        numbers = torch.stack([last.loss_sum, last.norm_sum, last.taken, last.skipped, last.worst_run])
         loss_sum, norm_sum, taken, skipped, worst_run = numbers.tolist()
         factor = self._learning_rate_factor(max(0, self.steps_taken - 1))
         return Reading(
@@ -169,7 +164,7 @@ class Loop:
 
         A partly frozen model, such as one with adapters, gives its trainable parameters only.
         """
-        optimizer = optimizer_tensors(self.optimizer, self.model) | {_SKIPPED: self._tally.skipped}
+        optimizer = optimizer_tensors(self.optimizer, self.model) | {_SKIPPED: self._last.skipped}
         return {"model": trainable_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
@@ -186,14 +181,14 @@ class Loop:
         state = dict(tensors.get("optimizer", {}))
         skipped = state.pop(_SKIPPED, torch.zeros((), dtype=torch.int64))
         load_optimizer_tensors(self.optimizer, self.model, state)
-        self._tally = Tally.of(skipped.to(self.device, copy=True))
+        self._last = StepResult.start(skipped.to(self.device, copy=True))
         self.steps_taken = steps_taken
 
     def roll_back(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
         """Loads an earlier state of this run but keeps the count of skipped steps."""
-        skipped = self._tally.skipped
+        skipped = self._last.skipped
         self.load(tensors, steps_taken)
-        self._tally = Tally.of(skipped)
+        self._last = StepResult.start(skipped)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[Callable[..., Tensor]]:

@@ -7,7 +7,6 @@ Axes: B batch, C latent channels, H W latent rows and columns, T the fixed times
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -30,6 +29,7 @@ T = TypeVar("T")
 TIMES = tuple((i + 0.5) / 8 for i in range(8))
 # Changes a sample's key, so that validation never uses the noise of training.
 _OWN_NOISE = 0x5851F42D4C957F2D
+_PICTURES_AT_ONCE = 4  # there is little free memory during training
 
 
 def validation_line(sums: Sequence[float]) -> Line:
@@ -100,34 +100,24 @@ def averaged_weights(model: XUT, ema: EMA) -> Iterator[XUT]:
 # --- Pictures of fixed prompts ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class GridConfig:
-    """The picture grid of an evaluation. trainer/sample.py draws the same with these prompts, seeds and settings."""
-
-    prompts: tuple[str, ...]
-    seed: int = 0  # of the first prompt; each following prompt has the next one
-    steps: int = 20
-    batch: int = 4  # pictures drawn at once: there is little free memory during training
-
-    @property
-    def seeds(self) -> list[int]:
-        return [self.seed + number for number in range(len(self.prompts))]
-
-    def settings(self, side: int) -> SamplingSettings:
-        return SamplingSettings(width=side, height=side, steps=self.steps)
-
-
-def draw_share(model: PictureModel, ema: EMA, config: GridConfig, rank: int, workers: int) -> list[Pixels]:
-    """Pictures of prompts[rank::workers] with averaged weights, squares of the training resolution.
+def draw_share(
+    model: PictureModel,
+    ema: EMA,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    rank: int,
+    workers: int,
+) -> list[Pixels]:
+    """Pictures of prompts[rank::workers] with averaged weights, as trainer/sample.py draws them.
 
     `model` shares its weights with the training. They are restored at the end.
     """
-    settings = config.settings(model.resolution)
-    prompts, seeds = config.prompts[rank::workers], config.seeds[rank::workers]
+    prompts, seeds = prompts[rank::workers], seeds[rank::workers]
     pictures: list[Pixels] = []
     with averaged_weights(model.model, ema):
-        for start in range(0, len(prompts), config.batch):
-            group = slice(start, start + config.batch)
+        for start in range(0, len(prompts), _PICTURES_AT_ONCE):
+            group = slice(start, start + _PICTURES_AT_ONCE)
             pictures += model.draw(prompts[group], seeds[group], settings)
     return pictures
 

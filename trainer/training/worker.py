@@ -14,6 +14,7 @@ import torch
 from pipeline.core.errors import JobFailed
 from trainer.diffusion.conditioning import pads_text
 from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 from trainer.drawing.sheet import grid_png
 from trainer.encoders.latents import Codec
 from trainer.encoders.load_codec import load_codec
@@ -35,7 +36,7 @@ from trainer.training.metrics import (
     peak_teraflops,
 )
 from trainer.training.run_log import Log, append_line
-from trainer.training.validation import GridConfig, draw_share, interleave, validation_line, validation_losses
+from trainer.training.validation import draw_share, interleave, validation_line, validation_losses
 from trainer.training.worker_group import WorkerGroup
 
 # Skipped steps in a row that cause a rollback: then the weights have diverged, it is not just a bad batch.
@@ -258,20 +259,23 @@ class Worker:
                     config=self.training.model, loss_weight_C=self.codec.loss_weight_C,
                 )  # fmt: skip
             line |= validation_line(self.group.sum(sums.tolist()))
-        grid = GridConfig(prompts=tuple(self.training.prompts), seed=self.stage.seed)
+        prompts = self.training.prompts
+        seeds = [self.stage.seed + number for number in range(len(prompts))]
+        settings = SamplingSettings(width=self.stage.resolution, height=self.stage.resolution)
         model = PictureModel(
             self.loop.model, self.codec, self.encoder, self.stage.text_tokens, self.device, self.loop.steps_taken,
             self.training.record(), self.loop.precision,
         )  # fmt: skip
         pictures = interleave(
-            self.group.gather(draw_share(model, self.loop.ema, grid, self.group.rank, self.group.size))
+            self.group.gather(
+                draw_share(model, self.loop.ema, prompts, seeds, settings, self.group.rank, self.group.size)
+            )
         )
         if self.log:
             if self.tagger:
-                agreement = tag_agreement(grid.prompts, self.tagger.asked(grid.prompts), self.tagger.found(pictures))
+                agreement = tag_agreement(prompts, self.tagger.asked(prompts), self.tagger.found(pictures))
                 line |= agreement.line()
-            settings = grid.settings(self.stage.resolution)
-            self.log.evaluation(line, grid_png(grid.prompts, pictures, grid.seeds, settings))
+            self.log.evaluation(line, grid_png(prompts, pictures, seeds, settings))
             results = {"validation_loss": line.get("loss"), "tag_agreement": line.get("tag_agreement")}
             self.reporter.report({name: value for name, value in results.items() if value is not None})
         # The time of the evaluation does not count as training.

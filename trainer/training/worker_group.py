@@ -52,8 +52,4 @@ class WorkerGroup:
 
     def broadcast(self, item: T) -> T:
         """The item of rank 0."""
-        if self.size == 1:
-            return item
-        items = [item]
-        distributed.broadcast_object_list(items, src=0, group=self.channel)
-        return items[0]
+        return self.gather(item)[0]

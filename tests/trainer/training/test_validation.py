@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.diffusion.flow import draw_noise
 from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import build_local_text_encoder, load_text_encoder
 from trainer.model.config import XUTConfig
@@ -20,7 +21,6 @@ from trainer.runs.ema import EMA
 from trainer.training.loop import TrainingInputs
 from trainer.training.validation import (
     TIMES,
-    GridConfig,
     averaged_weights,
     draw_share,
     interleave,
@@ -151,6 +151,7 @@ def test_averaged_weights_are_only_in_place_inside_the_block() -> None:
 
 # --- Pictures of fixed prompts ----------------------------------------------------------------------------------------
 
+SETTINGS = SamplingSettings(width=32, height=32, steps=3)
 PROMPTS = ("red ball", "blue fish, night sky", "a green tree", "pink cat", "yellow star")
 
 
@@ -170,15 +171,15 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> PictureModel:
 
 
 def test_pictures_show_the_averages_for_any_number_of_workers(live: PictureModel) -> None:
-    config = GridConfig(prompts=PROMPTS, seed=7, steps=3, batch=2)
-    expected = np.stack(live.draw(PROMPTS, [7, 8, 9, 10, 11], config.settings(32)))
+    seeds = [7, 8, 9, 10, 11]
+    expected = np.stack(live.draw(PROMPTS, seeds, SETTINGS))
     assert expected.std(axis=0).mean() > 5, "the pictures differ"
     ema = EMA(live.model, decay=0.9)
     kept = {name: weight.clone() for name, weight in live.model.state_dict().items()}
     with torch.no_grad():
         live.model.patch_out.weight.mul_(2)
     for workers in (1, 2, 7):
-        shares = [draw_share(live, ema, config, rank, workers) for rank in range(workers)]
+        shares = [draw_share(live, ema, PROMPTS, seeds, SETTINGS, rank, workers) for rank in range(workers)]
         pictures = np.stack(interleave(shares))
         assert pictures.shape == (5, 32, 32, 3)
         assert np.abs(pictures.astype(int) - expected).max() <= 1  # batches of other sizes may round differently
@@ -187,9 +188,8 @@ def test_pictures_show_the_averages_for_any_number_of_workers(live: PictureModel
 
 
 def test_in_bf16_the_pictures_are_nearly_the_same(live: PictureModel) -> None:
-    settings = GridConfig(prompts=PROMPTS, steps=3).settings(32)
-    fp32 = np.stack(live.draw(PROMPTS[:2], [0, 1], settings)).astype(int)
-    bf16 = np.stack(replace(live, precision="bf16").draw(PROMPTS[:2], [0, 1], settings)).astype(int)
+    fp32 = np.stack(live.draw(PROMPTS[:2], [0, 1], SETTINGS)).astype(int)
+    bf16 = np.stack(replace(live, precision="bf16").draw(PROMPTS[:2], [0, 1], SETTINGS)).astype(int)
     assert 0 < np.abs(fp32 - bf16).mean() < 2  # of 255
 
 
