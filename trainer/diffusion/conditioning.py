@@ -13,9 +13,7 @@ from torch import Tensor
 from trainer.diffusion.positions import Convention, crop_position_map, full_position_map
 from trainer.model.config import XUTConfig
 
-
-def convention(config: XUTConfig) -> Convention:
-    return "released" if config.position_grid == "latent" else "paper"
+_CONVENTIONS: dict[str, Convention] = {"token": "paper", "latent": "released"}  # by XUTConfig.position_grid
 
 
 def crop_positions(config: XUTConfig, frame_B4: Tensor, resolution: int, latents: int) -> Tensor:
@@ -25,7 +23,7 @@ def crop_positions(config: XUTConfig, frame_B4: Tensor, resolution: int, latents
     """
     x0_B, y0_B, width_B, height_B = frame_B4.unbind(1)
     grid = latents if config.position_grid == "latent" else latents // config.patch_size
-    return crop_position_map(x0_B, y0_B, resolution, width_B, height_B, grid, convention(config))
+    return crop_position_map(x0_B, y0_B, resolution, width_B, height_B, grid, _CONVENTIONS[config.position_grid])
 
 
 def picture_positions(
@@ -33,7 +31,7 @@ def picture_positions(
 ) -> Tensor:
     """Position map (N, 2) of a whole picture, for sampling. width, height: in pixels, multiples of a token's side."""
     cell = codec_factor * (1 if config.position_grid == "latent" else config.patch_size)
-    return full_position_map(width, height, height // cell, width // cell, convention(config), device)
+    return full_position_map(width, height, height // cell, width // cell, _CONVENTIONS[config.position_grid], device)
 
 
 def aspect(config: XUTConfig, width_B: Tensor, height_B: Tensor) -> Tensor:

@@ -23,11 +23,9 @@ class Codec(Protocol):
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 latents (B, C, h, w). Raises ValueError unless factor divides H and W."""
-        ...
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> uint8 (B, 3, H, W)."""
-        ...
 
 
 def check_sides(name: str, factor: int, pixels_B3HW: Tensor) -> None:

@@ -51,16 +51,16 @@ class OptimizerConfig:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f"optimizer kind must be adamw or muon: got {self.kind!r}")
         for name in ("learning_rate", "muon_learning_rate", "eps", "base_width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer {name} must be above 0: got {getattr(self, name)}")
+            self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer {name} must be at least 0: got {getattr(self, name)}")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("muon_momentum", self.muon_momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"optimizer {name} must be at least 0 and below 1: got {value}")
-        if not 0 <= self.final_ratio <= 1:
-            raise ValueError(f"optimizer final_ratio must be from 0 to 1: got {self.final_ratio}")
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1")
+        self._require("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1")
+        self._require("final_ratio", 0 <= self.final_ratio <= 1, "from 0 to 1")
+
+    def _require(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"optimizer {name} must be {expected}: got {getattr(self, name)}")
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
