@@ -209,6 +209,7 @@ def test_markup_and_quotation_marks_around_the_text_are_removed() -> None:
         "A girl stands in the rain. " * 3,
         f"{PLAIN} {PLAIN}",
         "blue, blue, blue, blue, blue, blue, blue, blue",
+        PLAIN + " She wears a hat, a red scarf, a red scarf, a red scarf and boots.",
         PLAIN
         + " She wears "
         + ", ".join(f"a {c} scarf with a {c} hem" for c in ("red", "blue", "red", "blue") * 5)

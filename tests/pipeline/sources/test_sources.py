@@ -1,4 +1,4 @@
-"""Every spelling of a raw field that the sites and the public dumps use comes out as the same row."""
+"""Every form of a raw field in the sites' APIs and the public dumps is parsed to the same value."""
 
 from datetime import UTC, datetime
 
@@ -20,6 +20,7 @@ def _post(outcome: Post | Rejected) -> Post:
     ("spelling", "rating"),
     [
         ("g", Rating.GENERAL),
+        ("s", Rating.SENSITIVE),
         (1, Rating.SENSITIVE),
         ("questionable", Rating.QUESTIONABLE),
         ("E", Rating.EXPLICIT),
@@ -34,11 +35,16 @@ def test_danbooru_ratings(spelling: object, rating: Rating | None) -> None:
     assert _post(danbooru.read_row(DANBOORU | {"rating": spelling})).rating is rating
 
 
+def test_later_pages_of_a_pixiv_work_have_the_first_as_their_parent() -> None:
+    assert _post(pixiv.read_row(PIXIV)).parent == "pixiv:9000000007_p0"
+    assert _post(pixiv.read_row(PIXIV | {"page": 0})).parent is None
+
+
 @pytest.mark.parametrize(
     "image",
     [{"image": b"x"}, {"image": {"bytes": b"x", "path": "1.jpg"}}, {"image": None, "jpg": b"x"}, {"webp": b"x"}],
 )
-def test_the_picture_is_found_in_flat_columns_and_in_the_hugging_face_struct(image: dict[str, object]) -> None:
+def test_the_image_is_read_from_binary_columns_and_from_the_hugging_face_struct(image: dict[str, object]) -> None:
     row = {key: value for key, value in DANBOORU.items() if key != "image"} | image
     assert _post(danbooru.read_row(row)).image == b"x"
 
@@ -47,7 +53,7 @@ def test_the_picture_is_found_in_flat_columns_and_in_the_hugging_face_struct(ima
     "tags",
     [{"tag_string_general": "a b"}, {"tags_general": ["a", "b"]}, {"tag_string": "a b"}, {"tags": ["a", "b"]}],
 )
-def test_danbooru_tags_as_text_as_list_and_without_categories(tags: dict[str, object]) -> None:
+def test_danbooru_tags_may_be_text_or_lists_with_or_without_categories(tags: dict[str, object]) -> None:
     assert _post(danbooru.read_row({"id": "7", "image": b"x"} | tags)).tags["general"] == ["a", "b"]
 
 
@@ -73,7 +79,7 @@ def test_dates(spelling: object, moment: datetime | None) -> None:
         ({"rating": "R-18"}, "unknown rating"),
     ],
 )
-def test_unusable_danbooru_posts_say_why(field: dict[str, object], reason: str) -> None:
+def test_unusable_danbooru_posts_have_a_reason(field: dict[str, object], reason: str) -> None:
     outcome = danbooru.read_row(DANBOORU | field)
     assert isinstance(outcome, Rejected)
     assert (outcome.key, outcome.reason) == ("danbooru:7", reason)
@@ -89,13 +95,13 @@ def test_unusable_danbooru_posts_say_why(field: dict[str, object], reason: str) 
         ({"image": {"bytes": b"x", "path": "img/limit_unknown_360.png"}}, "placeholder picture"),
     ],
 )
-def test_unusable_pixiv_pages_say_why(field: dict[str, object], reason: str) -> None:
+def test_unusable_pixiv_pages_have_a_reason(field: dict[str, object], reason: str) -> None:
     outcome = pixiv.read_row(PIXIV | field)
     assert isinstance(outcome, Rejected)
     assert (outcome.key, outcome.reason) == ("pixiv:9000000007_p1", reason)
 
 
-def test_pixiv_tags_are_english_where_there_is_english_and_tell_no_popularity() -> None:
+def test_pixiv_tags_are_english_if_translated_and_popularity_tags_are_dropped() -> None:
     tags = [
         {"name": "赤い星", "translated_name": "red star"},
         {"name": "星", "translated_name": None},
@@ -105,7 +111,9 @@ def test_pixiv_tags_are_english_where_there_is_english_and_tell_no_popularity() 
     ]
     expected = ["red_star", "星", "sky", "plain"]
     assert _post(pixiv.read_row(PIXIV | {"tags": tags})).tags["general"] == expected
-    assert _post(pixiv.read_row(PIXIV | {"tags": {"tags": tags}})).tags["general"] == expected, "the web API nests it"
+    assert _post(pixiv.read_row(PIXIV | {"tags": {"tags": tags}})).tags["general"] == expected, (
+        "nested as in the web API"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,15 +146,15 @@ def test_a_row_without_an_id_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("flag", ["false", "f", "0", 0, False, None])
-def test_a_flag_that_is_not_set_refuses_nothing_however_it_is_spelt(flag: object) -> None:
+def test_a_flag_that_is_not_set_rejects_nothing_in_any_form(flag: object) -> None:
     assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": flag}), Post)
     assert isinstance(danbooru.read_row(DANBOORU | {"is_deleted": "true"}), Rejected)
 
 
-def test_pixiv_tags_as_one_text_and_with_holes() -> None:
+def test_pixiv_tags_may_be_one_text_or_a_list_with_nulls() -> None:
     assert _post(pixiv.read_row(PIXIV | {"tags": "空 original"})).tags["general"] == ["空", "original"]
     assert _post(pixiv.read_row(PIXIV | {"tags": [None, 7, "空"]})).tags["general"] == ["空"]
 
 
-def test_a_number_beyond_64_bits_is_no_pixiv_id() -> None:
+def test_a_pixiv_id_beyond_64_bits_is_dropped() -> None:
     assert _post(danbooru.read_row(DANBOORU | {"pixiv_id": 2**70})).pixiv_id is None

@@ -150,6 +150,14 @@ def test_epochs_and_seeds_give_different_orders(counts: list[int]) -> None:
         assert again < 0.1
 
 
+def test_row_groups_are_read_in_another_order_in_each_epoch() -> None:
+    of_one_stream = order([16] * 12, batch_size=8, streams=1, window=1)
+    sequences = [of_one_stream.samples(range(192 * epoch, 192 * (epoch + 1))) // 16 for epoch in (0, 1)]
+    first, second = (list(dict.fromkeys(groups.tolist())) for groups in sequences)
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_epoch_numbers_continue_after_a_change_of_the_selection() -> None:
     made, later = order([30] * 9, 16, 4, 2), order([30] * 9, 16, 4, 2, first_epoch=2)
     epoch, place = later.epochs([0, 269, 270])
