@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, run
 from pipeline.core.progress import progress_bar
-from pipeline.drawings.sample_posts import DrawnPost, count_planted, plan, shards
+from pipeline.drawings.sample_posts import FEWEST_IMAGES, DrawnPost, count_planted, plan, shards
 from pipeline.drawings.sample_rows import SITES
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
@@ -40,16 +40,14 @@ def parse_args(argv: list[str] | None) -> SampleDataJob:
     job = SampleDataJob(**vars(parser.parse_args(argv)))
     if job.seed < 0:
         raise UsageError(f"--seed is {job.seed}; give 0 or more")
+    if job.images < FEWEST_IMAGES:
+        raise UsageError(f"--images {job.images} has no room for every planted kind. Use {FEWEST_IMAGES} or more.")
     return job
 
 
 def main(argv: list[str] | None = None) -> None:
     job = parse_args(argv)
-    try:
-        rows = plan(job.seed, job.images)
-    except ValueError as error:
-        raise UsageError(f"--images: {error}") from None
-    write_samples(job, rows, workers=os.cpu_count() or 1)
+    write_samples(job, plan(job.seed, job.images), workers=os.cpu_count() or 1)
 
 
 def write_samples(job: SampleDataJob, rows: dict[str, list[DrawnPost]], workers: int) -> None:

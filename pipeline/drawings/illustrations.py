@@ -131,7 +131,9 @@ def compose(seed: int, index: int) -> Illustration:
     background = _pick(rng, taste.backgrounds if rng.random() < 0.5 else BACKGROUNDS)
     quality = float(rng.random())
     flaw = _pick(rng, [name for name in FLAWS if name]) if quality < 0.06 else ""
-    width, height = _frame(rng)
+    across, down = _weighted(rng, _ASPECTS)
+    unit = rng.integers(_SHORT_SIDE[0], _SHORT_SIDE[1] + 1) / min(across, down)
+    width, height = int(across * unit), int(down * unit)
     size = _pick(rng, SIZES)
     # A large object leaves no room to be clearly off-centre.
     place = _pick(rng, PLACES[1:]) if size != "large" and rng.random() < 0.3 else PLACES[0]
@@ -192,12 +194,6 @@ def _weighted(rng: np.random.Generator, weights: dict[T, int]) -> T:
     return list(weights)[int(np.searchsorted(ladder, rng.integers(ladder[-1]), side="right"))]
 
 
-def _frame(rng: np.random.Generator) -> tuple[int, int]:
-    across, down = _weighted(rng, _ASPECTS)
-    unit = rng.integers(_SHORT_SIDE[0], _SHORT_SIDE[1] + 1) / min(across, down)
-    return int(across * unit), int(down * unit)
-
-
 def _jittered(rng: np.random.Generator, colour: str) -> tuple[float, float, float]:
     hue, saturation, value = COLOURS[colour]
     jitter = rng.uniform(-1, 1, 3) * (4, 0.05, 0.04)
@@ -237,11 +233,9 @@ def _place_extras(rng: np.random.Generator, main: Thing, width: int, height: int
             x, y = rng.uniform((span * 0.6, span * 0.6), (width - span * 0.6, height - span * 0.6))
             near = [np.hypot(x - t.x, y - t.y) < 0.54 * (span + t.span) for t in (main, *placed)]
             if not any(near):
-                hsv = _jittered(rng, colour)
+                hsv, tilt = _jittered(rng, colour), rng.normal(0, 12)
                 placed.append(
-                    Thing(
-                        kind=kind, colour=colour, hsv=hsv, pattern="plain", span=span, x=x, y=y, tilt=rng.normal(0, 12)
-                    )
+                    replace(main, kind=kind, colour=colour, hsv=hsv, pattern="plain", span=span, x=x, y=y, tilt=tilt)
                 )
                 break
     return tuple(placed)

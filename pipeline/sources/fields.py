@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 IMAGE_COLUMNS = ("image", "bytes", "jpg", "webp", "png")
+_BINARY = {pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
 def image_bytes(row: Mapping[str, Any]) -> bytes:
@@ -24,16 +25,12 @@ def image_layout(schema: pa.Schema) -> str:
     """Describes the column that holds the images. Raises ValueError if no such column holds bytes."""
     kinds = {name: schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names}
     for column, kind in kinds.items():
-        if _is_binary(kind):
+        if kind in _BINARY:
             return f"flat {column} column"
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type):
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.field("bytes").type in _BINARY:
             return f"HF {column} struct"
     held = ", ".join(f"{column} holds {kind}" for column, kind in kinds.items())
     raise ValueError(f"a layout without images: {held}. Expected bytes or struct<bytes, path>.")
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def image_path(row: Mapping[str, Any]) -> str:

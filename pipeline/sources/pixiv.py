@@ -17,7 +17,7 @@ from pipeline.sources.fields import (
     parse_int,
     parse_time,
 )
-from pipeline.tagging.tags import is_popularity
+from pipeline.tagging.tags import is_popularity_tag
 
 # Columns that tell this layout from Danbooru's.
 TELLTALE_COLUMNS = {
@@ -127,7 +127,7 @@ def _tag_list(tags: Any) -> list[Any]:
 def _tag_name(tag: Any) -> str:
     """English name if the site has one, else the original name; "" for popularity tags such as "1000users入り"."""
     name = tag if isinstance(tag, str) else str(first(tag, "name", "tag") or "")
-    if is_popularity(name):
+    if is_popularity_tag(name):
         return ""
     if isinstance(tag, str):
         return name

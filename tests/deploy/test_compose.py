@@ -1,4 +1,4 @@
-"""The cluster of containers as it is written down. deploy/smoke.sh runs it, where there are containers."""
+"""Checks docker-compose.yml and its images without running them; deploy/smoke.sh runs them."""
 
 import os
 import re
@@ -35,20 +35,20 @@ def make_env(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/smoke.yml"])
-def test_it_is_a_compose_file_by_the_specifications_schema(name: str) -> None:
+def test_the_file_matches_the_compose_specification(name: str) -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(ROOT / name)]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
-def test_nothing_is_published_beyond_this_machine() -> None:
+def test_ports_are_published_on_this_machine_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
     assert ports
     assert all(str(port).startswith("127.0.0.1:") for port in ports), ports
     assert not any(service.get("network_mode") or service.get("privileged") for service in SERVICES.values())
 
 
-def test_credentials_come_from_the_environment_and_their_absence_stops_it() -> None:
+def test_credentials_come_from_the_environment_and_are_required() -> None:
     for name, service in SERVICES.items():
         for variable, value in service.get("environment", {}).items():
             if re.search("KEY|SECRET|PASSWORD|TOKEN", variable) and value is not None:
@@ -60,12 +60,12 @@ def test_every_setting_is_described() -> None:
     described = settings(ROOT / ".env.example")
     assert used | {"COMPOSE_PROFILES"} == set(described)
     assert [name for name in SECRETS if described[name]] == []
-    # Those without a value in the compose file are not there at all unless .env has them.
+    # Variables without a value in the compose file are unset unless .env sets them.
     passed = {name for name, value in COMPOSE["x-environment"].items() if value is None}
     assert passed == set(re.findall(r"^# (\w+)=$", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
 
-def test_credentials_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
+def test_credentials_are_created_once_and_only_this_user_can_read_them(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     make_env(one)
     make_env(other)
@@ -79,7 +79,7 @@ def test_credentials_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
     assert settings(one) == made
 
 
-def test_credentials_of_a_newer_version_are_added_to_what_is_there(tmp_path: Path) -> None:
+def test_missing_credentials_are_added_to_an_existing_file(tmp_path: Path) -> None:
     make_env(file := tmp_path / "env")
     older = "".join(line for line in file.read_text().splitlines(keepends=True) if "PAGE_PASSWORD" not in line)
     file.write_text(older)
@@ -89,7 +89,7 @@ def test_credentials_of_a_newer_version_are_added_to_what_is_there(tmp_path: Pat
 
 
 def test_credentials_are_in_no_commit_image_or_upload() -> None:
-    # `ray job submit --working-dir .` leaves out what git ignores.
+    # `ray job submit --working-dir .` does not upload what git ignores.
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     assert "/.env" in ignored
@@ -104,17 +104,17 @@ def test_every_image_has_a_fixed_version() -> None:
     assert all(re.fullmatch(r"[\w./-]+:v?\d[\w.-]+", image) for image in images), images
 
 
-def test_our_images_have_the_projects_version_and_are_built_from_the_targets_they_are_called_by() -> None:
+def test_images_have_the_projects_version_and_the_name_of_their_build_target() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     built = {service["image"]: service["build"]["target"] for service in SERVICES.values() if "build" in service}
     assert built == {f"hdm-{target}:{version}": target for target in ("pipeline", "captioner", "trainer")}
     assert set(built.values()) <= set(re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE))
 
 
-def test_all_images_have_one_python_and_one_ray() -> None:
+def test_all_images_have_the_same_python_and_ray() -> None:
     bases = set(re.findall(r"^FROM (\S+) AS", DOCKERFILE, re.MULTILINE))
     assert bases == {"python:3.11-slim-bookworm", "base"}
-    # Tasks, actors and tables go from one image to the other.
+    # Tasks, actors and tables pass between images.
     one, other = constraints("constraints.txt"), constraints("constraints-captioner.txt")
     for package in (
         "ray",
@@ -130,7 +130,7 @@ def test_all_images_have_one_python_and_one_ray() -> None:
         assert one[package] == other[package], package
 
 
-def test_the_images_install_the_versions_that_were_tried_together() -> None:
+def test_the_images_install_the_pinned_versions() -> None:
     setup = (ROOT / "deploy/setup.sh").read_text()
     known = constraints("constraints.txt") | {"vllm": constraints("constraints-captioner.txt")["vllm"]}
     known["pillow-simd"] = re.search(r"^simd=(\S+)", setup, re.MULTILINE).group(1)  # type: ignore[union-attr]
@@ -147,7 +147,7 @@ def _pip_installs() -> list[str]:
     return re.findall(r"pip install .*|pip wheel .*", DOCKERFILE)
 
 
-def test_no_container_of_ours_runs_as_root_or_gains_rights() -> None:
+def test_no_container_runs_as_root_or_gains_privileges() -> None:
     for target in ("pipeline", "trainer", "captioner", "s3"):
         stage = DOCKERFILE.split(f" AS {target}\n")[1].split("\nFROM ")[0]
         assert stage.strip().splitlines()[-1] == "USER hdm", target
@@ -156,7 +156,7 @@ def test_no_container_of_ours_runs_as_root_or_gains_rights() -> None:
         assert SERVICES[name]["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_the_nodes_share_one_token_which_only_the_head_may_write() -> None:
+def test_the_nodes_share_a_token_that_only_the_head_can_write() -> None:
     assert SERVICES["head"]["volumes"][0] == "token:/home/hdm/.ray"
     for name in NODES[1:]:
         assert SERVICES[name]["volumes"][0] == "token:/home/hdm/.ray:ro"
@@ -164,16 +164,16 @@ def test_the_nodes_share_one_token_which_only_the_head_may_write() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_has_limits_and_comes_back(name: str) -> None:
+def test_a_service_has_limits_and_restarts(name: str) -> None:
     service = SERVICES[name]
     assert service["restart"] in ("unless-stopped", "on-failure")
     assert service["deploy"]["resources"]["limits"]["memory"]
     assert service["logging"]["options"]["max-size"]
-    # One that ends by itself has nothing to be asked.
+    # A service that ends by itself needs no health check.
     assert "healthcheck" in service or service["restart"] == "on-failure"
 
 
-def test_only_the_services_for_gpus_ask_for_them() -> None:
+def test_only_gpu_services_request_gpus() -> None:
     def devices(service: dict[str, Any]) -> Any:
         return service["deploy"]["resources"].get("reservations", {}).get("devices")
 
@@ -182,7 +182,7 @@ def test_only_the_services_for_gpus_ask_for_them() -> None:
     assert asking == {"captioner", "trainer"}
 
 
-def test_what_is_mounted_from_here_is_here() -> None:
+def test_mounted_files_and_volumes_exist() -> None:
     mounted = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
     named = {volume.split(":")[0] for volume in mounted if not volume.startswith(".")}
     assert named == set(COMPOSE["volumes"])
@@ -190,7 +190,7 @@ def test_what_is_mounted_from_here_is_here() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_page_asks_for_a_password_and_prometheus_asks_it_for_figures() -> None:
+def test_the_page_needs_a_password_and_prometheus_scrapes_it() -> None:
     assert "HDM_PAGE_PASSWORD" in SERVICES["page"]["environment"]
     assert "trainer web" in DOCKERFILE.split(" AS pipeline\n")[1].split("\nFROM ")[0]
     jobs = yaml.safe_load((ROOT / "deploy/monitoring/prometheus.yml").read_text())["scrape_configs"]
@@ -212,10 +212,10 @@ def test_a_dataset_on_disk_needs_no_bucket() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_one_for_any_shell(script: str) -> None:
+def test_a_script_has_no_syntax_errors(script: str) -> None:
     checked = subprocess.run(["sh", "-n", str(ROOT / script)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_smoke_test_can_be_run_as_it_is_named() -> None:
+def test_the_smoke_test_is_executable() -> None:
     assert os.access(ROOT / "deploy/smoke.sh", os.X_OK)

@@ -1,4 +1,4 @@
-"""The manifests of deploy/kuberay: what Kubernetes and KubeRay would refuse, and what must agree with the images."""
+"""The manifests of deploy/kuberay are valid, secure, and consistent with the images."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
 FILES = {"RayCluster": ["raycluster"], "RayJob": ["rayjob-caption", "rayjob-caption-vllm", "rayjob-train"]}
 RAY_FILES = [(kind, name) for kind, names in FILES.items() for name in names]
-# Of one image each: a pod that gets another could not do its work.
+# A group works only with its image.
 IMAGE_OF_GROUP = {"head": "pipeline", "cpu": "pipeline", "captioner": "captioner", "trainer": "trainer"}
 
 
@@ -32,7 +32,7 @@ def _spec(name: str) -> dict[str, Any]:
 
 
 def _cluster(name: str) -> dict[str, Any] | None:
-    """The cluster that a manifest describes; None where it names one."""
+    """The cluster that a manifest defines, or None if it refers to one."""
     spec = _spec(name)
     return spec if name == "raycluster" else spec.get("rayClusterSpec")
 
@@ -47,7 +47,7 @@ def _groups(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _pods(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Which pods a manifest starts: name of the group, pod."""
+    """Pods that a manifest starts, with the names of their groups."""
     if _cluster(name):
         yield from ((group, settings["template"]["spec"]) for group, settings in _groups(name).items())
     if "submitterPodTemplate" in _spec(name):
@@ -61,11 +61,11 @@ def _environment(pod: dict[str, Any]) -> dict[str, str]:
     return {variable["name"]: variable.get("value") for variable in pod["containers"][0].get("env", [])}
 
 
-# --- KubeRay's own definitions ----------------------------------------------------------------------------------------
+# --- Definitions of KubeRay -------------------------------------------------------------------------------------------
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """As a JSON schema that refuses unknown fields, as the API server does under strict validation."""
+    """The schema as a JSON schema that refuses unknown fields, like the API server under strict validation."""
     closed = dict(schema)
     if closed.pop("x-kubernetes-int-or-string", False):
         return {"type": ["integer", "string"]}
@@ -81,30 +81,30 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def definition(kuberay_definitions: Path) -> Definition:
-    """definition("RayJob") -> what validates one."""
+    """definition("RayJob") returns a validator for RayJobs."""
 
     @cache
     def load(kind: str) -> jsonschema.Draft7Validator:
         path = kuberay_definitions / f"ray.io_{kind.lower()}s.yaml"
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte of YAML: a second, or half a minute
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the pure Python loader takes half a minute
         definition = yaml.load(path.read_text(), Loader=loader)
         [version] = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
         schema = _closed(version["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object"}  # its definition is Kubernetes' own
+        schema["properties"]["metadata"] = {"type": "object"}  # defined by Kubernetes
         return jsonschema.Draft7Validator(schema)
 
     return load
 
 
 @pytest.mark.parametrize(("kind", "name"), RAY_FILES)
-def test_kuberay_takes_the_manifest(definition: Definition, kind: str, name: str) -> None:
+def test_the_manifest_matches_kuberays_definition(definition: Definition, kind: str, name: str) -> None:
     [manifest] = _documents(name)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
     assert [f"{error.json_path}: {error.message}" for error in definition(kind).iter_errors(manifest)] == []
 
 
 @pytest.mark.parametrize("path", ["spec", "spec.headGroupSpec", "spec.workerGroupSpecs.0.template.spec.containers.0"])
-def test_a_misspelt_field_would_be_found(definition: Definition, path: str) -> None:
+def test_a_misspelt_field_is_found(definition: Definition, path: str) -> None:
     [manifest] = _documents("raycluster")
     part: Any = manifest
     for step in path.split("."):
@@ -119,7 +119,7 @@ def test_a_misspelt_field_would_be_found(definition: Definition, path: str) -> N
 
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-captioner.txt"])
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_the_ray_version_is_that_of_the_images(name: str, constraints: str) -> None:
+def test_the_ray_version_equals_that_of_the_images(name: str, constraints: str) -> None:
     [pinned] = re.findall(r"^ray==(\S+)$", (ROOT / "deploy" / constraints).read_text(), re.MULTILINE)
     cluster = _cluster(name)
     assert cluster
@@ -127,7 +127,7 @@ def test_the_ray_version_is_that_of_the_images(name: str, constraints: str) -> N
 
 
 @pytest.mark.parametrize("name", [name for _, name in RAY_FILES])
-def test_each_group_has_its_image_in_this_version(name: str) -> None:
+def test_each_group_has_its_image_in_the_projects_version(name: str) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     for group, pod in _pods(name):
         target = IMAGE_OF_GROUP.get(group, "pipeline")
@@ -141,7 +141,7 @@ def test_the_dockerfile_has_the_images_and_their_user() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CLUSTERS if name != "raycluster"])
-def test_a_job_s_own_cluster_has_the_groups_of_the_one_that_stays(name: str) -> None:
+def test_a_temporary_cluster_has_the_groups_of_the_permanent_one(name: str) -> None:
     shared = _groups("raycluster")
     for group, settings in _groups(name).items():
         different = {key for key in settings if settings[key] != shared[group].get(key)}
@@ -155,22 +155,22 @@ def test_a_job_s_own_cluster_has_the_groups_of_the_one_that_stays(name: str) -> 
     ("name", "command"),
     [("rayjob-caption", "python pipeline/caption.py"), ("rayjob-train", "python trainer/run.py --stage 1024")],
 )
-def test_the_entry_point_is_the_command_to_the_letter(name: str, command: str) -> None:
+def test_the_entry_point_is_the_documented_command(name: str, command: str) -> None:
     assert _spec(name)["entrypoint"] == command
 
 
 @pytest.mark.parametrize(("name", "group"), [("rayjob-caption-vllm", "captioner"), ("rayjob-train", "trainer")])
-def test_the_driver_runs_where_the_group_says_it_may(name: str, group: str) -> None:
+def test_the_driver_runs_in_its_group(name: str, group: str) -> None:
     wanted = yaml.safe_load(_spec(name)["entrypointResources"])
     assert list(wanted) == [group]
-    # KubeRay puts it into a shell's command line: one word of it is JSON.
+    # KubeRay puts the value into a shell command, in which the JSON must be one word.
     [offered] = shlex.split(_groups(name)[group]["rayStartParams"]["resources"])
     assert yaml.safe_load(offered) == {group: 1}
     assert 0 < wanted[group] <= 1
     assert _groups(name)[group]["replicas"] >= 1
 
 
-def test_a_job_for_the_cluster_that_stays_names_it() -> None:
+def test_a_job_for_the_permanent_cluster_names_it() -> None:
     [cluster] = _documents("raycluster")
     assert _spec("rayjob-caption")["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
@@ -187,7 +187,7 @@ def test_a_training_has_a_worker_per_gpu_of_one_node(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_gpus_are_given_back(name: str) -> None:
+def test_gpus_are_released(name: str) -> None:
     if name == "raycluster":
         with_gpus = [group for group in _groups(name).values() if "nvidia.com/gpu" in str(group["template"])]
         assert [group["replicas"] for group in with_gpus] == [0, 0]
@@ -199,7 +199,7 @@ def test_gpus_are_given_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("pod", ALL_PODS)
-def test_a_pod_is_restricted_as_the_namespace_demands(pod: dict[str, Any]) -> None:
+def test_a_pod_meets_the_restricted_security_standard(pod: dict[str, Any]) -> None:
     """Kubernetes' Pod Security Standards, "restricted"."""
     of_pod = pod["securityContext"]
     assert of_pod["runAsNonRoot"]
@@ -221,7 +221,7 @@ def test_a_pod_has_limits(pod: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_a_cluster_wants_the_token_and_is_not_exposed(name: str) -> None:
+def test_a_cluster_requires_the_token_and_is_not_exposed(name: str) -> None:
     cluster = _cluster(name)
     assert cluster
     assert cluster["authOptions"] == {"mode": "token", "secretName": "hdm-ray-token"}
@@ -229,7 +229,7 @@ def test_a_cluster_wants_the_token_and_is_not_exposed(name: str) -> None:
     assert cluster["headGroupSpec"]["enableIngress"] is False
 
 
-def test_the_namespace_admits_no_root_and_nobody_from_outside() -> None:
+def test_the_namespace_admits_no_root_and_no_traffic_from_outside() -> None:
     documents = {document["kind"]: document for document in _documents("namespace")}
     assert documents["Namespace"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     policy = documents["NetworkPolicy"]["spec"]
@@ -241,7 +241,7 @@ def test_the_namespace_admits_no_root_and_nobody_from_outside() -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_manifest_holds_a_secret(path: Path) -> None:
-    """Settings of S3 and the token come from Secrets alone; environment variables with a value are these few."""
+    """S3 settings and the token come from Secrets; only these environment variables have values."""
     plain = {"RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_START_TIMEOUT_SECONDS", "HF_HOME", "HDM_RUN", "HDM_WORKERS"}
     documents = list(yaml.safe_load_all(path.read_text()))
     assert all(document["kind"] != "Secret" for document in documents)
@@ -251,7 +251,7 @@ def test_no_manifest_holds_a_secret(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for _, name in RAY_FILES])
-def test_disks_and_namespace_are_those_of_the_first_file(name: str) -> None:
+def test_disks_and_namespace_are_defined_in_namespace_yaml(name: str) -> None:
     first = _documents("namespace")
     claims = {document["metadata"]["name"] for document in first if document["kind"] == "PersistentVolumeClaim"}
     used = {volume["persistentVolumeClaim"]["claimName"] for _, pod in _pods(name) for volume in pod.get("volumes", [])}

@@ -1,4 +1,4 @@
-"""Debian's own Prometheus takes the rules, the dashboards' questions and a running cluster's metrics."""
+"""Prometheus accepts the rules, the dashboards' queries and the metrics of a running cluster."""
 
 import json
 import math
@@ -36,18 +36,18 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(MONITOR
 RULES = [rule for group in yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 DISCOVERY = "prom_metrics_service_discovery.json"
 
-# What Grafana puts in.
+# Values that Grafana would substitute.
 VARIABLES = {"$__rate_interval": "5m", "$stage": ".*"}
 
 
-def question(expression: str) -> str:
+def query_of(expression: str) -> str:
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     return expression
 
 
-QUESTIONS = {
-    f"{name}: {panel['title']}: {target['refId']}": question(target["expr"])
+QUERIES = {
+    f"{name}: {panel['title']}: {target['refId']}": query_of(target["expr"])
     for name, dashboard in DASHBOARDS.items()
     for panel in dashboard["panels"]
     for target in panel["targets"]
@@ -82,20 +82,20 @@ def test_every_alert_is_tested() -> None:
     assert {rule["alert"] for rule in RULES} == tested
 
 
-def test_every_question_of_a_dashboard_is_promql(tmp_path: Path) -> None:
-    rules = [{"record": f"question_{n}", "expr": expression} for n, expression in enumerate(QUESTIONS.values())]
-    (tmp_path / "questions.yml").write_text(yaml.safe_dump({"groups": [{"name": "questions", "rules": rules}]}))
-    done = promtool("check", "rules", tmp_path / "questions.yml")
+def test_every_query_of_a_dashboard_is_valid_promql(tmp_path: Path) -> None:
+    rules = [{"record": f"query_{n}", "expr": expression} for n, expression in enumerate(QUERIES.values())]
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    done = promtool("check", "rules", tmp_path / "queries.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def metrics_of(expression: str) -> set[str]:
-    """The names of the series that are asked for: no labels, functions or keywords."""
+    """Names of the queried series, without labels, functions and keywords."""
     bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(by|on|group_left) \([^)]*\)", "", expression)
     return set(re.findall(r"\b(?:ray_|hdm_)\w+|\bup\b", bare))
 
 
-def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tmp_path: Path) -> None:
+def test_every_query_uses_metrics_that_jobs_the_exporter_or_ray_export(tmp_path: Path) -> None:
     Store(str(tmp_path)).write("dataset.json", b"{}")
     metrics = DatasetMetrics(Store(str(tmp_path)))
     metrics.scan()
@@ -104,7 +104,7 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     meter = CaptionMeter(rows=10, engines=1, dollars_per_hour=1.0)
     meter([CaptionStats(rows=1)])
     standing = meter([CaptionStats(rows=9)])
-    jobs = "".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py"))
+    jobs = "".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (
         {"up", "ray_hdm_rows_left", "ray_hdm_train_disk_used_share"}
@@ -115,12 +115,12 @@ def test_every_question_is_about_metrics_that_jobs_the_exporter_or_ray_export(tm
     known |= {f"ray_{name}_total" for name in standing.counts} | {f"ray_{name}" for name in standing.gauges}
     ray = "".join(path.read_text() for path in Path(rays_dashboards.__path__[0]).glob("*.py"))
     known |= {name for name in re.findall(r"ray_\w+", ray) if not name.startswith("ray_hdm_")}
-    for place, expression in QUESTIONS.items():
+    for place, expression in QUERIES.items():
         assert metrics_of(expression), place
         assert metrics_of(expression) <= known, place
 
 
-def test_dashboards_need_no_plugin_and_ask_the_provisioned_source() -> None:
+def test_dashboards_need_no_plugin_and_use_the_provisioned_source() -> None:
     [source] = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text())[
         "datasources"
     ]
@@ -137,18 +137,18 @@ def test_dashboards_need_no_plugin_and_ask_the_provisioned_source() -> None:
             for x in range(at["x"], at["x"] + at["w"])
             for y in range(at["y"], at["y"] + at["h"])
         ]
-        assert len(set(taken)) == len(taken), f"{name}: panels lie over each other"
+        assert len(set(taken)) == len(taken), f"{name}: panels overlap"
         assert max(x for x, _ in taken) < 24, f"{name}: Grafana has 24 columns"
 
 
 # --- A cluster, its jobs and Prometheus -------------------------------------------------------------------------------
 
-# With a Ray of its own: that of the test session has no dashboard, whose part the list for Prometheus is.
+# A separate Ray: the one of the test session has no dashboard, which writes the list for Prometheus.
 HEAD = """
 import signal, sys, ray
 context = ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=0,
          log_to_driver=False, _temp_dir=sys.argv[1])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # takes Ray along
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # also stops Ray
 print(ray.get_runtime_context().gcs_address, context.dashboard_url, flush=True)
 sys.stdin.read()
 """
@@ -163,7 +163,7 @@ class Prometheus:
             return json.load(got)["data"]
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
-        """By the values of the labels."""
+        """Values by label values."""
         found = self.get("query", query=expression)["result"]
         return {tuple(series["metric"].values()): float(series["value"][1]) for series in found}
 
@@ -180,7 +180,7 @@ class Prometheus:
 
 @contextmanager
 def process(command: list[object], environment: dict[str, str], log: Path) -> "Iterator[subprocess.Popen[str]]":
-    """Running as long as the block; asked to end, like by its user."""
+    """Runs during the block and is then terminated."""
     with log.open("w") as errors:
         started = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
@@ -203,12 +203,12 @@ def free_port() -> int:
 
 
 def prometheus_config(folder: Path, discovery: Path, exporter: int) -> Path:
-    """The repository's, but for addresses, and every second."""
+    """The repository's configuration with other addresses and an interval of one second."""
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     ray_nodes, dataset, _ = config["scrape_configs"]
     [listed] = ray_nodes["file_sd_configs"]
-    assert listed["files"] == [f"/tmp/ray/{DISCOVERY}"], "where Ray has it by default"
+    assert listed["files"] == [f"/tmp/ray/{DISCOVERY}"], "Ray's default path"
     listed |= {"files": [str(discovery)], "refresh_interval": "1s"}
     dataset["static_configs"] = [{"targets": [f"127.0.0.1:{exporter}"]}]
     config["scrape_configs"] = [ray_nodes, dataset]
@@ -219,7 +219,7 @@ def prometheus_config(folder: Path, discovery: Path, exporter: int) -> Path:
 
 @dataclass(frozen=True)
 class Watched:
-    """A cluster on which jobs have run, and Prometheus beside it, which has seen all of it."""
+    """A cluster on which jobs have run, and a Prometheus that was scraping it."""
 
     prometheus: Prometheus
     dashboard: str  # of Ray
@@ -231,14 +231,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     if not shutil.which("prometheus"):
         pytest.skip("no prometheus: apt-get install prometheus")
     folder = tmp_path_factory.mktemp("monitoring")
-    # Metrics of Ray every second instead of every ten, and forgotten after two; a token, which Prometheus has not.
+    # Ray's metrics every second instead of every ten, forgotten after two; and a token, which Prometheus does not have.
     environment = os.environ | {
         "RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     with ExitStack() as running:
-        # Not below tmp_path: the paths of Ray's sockets have to be short.
+        # Not below tmp_path, because the paths of Ray's sockets must be short.
         rays = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="hdm-ray-", ignore_cleanup_errors=True)))
         head = running.enter_context(process([sys.executable, "-c", HEAD, rays], environment, folder / "head.log"))
         exporter, port = free_port(), free_port()
@@ -271,7 +271,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         environment["RAY_ADDRESS"], _, dashboard = head.stdout.readline().strip().partition(" ")
         assert dashboard, (folder / "head.log").read_text()[-2000:]
         prometheus.wait_for('up{job="ray"} == 1')
-        # Some seconds of many shards: there is no rate of what appears between two looks.
+        # Many shards, over several seconds: a series that appears between two scrapes has no rate.
         finish("pipeline/ingest.py", "--raw", folder / "raw", "--dataset", dataset, "--rows-per-shard", 10)
         running.enter_context(
             process(
@@ -284,24 +284,24 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         finish("pipeline/curate.py", "--dataset", dataset)
         ingested = json.loads((dataset / "images" / "run.json").read_text())
         training = job("trainer/run.py", "--stage", "demo", "--dataset", dataset, "--run", run, "--steps", 100_000)
-        # A line every five steps: less often than Ray forgets what it is not told.
+        # A line every five steps, less often than Ray forgets metrics that are not set.
         training += ["--set", "log_every=5", "--price-per-hour", 1]
         with process(training, environment, folder / "training.log") as trained:
             prometheus.wait_for("ray_hdm_train_loss", seconds=300)
             yield Watched(prometheus, f"http://{dashboard}", ingested)
             assert trained.poll() is None, (folder / "training.log").read_text()[-2000:]
-            trained.kill()  # a checkpoint would take its time
+            trained.kill()  # saving a checkpoint would take longer
 
 
 @pytest.mark.cluster
-def test_metrics_are_scraped_without_the_token_that_the_cluster_wants(watched: Watched) -> None:
+def test_metrics_are_scraped_without_the_clusters_token(watched: Watched) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{watched.dashboard}/api/prometheus/sd", timeout=10)
     assert watched.prometheus.query('up{job="ray"} == 1')
 
 
 @pytest.mark.cluster
-def test_ingest_shows_its_speed_and_why_it_refused_rows(watched: Watched) -> None:
+def test_ingest_exports_its_speed_and_rejected_rows_by_reason(watched: Watched) -> None:
     found = watched.prometheus
     assert found.value("max_over_time(sum(rate(ray_hdm_ingest_rows_total[15s]))[1h:1s])") > 0
     became = found.query("sum by (kind) (max_over_time(ray_hdm_ingest_rows_total[1h]))")
@@ -323,7 +323,7 @@ def test_captions_and_curation_are_counted(watched: Watched) -> None:
 
 
 @pytest.mark.cluster
-def test_a_training_shows_its_figures_all_the_time(watched: Watched) -> None:
+def test_a_training_exports_its_metrics_all_the_time(watched: Watched) -> None:
     found = watched.prometheus
     values = {name: found.query(f'ray_{GAUGE_PREFIX}{name}{{stage="demo"}}') for name in METRICS}
     shown = {name: next(iter(series.values())) for name, series in values.items() if series}
@@ -333,13 +333,13 @@ def test_a_training_shows_its_figures_all_the_time(watched: Watched) -> None:
     assert 0 <= shown["data_wait_share"] <= 1
     assert 0 <= shown["dollars"] <= 1
     assert shown["skipped_steps"] == 0
-    # From the start on, before there is a line; Ray by itself forgets after two seconds what it was told once.
+    # Also before the first line is written: Ray forgets metrics that are not set again within two seconds.
     assert found.value("max(count_over_time((ray_hdm_train_step == 0)[1h:1s]))") > 4
     assert 0 < found.value("max(max_over_time(ray_hdm_train_disk_used_share[1h]))") < 1
 
 
 @pytest.mark.cluster
-def test_the_exporter_says_what_ingest_has_written(watched: Watched) -> None:
+def test_the_exporter_counts_what_ingest_has_written(watched: Watched) -> None:
     found = watched.prometheus
     found.wait_for('hdm_dataset_selected_rows{folder="selections/demo"}')
     assert found.value("hdm_dataset_ingested_rows") == watched.ingested["rows_out"]
@@ -348,16 +348,16 @@ def test_the_exporter_says_what_ingest_has_written(watched: Watched) -> None:
 
 
 @pytest.mark.cluster
-def test_every_rule_and_every_panel_can_be_evaluated_on_real_series(watched: Watched) -> None:
-    """Labels that do not match each other are only found there."""
+def test_every_rule_and_panel_can_be_evaluated_on_real_series(watched: Watched) -> None:
+    """Finds labels that do not match, which promtool cannot."""
     groups = watched.prometheus.get("rules")["groups"]
     assert {rule["name"]: (rule["health"], rule.get("lastError")) for group in groups for rule in group["rules"]} == {
         rule["alert"]: ("ok", None) for rule in RULES
     }
-    for expression in QUESTIONS.values():
+    for expression in QUERIES.values():
         watched.prometheus.query(expression)
 
 
 @pytest.mark.cluster
-def test_the_gauges_of_jobs_that_have_ended_are_gone(watched: Watched) -> None:
+def test_gauges_of_ended_jobs_disappear(watched: Watched) -> None:
     watched.prometheus.wait_for("ray_hdm_rows_left", there=False)

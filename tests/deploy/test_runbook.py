@@ -1,4 +1,4 @@
-"""The commands that README.md and deploy/RUNBOOK.md tell people to type: programs, flags and messages that exist."""
+"""Every command in deploy/RUNBOOK.md and in the README files uses programs, flags and messages that exist."""
 
 import re
 import shlex
@@ -13,12 +13,21 @@ import yaml
 RunJob = Callable[..., CompletedProcess[str]]
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "deploy/RUNBOOK.md"]
+PACKAGES = ("pipeline", "captioner", "trainer")
+PAGES = [
+    "README.md",
+    "deploy/RUNBOOK.md",
+    *(
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("README.md"))
+    ),
+]
 _FLAG = re.compile(r"(?:^|[\s\[(])(--[a-z][\w-]*)")
 
 
 def _commands(page: str) -> Iterator[str]:
-    """Lines of the fenced blocks without their comments, and the code in the text."""
+    """Lines of fenced blocks without their comments, and inline code."""
     text = (ROOT / page).read_text()
     for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         yield from (re.sub(r"(^|\s)#.*", "", line) for line in block.splitlines())
@@ -27,7 +36,7 @@ def _commands(page: str) -> Iterator[str]:
 
 
 def _jobs() -> dict[str, set[str]]:
-    """Every job file that is named as a command, and the flags that it is given anywhere."""
+    """Every job file used as a command, and all flags it is given."""
     found: dict[str, set[str]] = {}
     for command in (command for page in PAGES for command in _commands(page)):
         for file, rest in re.findall(r"(?<![\w/])((?:pipeline|trainer)/\w+\.py)((?: [^|;&]*)?)", command):
@@ -36,7 +45,7 @@ def _jobs() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("file", "flags"), _jobs().items(), ids=_jobs())
-def test_a_job_knows_the_flags_that_it_is_told_to_be_given(call_job: RunJob, file: str, flags: set[str]) -> None:
+def test_a_job_has_every_flag_used_in_the_documentation(call_job: RunJob, file: str, flags: set[str]) -> None:
     if not flags:
         assert (ROOT / file).exists()
         return
@@ -51,9 +60,9 @@ def _ray_commands() -> Iterator[list[str]]:
             yield shlex.split(re.split(r" --(?: |$)", match[1])[0])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules, when imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # when importing Ray
 @pytest.mark.parametrize("words", list(_ray_commands()), ids=" ".join)
-def test_ray_knows_its_commands_and_flags(words: list[str]) -> None:
+def test_ray_has_these_commands_and_flags(words: list[str]) -> None:
     from ray.scripts.scripts import cli
 
     command: click.Command = cli
@@ -74,31 +83,31 @@ def test_scripts_and_manifests_exist() -> None:
     assert {script for script in scripts if not (ROOT / script).exists()} == set()
 
 
-def test_make_has_its_targets() -> None:
+def test_make_has_these_targets() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert _named(r"^make (\w+)") <= set(targets)
 
 
-def test_compose_has_its_profiles_and_services() -> None:
+def test_compose_has_these_profiles_and_services() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     profiles = {profile for service in compose["services"].values() for profile in service.get("profiles", [])}
     named = {profile for listed in _named(r"COMPOSE_PROFILES=([\w,]+)") for profile in listed.split(",")}
     assert named
     assert named <= profiles
-    # Beside it, Compose leaves out what COMPOSE_PROFILES names: the store.
+    # With --profile, Compose ignores COMPOSE_PROFILES, and with it the store.
     assert not _named(r"docker compose.* (--profile) \w")
     services = _named(r"docker compose (?:exec|stop|up --detach) (\w+)")
     assert services >= {"head", "trainer", "captioner"}
     assert services <= compose["services"].keys()
 
 
-def test_prometheus_has_its_alerts() -> None:
+def test_prometheus_has_these_alerts() -> None:
     rules = yaml.safe_load((ROOT / "deploy/monitoring/alerts.yml").read_text())
     assert _named(r"^(Hdm\w+)$") <= {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
 
 
-def test_the_steps_of_each_stage_are_those_that_it_takes() -> None:
-    from trainer.recipe.settings import total_steps
+def test_the_table_has_the_steps_of_each_stage() -> None:
+    from trainer.recipe.stage_config import total_steps
     from trainer.recipe.stages import STAGES
 
     rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ", (ROOT / "deploy/RUNBOOK.md").read_text(), re.MULTILINE)
@@ -107,13 +116,13 @@ def test_the_steps_of_each_stage_are_those_that_it_takes() -> None:
 
 
 def _messages() -> list[str]:
-    """Of the first column of the table "What to do when"."""
+    """First column of the table "What to do when"."""
     section = (ROOT / "deploy/RUNBOOK.md").read_text().partition("## What to do when")[2].partition("\n## ")[0]
     return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
 
 
 def _source() -> str:
-    """What the programs may print: their text, with strings that go over several lines in one piece."""
+    """Source code of the programs, with strings joined that span several lines."""
     import ray
 
     ours = [path for folder in ("pipeline", "trainer", "captioner") for path in (ROOT / folder).rglob("*.py")]
@@ -122,7 +131,7 @@ def _source() -> str:
     return re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", text)
 
 
-def test_the_messages_of_the_table_are_printed_by_the_programs() -> None:
+def test_the_programs_print_the_messages_of_the_table() -> None:
     source = _source()
     parts = {part.strip() for message in _messages() for part in message.split("...")}
     assert len(_messages()) > 20

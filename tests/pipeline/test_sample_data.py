@@ -1,4 +1,4 @@
-"""The drawn dataset: rows in the sites' layouts, and what was planted is what is announced."""
+"""The sample dataset has the layouts of the sites, and exactly the announced faults."""
 
 import hashlib
 import io
@@ -39,7 +39,7 @@ def rows(folder: Path, site: str) -> list[dict[str, Any]]:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def test_files_are_the_same_whatever_the_number_of_processes(samples: Path, tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_number_of_processes(samples: Path, tmp_path: Path) -> None:
     again = drawn(tmp_path / "with a space", workers=1)
     names = sorted(path.relative_to(samples) for path in samples.rglob("*.parquet"))
     assert [str(name) for name in names] == ["danbooru/0000.parquet", "pixiv/0000.parquet"]
@@ -88,7 +88,7 @@ def unreadable(data: bytes) -> bool:
 
 
 def planted_in(found: list[dict[str, Any]], site: str, pixiv_ids: set[int]) -> Counter[str]:
-    """What is wrong with these rows of a site, found from the rows alone."""
+    """Faults of a site's rows by kind, found from the rows alone."""
     kinds: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
@@ -126,7 +126,7 @@ def planted_in(found: list[dict[str, Any]], site: str, pixiv_ids: set[int]) -> C
     return +kinds
 
 
-def test_what_was_planted_is_what_is_announced(samples: Path) -> None:
+def test_the_rows_have_exactly_the_announced_faults(samples: Path) -> None:
     announced = json.loads((samples / "run.json").read_text())["planted"]
     found = {site: rows(samples, site) for site in PLANTED}
     pixiv_ids = {row["id"] for row in found["pixiv"]}
@@ -136,14 +136,14 @@ def test_what_was_planted_is_what_is_announced(samples: Path) -> None:
     assert sum(map(len, found.values())) == FEW
 
 
-def test_a_few_percent_of_the_whole_dataset_is_planted_and_4000_illustrations_are_sound() -> None:
+def test_a_few_percent_of_the_rows_are_faulty_and_4000_are_intact() -> None:
     whole = plan(0, 4400)
     planted = sum(sum(kinds.values()) for kinds in count_planted(whole).values())
     assert 0.02 < planted / 4400 < 0.06
     assert 4400 - planted >= 4000
 
 
-def test_a_linked_post_shows_the_same_picture_as_the_pixiv_page(samples: Path) -> None:
+def test_a_linked_post_shows_the_picture_of_its_pixiv_page(samples: Path) -> None:
     pages = {(row["id"], row["page"]): row["image"]["bytes"] for row in rows(samples, "pixiv")}
     linked = [row for row in rows(samples, "danbooru") if row["pixiv_id"] in {work for work, _ in pages}]
     assert linked
@@ -157,7 +157,7 @@ def test_a_linked_post_shows_the_same_picture_as_the_pixiv_page(samples: Path) -
         assert np.abs(ours - theirs).mean() < 4  # of 255: one may be a JPEG of the other
 
 
-def test_favourites_have_a_long_tail_and_rise_with_the_hidden_quality() -> None:
+def test_favourites_have_a_long_tail_and_increase_with_the_hidden_quality() -> None:
     posts = [post for post in plan(0, 800)["danbooru"] if not post.planted]
     favourites = np.array([danbooru_row(0, post)["fav_count"] for post in posts])
     quality = np.array([scene_of(0, post).quality for post in posts])
@@ -165,7 +165,7 @@ def test_favourites_have_a_long_tail_and_rise_with_the_hidden_quality() -> None:
     assert favourites.mean() > 1.4 * np.median(favourites)
 
 
-def test_a_child_post_shows_its_parents_subject_and_the_parent_says_so() -> None:
+def test_a_child_post_shows_its_parents_subject_and_the_parent_has_children() -> None:
     posts = plan(0, 800)["danbooru"]
     children = [post for post in posts if post.parent is not None and not post.planted]
     assert children
@@ -175,7 +175,7 @@ def test_a_child_post_shows_its_parents_subject_and_the_parent_says_so() -> None
         assert subject(scene_of(0, child).main) == subject(scene_of(0, parent).main)
 
 
-def test_every_tag_that_is_drawn_and_no_other_has_a_japanese_name_of_its_own() -> None:
+def test_exactly_the_drawn_tags_have_a_japanese_name_each_a_different_one() -> None:
     scenes = [compose(0, index) for index in range(4000)]
     assert JAPANESE.keys() == {tag for scene in scenes for tag in (*general_tags(scene), scene.copyright)}
     assert len(set(JAPANESE.values())) == len(JAPANESE)
@@ -184,9 +184,7 @@ def test_every_tag_that_is_drawn_and_no_other_has_a_japanese_name_of_its_own() -
 # --- Command ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_draws_nothing_and_a_lost_shard_alone_is_drawn_again(
-    samples: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rerun_draws_only_missing_shards(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--out", str(samples), "--images", str(FEW)]
     lost = samples / "pixiv" / "0000.parquet"
     kept = samples / "danbooru" / "0000.parquet"
@@ -206,7 +204,7 @@ def test_other_arguments_in_the_same_folder_are_refused_with_the_fix(samples: Pa
         main(["--out", str(samples), "--images", str(FEW), *other])
 
 
-def test_a_folder_of_foreign_shards_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / "danbooru").mkdir()
     pq.write_table(pa.table({"id": [1]}), tmp_path / "danbooru" / "0000.parquet")
     with pytest.raises(UsageError, match="did not draw"):
@@ -216,7 +214,7 @@ def test_a_folder_of_foreign_shards_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"), [(["--images", "20"], "Use 120 or more"), (["--seed", "-1"], "give 0 or more")]
 )
-def test_arguments_that_cannot_be_met_are_refused(tmp_path: Path, wrong: list[str], named: str) -> None:
+def test_arguments_out_of_range_are_refused(tmp_path: Path, wrong: list[str], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         main(["--out", str(tmp_path / "none"), *wrong])
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""What is seen in a drawn picture is what its tags say."""
+"""Drawn pictures show what their tags say."""
 
 import io
 from dataclasses import replace
@@ -17,7 +17,7 @@ def decoded(scene: Illustration) -> Image.Image:
 
 
 def most_common_colour(picture: Image.Image) -> str:
-    """The rule that finds a main colour without knowing how it was drawn: count saturated pixels by nearest hue."""
+    """The main colour, found by counting saturated pixels by nearest hue."""
     names = ["red", "orange", "yellow", "green", "aqua", "blue", "purple", "pink"]
     hues = np.array([0, 28, 52, 120, 180, 220, 275, 325])
     hsv = np.asarray(picture.convert("HSV"), dtype=np.float64).reshape(-1, 3) / 255
@@ -32,7 +32,7 @@ def test_counting_saturated_pixels_finds_the_main_colour_in_99_of_100_pictures()
     assert right >= 198
 
 
-def test_the_same_two_numbers_draw_the_same_bytes_and_another_seed_draws_others() -> None:
+def test_files_depend_only_on_seed_and_index() -> None:
     def files(seed: int) -> list[bytes]:
         return [encode(draw(compose(seed, index)), compose(seed, index)) for index in range(12)]
 
@@ -40,7 +40,7 @@ def test_the_same_two_numbers_draw_the_same_bytes_and_another_seed_draws_others(
     assert not set(files(1)) & set(files(2))
 
 
-def test_sides_formats_and_subjects_are_those_that_are_promised() -> None:
+def test_sides_formats_and_subjects_cover_the_documented_ranges() -> None:
     scenes = [compose(0, index) for index in range(2000)]
     for scene in scenes:
         assert 0.5 <= scene.width / scene.height <= 2
@@ -52,7 +52,7 @@ def test_sides_formats_and_subjects_are_those_that_are_promised() -> None:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_an_upright_object_is_as_long_as_its_span_and_lies_where_it_was_put(kind: str) -> None:
+def test_an_upright_object_has_the_length_and_position_of_its_thing(kind: str) -> None:
     scene = next(s for s in (compose(0, index) for index in range(500)) if s.artist == "quiet_radish")  # no outline
     main = replace(scene.main, kind=kind, colour="blue", hsv=COLOURS["blue"], span=80, x=70, y=60, tilt=0)
     white = (255, 255, 255)
@@ -64,7 +64,7 @@ def test_an_upright_object_is_as_long_as_its_span_and_lies_where_it_was_put(kind
     assert ((top + bottom) / 2, (left + right) / 2) == pytest.approx((60, 70), abs=1.5)
 
 
-def test_a_place_tag_is_on_the_side_that_it_names_and_all_other_objects_are_near_the_centre() -> None:
+def test_an_object_is_on_the_side_its_place_tag_names_or_near_the_centre() -> None:
     for scene in (compose(3, index) for index in range(500)):
         x, y = scene.main.x / scene.width - 0.5, scene.main.y / scene.height - 0.5
         off = {"on_the_left": -x, "on_the_right": x, "at_the_top": -y, "at_the_bottom": y}
@@ -74,13 +74,13 @@ def test_a_place_tag_is_on_the_side_that_it_names_and_all_other_objects_are_near
             assert off[scene.place] > 0.1
 
 
-def test_patterns_change_the_picture_of_an_object() -> None:
+def test_every_pattern_gives_a_different_picture() -> None:
     scene = compose(0, 0)
     pictures = {draw(replace(scene, main=replace(scene.main, pattern=pattern))).tobytes() for pattern in PATTERNS}
     assert len(pictures) == len(PATTERNS)
 
 
-def test_other_objects_are_small_apart_and_of_other_colours() -> None:
+def test_other_objects_are_small_and_have_other_colours() -> None:
     scenes = [scene for scene in (compose(5, index) for index in range(600)) if scene.extras]
     assert 600 / 4 < len(scenes) < 600 / 2.5
     for scene in scenes:

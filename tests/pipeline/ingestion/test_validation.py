@@ -1,4 +1,4 @@
-"""Raw files -> plan -> shards: nothing is done twice, nothing is lost, and what is refused says why."""
+"""Raw files -> plan -> shards: nothing is done twice, no row is lost, and every rejection has a reason."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def dataset(tmp_path: Path) -> Store:
 def ingest(
     paths: list[str], dataset: Store, rules: IngestRules = RULES, rows_per_shard: int | None = None
 ) -> IngestPlan:
-    """The job without Ray: plan, then do what the plan says."""
+    """Plan an ingest and run it, without Ray."""
     plan = plan_shards(paths, "auto", rows_per_shard, dataset, rules)
     for name in plan.todo:
         validate_shard(plan.shards[name], dataset.root, rules)
@@ -70,7 +70,7 @@ def ids(dataset: Store, folder: str = "images") -> list[str]:
 # --- Plan -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_layout_is_found_out_per_file_and_told(tmp_path: Path, dataset: Store) -> None:
+def test_the_layout_of_each_file_is_detected_and_printed(tmp_path: Path, dataset: Store) -> None:
     struct = {"bytes": png(), "path": "9_p3.png"}
     files = [
         write_raw(tmp_path / "a" / "flat.parquet", posts(range(1))),
@@ -93,7 +93,7 @@ def test_every_layout_is_found_out_per_file_and_told(tmp_path: Path, dataset: St
     assert "4 x new" in printed
 
 
-def test_an_id_that_comes_again_in_another_file_is_told_before_any_work(tmp_path: Path, dataset: Store) -> None:
+def test_ids_repeated_in_another_file_are_reported_before_any_work(tmp_path: Path, dataset: Store) -> None:
     files = [
         write_raw(tmp_path / "r" / "one.parquet", posts(range(10))),
         write_raw(tmp_path / "r" / "two.parquet", posts(range(7, 12))),
@@ -105,7 +105,7 @@ def test_an_id_that_comes_again_in_another_file_is_told_before_any_work(tmp_path
     assert plan_shards(files[:1], "auto", None, dataset, RULES).repeated == 0
 
 
-def test_a_pixiv_page_without_a_column_of_its_own_is_read_from_the_file_name(tmp_path: Path, dataset: Store) -> None:
+def test_a_pixiv_page_without_a_column_is_read_from_the_file_name(tmp_path: Path, dataset: Store) -> None:
     names = ["9_p0.png", "9_p1_master1200.jpg", "img/9_p12_square1200.jpg"]
     rows = [
         {"id": 9, "image": {"bytes": png(seed=number), "path": name}, "tags": "x", "x_restrict": 0}
@@ -116,13 +116,13 @@ def test_a_pixiv_page_without_a_column_of_its_own_is_read_from_the_file_name(tmp
     assert ids(dataset) == ["pixiv:9_p0", "pixiv:9_p1", "pixiv:9_p12"]
 
 
-def test_pictures_that_are_only_paths_are_a_layout_without_pictures(tmp_path: Path, dataset: Store) -> None:
+def test_a_column_of_paths_is_refused_as_a_layout_without_images(tmp_path: Path, dataset: Store) -> None:
     file = write_raw(tmp_path / "r" / "one.parquet", [{"id": 1, "image": "1.png", "tag_string": "a"}])
     with pytest.raises(UsageError, match="without images: image holds string"):
         plan_shards([file], "auto", None, dataset, RULES)
 
 
-def test_columns_of_other_names_are_read_as_the_fields_they_are_said_to_be(tmp_path: Path, dataset: Store) -> None:
+def test_mapped_columns_are_read_as_the_given_fields(tmp_path: Path, dataset: Store) -> None:
     rows = [{"nr": 1, "picture": png(), "labels": "a b", "likes": 7, "image": "unused"}]
     file = write_raw(tmp_path / "r" / "one.parquet", rows)
     with pytest.raises(UsageError, match=r"found the columns .*'labels', 'likes', 'nr', 'picture'.*--map column=field"):
@@ -133,10 +133,10 @@ def test_columns_of_other_names_are_read_as_the_fields_they_are_said_to_be(tmp_p
     assert (row["id"], row["image"], row["tags_general"], row["favourites"]) == ("danbooru:1", png(), ["a", "b"], 7)
 
 
-# --- Only what is not there yet ---------------------------------------------------------------------------------------
+# --- Reruns -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_finished_is_not_done_again_and_what_changed_is(tmp_path: Path, dataset: Store) -> None:
+def test_finished_shards_are_skipped_and_changed_ones_are_redone(tmp_path: Path, dataset: Store) -> None:
     path = tmp_path / "r" / "one.parquet"
     file, other = write_raw(path, posts(range(4))), write_raw(tmp_path / "r" / "two.parquet", posts(range(4, 8)))
     assert ingest([file, other], dataset).todo == {"danbooru-r-one": "new", "danbooru-r-two": "new"}
@@ -148,23 +148,23 @@ def test_what_is_finished_is_not_done_again_and_what_changed_is(tmp_path: Path, 
     assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed"}
     assert dataset.tally("images/danbooru-r-one.parquet", "rating") == {"questionable": 5}
     untouched = replace(RULES, admit=("made by AI",))
-    assert ingest([file, other], dataset, untouched).todo == {}, "Pixiv's reason changes nothing of Danbooru's"
+    assert ingest([file, other], dataset, untouched).todo == {}, "a reason of Pixiv does not affect Danbooru"
     strict = replace(RULES, limits=DecodeLimits(min_side=41))
     [why] = set(ingest([file, other], dataset, strict).todo.values())
     assert "other settings: limits was {" in why
     assert ids(dataset) == []
 
 
-def test_another_file_never_takes_a_shards_place(tmp_path: Path, dataset: Store) -> None:
+def test_a_shard_is_never_replaced_by_another_file(tmp_path: Path, dataset: Store) -> None:
     ingest([write_raw(tmp_path / "a" / "r" / "one.parquet", posts(range(2)))], dataset)
     moved = write_raw(tmp_path / "b" / "r" / "one.parquet", posts(range(2)))
-    assert ingest([moved], dataset).todo == {}, "the same file from another folder"
+    assert ingest([moved], dataset).todo == {}, "the same file in another folder"
     other = write_raw(tmp_path / "c" / "r" / "one.parquet", posts(range(3)))
     with pytest.raises(UsageError, match="danbooru-r-one, which already exists, made from"):
         ingest([other], dataset)
 
 
-def test_a_file_cut_into_shards_gives_the_same_rows_and_is_never_there_twice(tmp_path: Path, dataset: Store) -> None:
+def test_a_file_split_into_shards_gives_the_same_rows_and_never_twice(tmp_path: Path, dataset: Store) -> None:
     rows = posts(range(23))
     rows[4]["image"] = rows[17]["image"] = b"broken"
     file = write_raw(tmp_path / "r" / "one.parquet", rows, row_group_size=6)
@@ -183,10 +183,10 @@ def test_a_file_cut_into_shards_gives_the_same_rows_and_is_never_there_twice(tmp
             plan_shards([file], "auto", cut, other, RULES)
 
 
-# --- What is written --------------------------------------------------------------------------------------------------
+# --- Output -----------------------------------------------------------------------------------------------------------
 
 
-def test_row_groups_are_bounded_in_bytes_whatever_those_of_the_raw_file(
+def test_row_groups_are_bounded_in_bytes_independently_of_the_raw_file(
     tmp_path: Path, dataset: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validation, "_GROUP_BYTES", 10_000)
@@ -203,7 +203,7 @@ def test_row_groups_are_bounded_in_bytes_whatever_those_of_the_raw_file(
     assert ids(dataset) == [f"danbooru:{i}" for i in range(30)]
 
 
-def test_the_smaller_tier_has_the_rows_of_the_images_in_one_pass_or_afterwards(tmp_path: Path, dataset: Store) -> None:
+def test_the_smaller_tier_is_the_same_whether_written_with_the_images_or_later(tmp_path: Path, dataset: Store) -> None:
     rows = posts(range(3))
     rows[1]["image"], rows[2]["image"] = png(90, 60), b"broken"
     file, rules = write_raw(tmp_path / "r" / "one.parquet", rows), replace(RULES, downsize=48)
@@ -211,7 +211,7 @@ def test_the_smaller_tier_has_the_rows_of_the_images_in_one_pass_or_afterwards(t
     tier = dataset.read_table("images-48/danbooru-r-one.parquet").to_pylist()
     assert [row["id"] for row in tier] == ids(dataset) == ["danbooru:0", "danbooru:1"]
     assert tier[0] | {"image": None} == {"id": "danbooru:0", "image": None, "format": "PNG", "width": 40, "height": 40}
-    assert tier[0]["image"] == png(seed=0), "small already: as delivered"
+    assert tier[0]["image"] == png(seed=0), "small images are kept as delivered"
     assert (tier[1]["format"], tier[1]["width"], tier[1]["height"]) == ("JPEG", 72, 48)
     picture = decode(tier[1]["image"])
     assert isinstance(picture, Picture)
@@ -225,10 +225,10 @@ def test_the_smaller_tier_has_the_rows_of_the_images_in_one_pass_or_afterwards(t
     assert ingest([file], later, rules).tiers == {}
     assert ingest([file], later, replace(rules, downsize_format="WEBP")).tiers != {}
     ingest([file], later, replace(RULES, limits=DecodeLimits(min_side=50)))
-    assert later.shards("images-48") == [], "a tier of other rows does not stay"
+    assert later.shards("images-48") == [], "a tier with other rows is removed"
 
 
-def test_a_reason_that_is_admitted_refuses_nothing(tmp_path: Path, dataset: Store) -> None:
+def test_an_admitted_reason_rejects_no_row(tmp_path: Path, dataset: Store) -> None:
     rows = posts(range(1), is_deleted=True, is_banned=False) + posts(range(1, 2), is_deleted=False, is_banned=True)
     file = write_raw(tmp_path / "r" / "one.parquet", rows)
     ingest([file], dataset)
@@ -238,7 +238,7 @@ def test_a_reason_that_is_admitted_refuses_nothing(tmp_path: Path, dataset: Stor
     assert dataset.tally("rejected/danbooru-r-one.parquet", "reason") == {"deleted": 1}
 
 
-def test_a_row_with_a_value_that_nobody_can_read_costs_only_itself(tmp_path: Path, dataset: Store) -> None:
+def test_a_row_with_an_unreadable_value_is_rejected_alone(tmp_path: Path, dataset: Store) -> None:
     table = pa.Table.from_pylist(posts(range(3)))
     beyond = pa.array([0, 2**62, 0]).cast(pa.timestamp("us"))
     text = pa.array([b"a", b"b", b"\xff\xfe"]).view(pa.string())
@@ -259,7 +259,7 @@ def test_a_row_with_a_value_that_nobody_can_read_costs_only_itself(tmp_path: Pat
         ([{"id": 1, "a": b"", "b": b"", "tag_string": ""}], {"a": "image", "b": "image"}, "several of its columns"),
     ],
 )
-def test_a_mapping_that_fits_nothing_is_refused(
+def test_a_mapping_without_effect_or_with_two_columns_for_a_field_is_refused(
     tmp_path: Path, dataset: Store, rows: list[dict[str, Any]], renamed: dict[str, str], said: str
 ) -> None:
     file = write_raw(tmp_path / "r" / "one.parquet", rows)
@@ -267,7 +267,7 @@ def test_a_mapping_that_fits_nothing_is_refused(
         plan_shards([file], "auto", None, dataset, replace(RULES, renamed=tuple(renamed.items())))
 
 
-def test_faults_that_the_decoder_survived_are_kept_with_the_row(tmp_path: Path, dataset: Store) -> None:
+def test_faults_tolerated_by_the_decoder_are_noted_in_the_row(tmp_path: Path, dataset: Store) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40)).save(buffer, "PNG", icc_profile=b"no profile")
     ingest(
@@ -279,7 +279,7 @@ def test_faults_that_the_decoder_survived_are_kept_with_the_row(tmp_path: Path, 
     assert "profile" in notes[1]
 
 
-def test_formats_carry_their_names_and_the_settings_that_made_them(tmp_path: Path, dataset: Store) -> None:
+def test_files_carry_the_name_of_their_format_and_the_settings(tmp_path: Path, dataset: Store) -> None:
     ingest([write_raw(tmp_path / "r" / "one.parquet", posts(range(1)))], dataset, replace(RULES, downsize=16))
     for folder, schema in (("images", IMAGES), ("images-16", TIER)):
         metadata = dataset.metadata(f"{folder}/danbooru-r-one.parquet")
