@@ -209,7 +209,7 @@ def test_markup_and_quotation_marks_around_the_text_are_removed() -> None:
         "A girl stands in the rain. " * 3,
         f"{PLAIN} {PLAIN}",
         "blue, blue, blue, blue, blue, blue, blue, blue",
-        PLAIN + " She wears a hat, a red scarf, a red scarf, a red scarf and boots.",
+        PLAIN + " She wears a hat, a red scarf, a red scarf, a red scarf, and boots.",
         PLAIN
         + " She wears "
         + ", ".join(f"a {c} scarf with a {c} hem" for c in ("red", "blue", "red", "blue") * 5)
@@ -262,9 +262,11 @@ def test_sentences_end_in_many_ways(end: str) -> None:
 
 
 def test_captions_are_neither_too_short_nor_too_long() -> None:
-    assert verdict("A girl.").reason == CaptionReason.TOO_SHORT
+    assert verdict("A girl holds a cat.").reason == CaptionReason.TOO_SHORT
+    assert verdict("A girl holds a black cat.").reason is None
     long = " ".join(caption for request, caption in GOOD if not request.tags.get("character"))
     assert verdict(long, {}).reason == CaptionReason.TOO_LONG
+    assert verdict(" ".join(long.split()[:220]) + " end.", {}).reason == CaptionReason.TOO_LONG
     assert verdict(" ".join(long.split()[:219]) + " end.", {}).reason is None
 
 
