@@ -42,22 +42,14 @@ def main() -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Raises UsageError if the port is taken, or if the address is not one of this machine."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise UsageError(f"--host {host}: {error}. Give an address of this machine.") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise UsageError(
                 f"port {port} of {host} is taken. Choose another, such as --port {port + 1}, or end what listens there."
             ) from error
-        raise UsageError(f"--host {host} --port {port}: cannot listen there: {error}") from error
-    return listener
+        raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from error
 
 
 def _warn(job: ServeJob) -> None:

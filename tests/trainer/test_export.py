@@ -1,11 +1,6 @@
-"""The export job as its users run it: pictures of what it wrote, round trips of a released checkpoint, refusals.
-
-What a diffusers folder draws is asked of a process that cannot import this project.
-"""
+"""The export job: what diffusers folders draw without this project, round trips of a release, refusals."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,20 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.drawing.pictures import PictureModel, Settings
+from trainer.drawing.picture_model import PictureModel
+from trainer.drawing.settings import SamplingSettings
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import build_local_text_encoder, text_width
-from trainer.exporting.single_file import single_file
+from trainer.model.config import XUTConfig
 from trainer.model.released import to_released, write_released
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.xut import XUT
 from trainer.recipe.stages import STAGES
-from trainer.runs.checkpoint import Checkpoints, training_state
+from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.ema import EMA
-from trainer.runs.model_folder import save_model
+from trainer.runs.training_state import training_state
+from trainer.runs.weights import save_model
 
 RunJob = Callable[..., CompletedProcess[str]]
 
@@ -106,71 +103,52 @@ WIDE = {"width": 64, "height": 32, "negative": "fish", "steps": 3, "guidance": 2
 CAMERA = {"x_shift": 0.25, "y_shift": -0.1, "zoom": 1.5}
 ROUTED = {"selection_rate": 0.25, "unconditional_rate": 0.5}
 
-# Loads every folder and draws, in a process of its own.
-ELSEWHERE = """
-import importlib.util, json, sys
-from pathlib import Path
-import numpy as np, torch
 
-sys.path[:] = [path for path in sys.path if not Path(path or ".", "trainer").exists()]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-assert importlib.util.find_spec("trainer") is None and importlib.util.find_spec("pipeline") is None
+class _ProjectIsMissing:
+    """An import hook for a process in which this project is not installed."""
 
-from diffusers import DiffusionPipeline
-
-job = json.loads(sys.argv[1])
-pipes = {
-    name: DiffusionPipeline.from_pretrained(
-        folder,
-        custom_pipeline=folder + "/pipeline.py",
-        trust_remote_code=True,
-        dtype=torch.float16 if "half" in name else None,
-    )
-    for name, folder in job["folders"].items()
-}
-for name in ("half", "half dct"):
-    assert pipes[name].transformer.dtype == torch.float16
-    constants = [*pipes[name].transformer.buffers(), *pipes["half dct"].vae.buffers()]
-    assert all(constant.dtype == torch.float32 for constant in constants)
-for number, (name, arguments) in enumerate(job["draw"]):
-    if "generator" in arguments:
-        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in arguments["generator"]]
-    pipe = pipes[name]
-    if "dtype" in arguments:
-        pipe = pipe.to(getattr(torch, arguments.pop("dtype")))
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(**arguments).images
-    np.save(Path(job["out"], f"{number}.npy"), np.stack([np.asarray(image) for image in images]))
-refused = []
-for arguments in job["refused"]:
-    try:
-        pipes["dct"](**arguments)
-        refused.append("nothing")
-    except ValueError as error:
-        refused.append(str(error))
-print(json.dumps(refused))
-assert "trainer" not in sys.modules
-"""
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.split(".")[0] in ("trainer", "pipeline"):
+            raise ModuleNotFoundError(name)
 
 
-def _drawn_elsewhere(
-    folders: dict[str, Path], draw: list[tuple[str, dict[str, Any]]], refused: list[dict[str, Any]], out: Path
+def _drawn_without_the_project(
+    folders: dict[str, Path], draw: list[tuple[str, dict[str, Any]]], refused: list[dict[str, Any]]
 ) -> tuple[list[np.ndarray], list[str]]:
-    job = {"folders": {name: str(path) for name, path in folders.items()}, "draw": draw, "refused": refused}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(job | {"out": str(out)})],
-        env=os.environ | {"HF_MODULES_CACHE": str(out / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=out,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    """Pictures of the folders' own code, and what it refuses, while nothing of this project can be imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("trainer", "pipeline")]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "meta_path", [_ProjectIsMissing(), *sys.meta_path])
+        pipes = {name: _load(folder, torch.float16 if "half" in name else None) for name, folder in folders.items()}
+        for name in ("half", "half dct"):
+            assert pipes[name].transformer.dtype == torch.float16
+            constants = [*pipes[name].transformer.buffers(), *pipes["half dct"].vae.buffers()]
+            assert all(constant.dtype == torch.float32 for constant in constants)
+        pictures = []
+        for name, arguments in draw:
+            pipe = pipes[name]
+            if "dtype" in arguments:
+                pipe = pipe.to(arguments["dtype"])
+            pipe.set_progress_bar_config(disable=True)
+            images = pipe(**{key: value for key, value in arguments.items() if key != "dtype"}).images
+            pictures.append(np.stack([np.asarray(image) for image in images]))
+        messages = []
+        for arguments in refused:
+            with pytest.raises(ValueError) as refusal:
+                pipes["dct"](**arguments)
+            messages.append(str(refusal.value))
+        assert not [name for name in sys.modules if name.split(".")[0] in ("trainer", "pipeline")]
+    return pictures, messages
+
+
+def _load(folder: Path, dtype: torch.dtype | None) -> Any:
+    return DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=f"{folder}/pipeline.py", trust_remote_code=True, dtype=dtype
     )
-    assert done.returncode == 0, done.stderr
-    return [np.load(out / f"{number}.npy") for number in range(len(draw))], json.loads(done.stdout.splitlines()[-1])
 
 
-def _drawn_here(run: Path, settings: Settings, weights: str = "ema") -> tuple[np.ndarray, Tensor]:
+def _drawn_here(run: Path, settings: SamplingSettings, weights: str = "ema") -> tuple[np.ndarray, Tensor]:
     """Pictures and, at full precision, the latents that they were decoded from."""
     model = PictureModel.load(run, torch.device("cpu"))
     if weights == "raw":
@@ -204,7 +182,8 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
 
     wide = {"prompt": PROMPTS, "width": 64, "height": 32, "negative_prompt": "fish", "num_inference_steps": 3}
     wide |= {"guidance_scale": 2.0, "seed": SEEDS}
-    by_generator = {key: value for key, value in wide.items() if key != "seed"} | {"generator": SEEDS}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    by_generator = {key: value for key, value in wide.items() if key != "seed"} | {"generator": generators}
     draw = [
         ("dct", wide | {"output_type": "latent"}),
         ("dct", wide | CAMERA | {"output_type": "latent"}),
@@ -218,7 +197,7 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
         ("vae", wide | CAMERA | {"output_type": "np"}),
         ("vae", {key: value for key, value in wide.items() if key not in ("width", "height")} | {"seed": 3}),
         ("half", wide | CAMERA),
-        ("half", wide | CAMERA | {"dtype": "bfloat16"}),
+        ("half", wide | CAMERA | {"dtype": torch.bfloat16}),
     ]
     refused = [
         {"height": 30},
@@ -227,13 +206,13 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
         {"seed": -1},
         {"guidance_scale": float("nan")},
     ]
-    found, said = _drawn_elsewhere(folders, draw, refused, tmp_path)
+    found, messages = _drawn_without_the_project(folders, draw, refused)
 
-    plain = _drawn_here(runs["dct"], Settings(**WIDE))
-    dct, vae = (_drawn_here(runs[name], Settings(**WIDE, **CAMERA)) for name in ("dct", "vae"))
-    raw = _drawn_here(runs["dct"], Settings(**WIDE, **CAMERA), "raw")
-    routed = _drawn_here(runs["dct"], Settings(**WIDE, **ROUTED, shift=2.0))
-    heun = _drawn_here(runs["dct"], Settings(**(WIDE | {"guidance": 1.0}), sampler="heun"))
+    plain = _drawn_here(runs["dct"], SamplingSettings(**WIDE))
+    dct, vae = (_drawn_here(runs[name], SamplingSettings(**WIDE, **CAMERA)) for name in ("dct", "vae"))
+    raw = _drawn_here(runs["dct"], SamplingSettings(**WIDE, **CAMERA), "raw")
+    routed = _drawn_here(runs["dct"], SamplingSettings(**WIDE, **ROUTED, shift=2.0))
+    heun = _drawn_here(runs["dct"], SamplingSettings(**(WIDE | {"guidance": 1.0}), sampler="heun"))
     wanted = [drawn[1] for drawn in (plain, dct, vae, raw, routed, heun)]
     for latents, mine in zip(found[:6], wanted, strict=True):
         np.testing.assert_allclose(latents, mine, atol=1e-4)
@@ -249,21 +228,12 @@ def test_a_diffusers_folder_draws_the_same_pictures_without_this_project(
     assert found[10].shape == (2, side, side, 3)
     for pixels in found[11:]:
         assert 0 < np.abs(pixels.astype(int) - vae[0]).mean() < 4
-    for text, part in zip(
-        said, ("multiples of 8", "zoom", "must be at least 1", "from 0 to", "not a number"), strict=True
-    ):
-        assert part in text
+    parts = ("multiples of 8", "zoom", "must be at least 1", "from 0 to", "not a number")
+    for message, part in zip(messages, parts, strict=True):
+        assert part in message
 
 
-def test_a_file_alone_holds_only_what_it_needs_of_this_project() -> None:
-    source = single_file("trainer.exporting.exported.pipeline", "a note")
-    assert "# a note" in source
-    assert "def full_position_map" in source
-    assert "def crop_position_map" not in source
-    assert "from trainer" not in source
-
-
-def test_an_own_checkpoint_of_the_released_architecture_becomes_one_file(call_job: RunJob, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_released_architecture_becomes_one_file(call_job: RunJob, tmp_path: Path) -> None:
     config = XUTConfig.released(**SHAPE)
     run = _save_run(tmp_path / "run", "dct", config)
     found = Checkpoints.of_stage(run, "demo").newest()
@@ -286,7 +256,7 @@ def test_an_own_checkpoint_of_the_released_architecture_becomes_one_file(call_jo
     assert "takes a position of every latent pixel" in job.stderr
 
 
-def test_there_and_back_gives_the_same_bytes(call_job: RunJob, release: Path, tmp_path: Path) -> None:
+def test_an_imported_release_is_exported_with_the_same_bytes(call_job: RunJob, release: Path, tmp_path: Path) -> None:
     config = release.with_suffix(".json")
     there = call_job("trainer/export.py", "--from-released", release, "--config", config, "--out", tmp_path / "ours")
     assert there.returncode == 0, there.stderr
@@ -302,10 +272,10 @@ def test_there_and_back_gives_the_same_bytes(call_job: RunJob, release: Path, tm
     assert json.loads(back.with_suffix(".json").read_text()) == json.loads(config.read_text())
 
 
-def test_no_file_is_written_over(call_job: RunJob, release: Path, tmp_path: Path) -> None:
+def test_no_file_is_overwritten(call_job: RunJob, release: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "ours", XUTConfig.released(**SHAPE), XUT(XUTConfig.released(**SHAPE)).state_dict())
     (tmp_path / "back.json").write_text("mine")
-    for out, said in (("back.safetensors", "back.json is there already"), ("back.json", "is there already")):
+    for out, said in (("back.safetensors", "back.json exists already"), ("back.json", "exists already")):
         job = call_job("trainer/export.py", "--run", tmp_path / "ours", "--to-released", tmp_path / out)
         assert job.returncode == 2
         assert said in job.stderr
@@ -314,7 +284,7 @@ def test_no_file_is_written_over(call_job: RunJob, release: Path, tmp_path: Path
     assert (tmp_path / "back.json").read_text() == "mine"
 
 
-def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_job: RunJob) -> None:
+def test_nan_is_kept(release: Path, tmp_path: Path, call_job: RunJob) -> None:
     tensors = load_file(release)
     name = next(name for name in tensors if name.endswith("bias"))
     tensors[name][0] = torch.nan
@@ -328,14 +298,14 @@ def test_values_that_are_no_numbers_survive(release: Path, tmp_path: Path, call_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--from-released", "nowhere.safetensors", "--out", "new"], "nowhere.safetensors is not there"),
+        (["--from-released", "nowhere.safetensors", "--out", "new"], "nowhere.safetensors does not exist"),
         (["--from-released", "{release}", "--out", "new"], "these weights do not fit the config"),
-        (["--from-released", "{release}", "--out", "{release}"], "is there already; give --out a new path"),
-        (["--run", "{folder}", "--to-released", "new"], "has no checkpoint and is no model folder; give --run a run"),
-        (["--run", "{folder}", "--to-diffusers", "new"], "has no checkpoint and is no model folder; give --run a run"),
-        (["--run", "{folder}", "--to-diffusers", "{folder}"], "is there already; give --to-diffusers a new path"),
+        (["--from-released", "{release}", "--out", "{release}"], "exists already. Give --out a new path"),
+        (["--run", "{folder}", "--to-released", "new"], "has no checkpoint and is no model folder. Give --run a run"),
+        (["--run", "{folder}", "--to-diffusers", "new"], "has no checkpoint and is no model folder. Give --run a run"),
+        (["--run", "{folder}", "--to-diffusers", "{folder}"], "exists already. Give --to-diffusers a new path"),
         (["--run", "{run}", "--to-released", "new"], "this model is not of the released architecture, it differs in: "),
-        (["--run", "{model}", "--to-diffusers", "new"], "is a model alone, without the codec and the text encoder"),
+        (["--run", "{model}", "--to-diffusers", "new"], "is only a model, without the codec and the text encoder"),
         (["--run", "{model}", "--weights", "raw", "--to-released", "new"], "--weights belongs to a run"),
         (["--run", "{run}", "--to-released", "s3://bucket/new"], "must be a path on this machine's file system"),
         (["--to-released", "{folder}", "--config", "c"], "--config belongs to --from-released"),

@@ -1,9 +1,9 @@
-"""A trained model -> a folder of diffusers, which brings its own code and needs nothing of this project.
+"""Writes a trained model as a diffusers folder that brings its own code and needs nothing of this project.
 
-FOLDER/model_index.json                  what is where, text length and size of pictures
+FOLDER/model_index.json                  components, text length and size of pictures
 FOLDER/pipeline.py                       prompts -> pictures, made from this project's own sources
-FOLDER/transformer/                      XUT, config, weights and code
-FOLDER/vae/                              a diffusers AutoencoderKL, or of the embedded codecs a matrix and its code
+FOLDER/transformer/                      XUT: config, weights and code
+FOLDER/vae/                              a diffusers AutoencoderKL; for embedded codecs a matrix and its code
 FOLDER/text_encoder/ tokenizer/          of transformers
 FOLDER/scheduler/                        a FlowMatchEulerDiscreteScheduler of diffusers
 """
@@ -16,27 +16,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import JobFailed
+from pipeline.core.errors import JobFailed, UsageError
 from trainer.drawing.picture_model import PictureModel
 from trainer.encoders.latents import LinearCodec
 from trainer.encoders.pretrained import first_line, quiet
 from trainer.encoders.text import TextEncoder
 from trainer.encoders.vae import VaeCodec
+from trainer.exporting.command import ExportJob
 from trainer.exporting.exported.hdm_codec import HDMCodec
 from trainer.exporting.exported.hdm_transformer import HDMTransformer
 from trainer.exporting.single_file import single_file
+from trainer.exporting.weight_files import source_checkpoint
+from trainer.runs.run_folder import config_of
+from trainer.runs.weights import is_model_folder, trained_model
 
 _NOTE = """Made by trainer/export.py of homemade-diffusion (Apache-2.0) from that project's own sources.
 Needs torch, diffusers and transformers, and nothing of that project."""
 
 
-def write_diffusers(folder: Path, picture: PictureModel, dtype: torch.dtype) -> int:
-    """The model with its encoders, read again and compared; gives the number of tensors. The folder must not exist yet
-    and appears whole.
+def export_diffusers(job: ExportJob) -> int:
+    """Writes the folder and returns its number of tensors. Raises UsageError for a model that cannot be written so."""
+    if is_model_folder(Path(job.source)):
+        raise UsageError(
+            f"{job.source} is only a model, without the codec and the text encoder of a diffusers folder. Give --run a "
+            "run of trainer/run.py."
+        )
+    found = source_checkpoint(job.source)
+    if config_of(found)["model"].get("position_grid") == "latent":
+        raise UsageError(
+            "this model takes a position of every latent pixel, like the public release, but the pipeline gives one of "
+            "every token. Export it with --to-released."
+        )
+    picture = PictureModel.load(found.folder, torch.device("cpu"))
+    if job.weights == "raw":
+        picture.model.load_state_dict(trained_model(found, "raw").state_dict())
+    return write_diffusers(job.out, picture, getattr(torch, job.dtype or "float32"))
 
-    dtype: of all weights, but where float16 is asked for the text encoder has bfloat16, because language models trained
-    in that overflow, and the matrix of an embedded codec is always float32. JobFailed where what was written does not
-    read back as what was meant.
+
+def write_diffusers(folder: Path, picture: PictureModel, dtype: torch.dtype) -> int:
+    """Writes the model with its encoders and returns the number of tensors. The folder must not exist yet and appears
+    whole. Raises JobFailed if it does not read back as it was written.
+
+    dtype: of all weights, except that float16 becomes bfloat16 for the text encoder, because language models trained in
+    that overflow, and that the matrix of an embedded codec is always float32.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +74,7 @@ def write_diffusers(folder: Path, picture: PictureModel, dtype: torch.dtype) -> 
 
 
 def _save(folder: Path, picture: PictureModel, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Write everything; gives what has weights."""
+    """Writes all files and returns the modules by their folder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, __version__
 
     transformer = HDMTransformer(picture.model.config.to_dict())
@@ -91,11 +113,11 @@ def _write_code(path: Path, module: str) -> None:
 
 
 def _autoencoder(codec: Any, dtype: torch.dtype) -> Any:
-    """The codec as diffusers knows it, with the statistics of its latents in the config."""
+    """The codec as a diffusers model, with the statistics of its latents in the config."""
     if isinstance(codec, VaeCodec):
         vae, statistics = codec.vae, codec.statistics
         vae.register_to_config(latents_mean=list(statistics.mean), latents_std=list(statistics.std))
-        # diffusers would write the folder that it came from, a path of this machine.
+        # Otherwise diffusers writes the path of the folder on this machine.
         vae.register_to_config(_name_or_path=Path(codec.name).name if Path(codec.name).is_dir() else codec.name)
         return vae.to(dtype)
     assert isinstance(codec, LinearCodec), codec.name
@@ -111,23 +133,23 @@ def _autoencoder(codec: Any, dtype: torch.dtype) -> Any:
 
 
 def _compare(folder: Path, parts: dict[str, nn.Module], encoder: TextEncoder) -> None:
-    """Load the folder as its users do, with the code in it. JobFailed where that gives another model."""
+    """Loads the folder with its code, as users do. Raises JobFailed if that is another model."""
     from diffusers import DiffusionPipeline
 
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise JobFailed(f"what was written cannot be loaded ({first_line(error)}) and is removed") from error
+        raise JobFailed(f"what was written cannot be loaded ({first_line(error)}) and was removed") from error
     text = "1girl, red star: äß 星"
     same = pipe.tokenizer(text)["input_ids"] == encoder.tokenizer(text)["input_ids"]
     for name, part in parts.items():
         same = same and _equal(getattr(pipe, name).state_dict(), part.state_dict())
     if not same:
-        raise JobFailed(f"{folder} did not read back as it was written and is removed: look at the disk and run again")
+        raise JobFailed(f"{folder} did not read back as it was written and was removed. Check the disk and run again.")
 
 
 def _equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """In value: diffusers reads half precision as float32 unless told."""
+    """Compares values, because diffusers reads half precision as float32 unless told otherwise."""
     return found.keys() == wanted.keys() and all(
         torch.equal(found[name].float(), tensor.float()) for name, tensor in wanted.items()
     )

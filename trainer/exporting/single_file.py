@@ -1,150 +1,136 @@
-"""A module of this project as one file that runs without it: what it imports from here stands in front of it.
+"""Makes one self-contained source file of a module and the parts of this project that it needs.
 
-Only the definitions that are needed come along, unchanged and with the comments above them. So a model that leaves this
-project takes the same code with it that trained it.
+Only the needed top-level statements are copied, unchanged and with the comments above them, so that an exported model
+brings the code that it was trained with.
 """
 
 import ast
 import importlib.util
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 _PROJECT = ("trainer", "pipeline", "captioner")
 
 
-@dataclass(frozen=True)
-class _Statement:
-    """One of a module's top level."""
+class _Statement(NamedTuple):
+    """A top-level statement of a module."""
 
     source: str  # with the comments above it
     node: ast.stmt
-    defines: frozenset[str]
-
-    @property
-    def imports(self) -> bool:
-        return isinstance(self.node, ast.Import | ast.ImportFrom)
+    defines: set[str]
+    is_import: bool
 
 
-@dataclass(frozen=True)
-class _Needed:
-    statements: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # numbers, by module of ours
-    packages: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # name: where it is imported from
+class _Import(NamedTuple):
+    module: str
+    member: str | None  # None: the module itself
 
 
 def single_file(module: str, note: str) -> str:
-    """The source of `module`: its docstring, `note` as a comment, all that it needs of this project, and itself.
+    """The source of `module`: its docstring, `note` as a comment, imports, everything it needs of this project, itself.
 
-    ValueError where two of the modules mean different things by a name, or where a function imports from this project.
+    Raises ValueError if a name has two meanings in these modules, or if a function imports from this project.
     """
-    statements = _statements(module)
-    described = ast.get_docstring(ast.parse(_source(module))) is not None
-    needed = _Needed()
-    _need(module, range(described, len(statements)), needed)
-    _check_names(needed)
-    docstring = statements[0].source if described else ""
+    statements, has_docstring = _statements(module), _docstring(module) is not None
+    needed: dict[str, set[int]] = defaultdict(set)  # statement numbers, by module
+    packages: dict[str, _Import] = {}  # imports of other projects, by name
+    pending = [(module, number) for number in range(has_docstring, len(statements))]
+    while pending:
+        owner, number = pending.pop()
+        statement = _statements(owner)[number]
+        if statement.is_import or number in needed[owner]:
+            continue
+        needed[owner].add(number)
+        used = _used_names(owner, statement.node)
+        for i, other in enumerate(_statements(owner)):
+            for name in used & other.defines:
+                if not other.is_import:
+                    pending.append((owner, i))
+                elif (found := _import_of(other.node, name)).module.split(".")[0] in _PROJECT:
+                    if found.member != name:
+                        raise ValueError(f"{'.'.join(filter(None, found))} is imported as {name}: use its own name")
+                    pending += [(found.module, j) for j, s in enumerate(_statements(found.module)) if name in s.defines]
+                elif packages.setdefault(name, found) != found:
+                    raise ValueError(f"{name} is {packages[name]} in one module and {found} in another: rename one")
+    _check_names(needed, packages)
+    heading = statements[0].source if has_docstring else ""
     comment = "\n".join(f"# {line}" for line in note.splitlines())
-    bodies = [_body(name, needed.statements[name]) for name in _imported_first(module) if needed.statements[name]]
-    return "\n\n".join(part for part in (docstring, comment, _import_lines(needed), *bodies) if part) + "\n"
+    bodies = [_body(name, needed[name]) for name in _dependencies_first(module) if needed[name]]
+    return "\n\n".join(part for part in (heading, comment, _import_lines(packages), *bodies) if part) + "\n"
 
 
 def _body(module: str, numbers: set[int]) -> str:
-    """The statements under their module's docstring, which has the legend of their names, as a comment."""
-    described = ast.get_docstring(ast.parse(_source(module))) or ""
-    heading = "\n".join(f"# {line}".rstrip() for line in (f"--- {module} ---", *described.splitlines()))
+    """The statements below their module's docstring, which has the legend of their names, as a comment."""
+    lines = [f"--- {module} ---", *(_docstring(module) or "").splitlines()]
+    heading = "\n".join(f"# {line}".rstrip() for line in lines)
     return "\n\n\n".join([heading, *(_statements(module)[i].source for i in sorted(numbers))])
 
 
-def _need(module: str, numbers: Iterable[int], needed: _Needed) -> None:
-    """Take these statements of a module, and whatever they use."""
-    statements = _statements(module)
-    waiting = list(numbers)
-    while waiting:
-        number = waiting.pop()
-        statement = statements[number]
-        if statement.imports or number in needed.statements[module]:
-            continue
-        needed.statements[module].add(number)
-        for name in _names_used(module, statement.node):
-            for i, other in enumerate(statements):
-                if name not in other.defines:
-                    continue
-                if other.imports:
-                    _need_import(other.node, name, needed)
-                else:
-                    waiting.append(i)
-
-
-def _need_import(node: ast.stmt, name: str, needed: _Needed) -> None:
+def _import_of(node: ast.stmt, name: str) -> _Import:
     assert isinstance(node, ast.Import | ast.ImportFrom)
     imported = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-    source = (imported, None) if isinstance(node, ast.Import) else (str(node.module), imported)
-    if source[0].split(".")[0] not in _PROJECT:
-        if needed.packages.setdefault(name, source) != source:
-            raise ValueError(f"{name} is {needed.packages[name]} in one module and {source} in another: rename one")
-        return
-    if source[1] != name:
-        raise ValueError(f"{'.'.join(filter(None, source))} is imported as {name}: import it under its own name")
-    definitions = [i for i, statement in enumerate(_statements(source[0])) if name in statement.defines]
-    _need(source[0], definitions, needed)
+    return _Import(imported, None) if isinstance(node, ast.Import) else _Import(str(node.module), imported)
 
 
-def _names_used(module: str, node: ast.stmt) -> set[str]:
+def _used_names(module: str, node: ast.stmt) -> set[str]:
     for inner in ast.walk(node):
-        if isinstance(inner, ast.ImportFrom) and str(inner.module).split(".")[0] in _PROJECT:
-            raise ValueError(
-                f"{module}, line {inner.lineno}: {inner.module} is imported in a function; import it above"
-            )
+        if _is_project_import(inner):
+            raise ValueError(f"{module}, line {node.lineno}: a function imports from this project; import at the top")
     return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
 
 
-def _check_names(needed: _Needed) -> None:
-    owner: dict[str, str] = dict.fromkeys(needed.packages, "an import")
-    for module, numbers in needed.statements.items():
+def _is_project_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in _PROJECT
+
+
+def _check_names(needed: dict[str, set[int]], packages: dict[str, _Import]) -> None:
+    owner = dict.fromkeys(packages, "an import")
+    for module, numbers in needed.items():
         for name in {name for i in numbers for name in _statements(module)[i].defines}:
             if name in owner:
-                raise ValueError(f"{name} is a name of {owner[name]} and of {module}: rename one")
+                raise ValueError(f"{name} is defined by {owner[name]} and by {module}: rename one")
             owner[name] = module
 
 
-def _imported_first(module: str) -> list[str]:
-    """The modules of this project that `module` imports, and theirs, each behind those that it imports itself."""
+def _dependencies_first(module: str) -> list[str]:
+    """The module and those of this project that it imports, directly or not, each after the ones it imports."""
     order: dict[str, None] = {}
     for statement in _statements(module):
-        if isinstance(statement.node, ast.ImportFrom) and str(statement.node.module).split(".")[0] in _PROJECT:
-            order |= dict.fromkeys(_imported_first(str(statement.node.module)))
+        if _is_project_import(statement.node):
+            order |= dict.fromkeys(_dependencies_first(str(statement.node.module)))  # type: ignore[attr-defined]
     return [*order, module]
 
 
-def _import_lines(needed: _Needed) -> str:
+def _import_lines(packages: dict[str, _Import]) -> str:
     lines, members = [], defaultdict(list)
-    for name, (package, member) in sorted(needed.packages.items()):
+    for name, (package, member) in sorted(packages.items()):
         renamed = "" if name == (member or package) else f" as {name}"
         if member is None:
             lines.append(f"import {package}{renamed}")
         else:
             members[package].append(f"{member}{renamed}")
-    return "\n".join(
-        [*sorted(lines), *(f"from {package} import {', '.join(members[package])}" for package in sorted(members))]
-    )
+    return "\n".join([*sorted(lines), *(f"from {name} import {', '.join(members[name])}" for name in sorted(members))])
 
 
-@lru_cache
-def _source(module: str) -> str:
-    found = importlib.util.find_spec(module)
-    assert found is not None, module
-    return Path(str(found.origin)).read_text(encoding="utf-8")
+def _docstring(module: str) -> str | None:
+    return ast.get_docstring(ast.Module([statement.node for statement in _statements(module)], []))
 
 
 @lru_cache
 def _statements(module: str) -> list[_Statement]:
-    source = _source(module)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    source = Path(str(spec.origin)).read_text(encoding="utf-8")
     lines, end, found = source.splitlines(), 0, []
     for node in ast.parse(source).body:
         assert node.end_lineno is not None
-        found.append(_Statement("\n".join(lines[end : node.end_lineno]).strip("\n"), node, frozenset(_defined(node))))
+        source, is_import = (
+            "\n".join(lines[end : node.end_lineno]).strip("\n"),
+            isinstance(node, ast.Import | ast.ImportFrom),
+        )
+        found.append(_Statement(source, node, _defined(node), is_import))
         end = node.end_lineno
     return found
 

@@ -1,4 +1,4 @@
-"""Constants of a model stay float32 whatever its weights are cast to: in half precision frequencies would turn times
+"""Keeps constants of a model in float32 when its weights are cast. In half precision, frequencies would rotate times
 and positions by other angles than in training, and the rows of a codec's matrix would not be orthonormal."""
 
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def kept_in_fp32(*names: str) -> list[str] | None:
-    """For `_keep_in_fp32_modules`, which diffusers takes only where accelerate loads the weights. Elsewhere, and after
+    """For `_keep_in_fp32_modules`, which diffusers accepts only if accelerate loads the weights. Otherwise, and after
     loading, `constants_kept` does the same."""
     return list(names) if is_accelerate_available() else None
 
 
 @contextmanager
 def constants_kept(module: nn.Module) -> Iterator[None]:
-    """For `_apply`: what happens inside may move the module's buffers to another device and not change their type."""
+    """For `_apply`: buffers keep their dtype, although they may move to another device."""
     constants = {name: constant for name, constant in module.named_buffers() if not constant.is_meta}
     yield
     for name, constant in constants.items():

@@ -1,6 +1,6 @@
-"""The codec of a homemade-diffusion model that needs no autoencoder: blocks of pixels times one orthonormal matrix.
+"""The codec of a homemade-diffusion model without an autoencoder: blocks of pixels times one orthonormal matrix.
 
-It has the interface of diffusers' AutoencoderKL, as far as a pipeline uses it.
+It has the part of AutoencoderKL's interface that a pipeline uses.
 
 Axes: B batch, H W pixel rows and columns, h w latent rows and columns, C latent channels, P values of a pixel block.
 """
@@ -19,8 +19,8 @@ from trainer.exporting.exported.constants import constants_kept, kept_in_fp32
 
 
 @dataclass(frozen=True)
-class Exactly:
-    """A distribution of one value."""
+class DeterministicDistribution:
+    """Like DiagonalGaussianDistribution of diffusers, without variance."""
 
     mean: Tensor
 
@@ -32,13 +32,13 @@ class Exactly:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    latent_dist: Exactly
+class AutoencoderKLOutput:
+    latent_dist: DeterministicDistribution
 
 
 class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """latents_mean, latents_std: of each channel, as of an AutoencoderKL: the diffusion model's latents are (what
-    encode gives - mean) / std. block_out_channels: as many as the pixels of a block's side can be halved, and one."""
+    """latents_mean, latents_std: per channel; the diffusion model's latents are (encoded - mean) / std, as for an
+    AutoencoderKL. block_out_channels: one more entry than the side of a block, in pixels, can be halved."""
 
     _keep_in_fp32_modules = kept_in_fp32("basis_CP")
     basis_CP: Tensor
@@ -66,10 +66,10 @@ class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
             super()._apply(fn, recurse)
         return self
 
-    def encode(self, x: Tensor) -> Encoded:
+    def encode(self, x: Tensor) -> AutoencoderKLOutput:
         """Pixels (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""
         blocks_BPhw = F.pixel_unshuffle(x, self.factor)
-        return Encoded(Exactly(torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)))
+        return AutoencoderKLOutput(DeterministicDistribution(torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)))
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """(B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]."""

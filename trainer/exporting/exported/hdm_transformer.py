@@ -1,4 +1,4 @@
-"""XUT, the cross-U-transformer of homemade-diffusion, as a model of diffusers.
+"""XUT, the cross-U-transformer of homemade-diffusion, as a diffusers model.
 
 Axes: B batch, C latent channels, H W latent rows and columns, N image tokens, T text tokens, 2 = (y, x).
 """
@@ -11,7 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from trainer.exporting.exported.constants import constants_kept, kept_in_fp32
-from trainer.model.xut import XUT, XUTConfig
+from trainer.model.config import XUTConfig
+from trainer.model.xut import XUT
 
 
 class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -35,9 +36,9 @@ class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         selection_rate: float = 0.0,
         routing_key: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, H, W) at latents of that shape and timestep (B,) from 1 (noise) to 0.
+        """Velocity (B, C, H, W) for latents of that shape at timestep (B,), from 1 (noise) to 0.
 
-        Text is (B, T, width) and its mask (B, T); position_map (B, N, 2); aspect (B,), log(width / height).
+        encoder_hidden_states (B, T, width) with mask (B, T); position_map (B, N, 2); aspect (B,): log(width / height).
         selection_rate: share of the image tokens that skip the middle blocks, chosen by routing_key (B,), int64.
         """
         velocity: Tensor = self.xut(

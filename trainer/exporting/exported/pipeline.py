@@ -1,4 +1,4 @@
-"""Prompts -> pictures with a model of homemade-diffusion, and its camera.
+"""Draws pictures of prompts with a model of homemade-diffusion, whose camera can be moved.
 
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{folder}/pipeline.py", trust_remote_code=True)
     pipe("red star", seed=3, x_shift=0.25).images[0]
@@ -25,7 +25,7 @@ _SEEDS = 1 << 62
 
 
 class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """text_tokens: the longest text, what is more is cut; resolution: pixels along the side of the training crops."""
+    """text_tokens: longer texts are cut; resolution: side of the training crops, in pixels."""
 
     def __init__(
         self,
@@ -66,22 +66,20 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """ImagePipelineOutput with one picture per prompt, or num_images_per_prompt of each; a tuple without
-        return_dict.
+        """Returns ImagePipelineOutput with num_images_per_prompt pictures per prompt, or a tuple without return_dict.
 
-        height, width: pixels, a whole number of tokens; default: the side of the training crops.
-        guidance_scale: 1 is off. x_shift, y_shift, zoom: the camera goes right, down and closer; a shift of 1 is the
-        side of a square picture. A picture depends on its seed alone, whatever is drawn beside it, and has the same
-        noise on every device. seed: of the first picture, the next have seed + 1 ...; or one for each picture.
-        generator: stands for the seed that it was given; what it has drawn since does not matter. Neither: by chance.
-        sampler: heun is second order and asks the model twice a step; euler goes by the scheduler. time_shift: above 1
-        spends more steps near noise; default: the scheduler's shift (1) for pictures with as many tokens as the
-        training's crops, and by the number of tokens for others (SD3, section 5.3.2).
-        selection_rate, unconditional_rate: TREAD's self-guidance, the shares of image tokens that skip the middle
-        blocks with the prompt and with the negative prompt.
-        output_type: "pt" (B, 3, height, width) and "np" (B, height, width, 3) in [0, 1], "latent" (B, C, H, W).
+        height, width: pixels, a whole number of tokens; default: the side of the training crops. guidance_scale: 1
+        turns guidance off. x_shift, y_shift, zoom: move the camera right, down and closer; a shift of 1 is the side
+        of a square picture. seed: of the first picture, followed by seed + 1 ..., or one per picture; default:
+        random. generator: used only for its initial seed. A picture depends only on its seed, not on the others in
+        its batch or the device. sampler: heun is second order and evaluates the model twice per step; euler uses the
+        scheduler. time_shift: above 1 spends more steps near noise; default: the scheduler's shift, scaled by the
+        number of tokens relative to the training crops (SD3, section 5.3.2). selection_rate, unconditional_rate:
+        TREAD self-guidance, the shares of image tokens that skip the middle blocks with the prompt and with the
+        negative prompt. output_type: "pt" (B, 3, height, width) and "np" (B, height, width, 3) in [0, 1], "latent"
+        (B, C, H, W).
 
-        ValueError for a size, number of steps, seed or camera out of its range.
+        Raises ValueError for a size, number of steps, seed or camera out of range.
         """
         prompts = [text for text in _listed(prompt) for _ in range(num_images_per_prompt)]
         if not prompts:
@@ -140,14 +138,14 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _velocity(
         self, texts: list[str], map_N2: Tensor, aspect: float, keys_B: Tensor, selection_rate: float
     ) -> Velocity:
-        """XUT's forward pass for these texts, one a picture."""
+        """XUT's forward pass for one text per picture."""
         encoder = TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.architecture["text_layers"])
         text_BTD, mask_BT = encoder.encode(texts, self.config.text_tokens)
         count, dtype = len(texts), self.transformer.dtype
         aspect_B = torch.full((count,), aspect, device=map_N2.device)
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-            # Weights of half precision meet float32 latents, times and positions as they did in training.
+            # Half-precision weights with float32 latents, times and positions, as in training.
             with torch.autocast(map_N2.device.type, dtype, enabled=dtype != torch.float32):
                 out: Tensor = self.transformer(
                     x_BCHW,
@@ -157,15 +155,15 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
                     map_N2.expand(count, -1, -1),
                     aspect_B,
                     selection_rate,
-                    # Other tokens at every time: what one step leaves out the next one sees.
+                    # Depends on t, so that tokens skipped at one step are seen at the next.
                     keys_B + (t_B * 2**32).long() if selection_rate else None,
                 )
-            return out.float()  # guidance multiplies what half precision rounds away
+            return out.float()  # because guidance multiplies the rounding error of half precision
 
         return velocity
 
     def _scheduled(self, velocity: Velocity, latents_BCHW: Tensor, steps: int, shift: float, bar: Any) -> Tensor:
-        """By a copy of the scheduler, with times that are shifted already."""
+        """Integrates with a copy of the scheduler, whose times are already shifted."""
         scheduler = self.scheduler.from_config(self.scheduler.config, shift=1.0)
         scheduler.set_timesteps(sigmas=time_grid(steps, shift)[:-1], device=latents_BCHW.device)
         for i, timestep in enumerate(scheduler.timesteps):
@@ -177,7 +175,7 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _pictures(self, latents_BCHW: Tensor, output_type: str) -> Any:
         config = self.vae.config
         if self.vae.dtype == torch.float16 and config.force_upcast:
-            self.vae.to(torch.float32)  # as diffusers does with VAEs that overflow float16
+            self.vae.to(torch.float32)  # as diffusers does for VAEs that overflow float16
         mean_C, std_C = (latents_BCHW.new_tensor(values) for values in (config.latents_mean, config.latents_std))
         z_BCHW = latents_BCHW * std_C[:, None, None] + mean_C[:, None, None]
         pixels_B3HW = self.vae.decode(z_BCHW.to(self.vae.dtype)).sample.float()
@@ -199,7 +197,7 @@ def _repeated(texts: list[str], times: int) -> list[str]:
 def _seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> list[int]:
-    """One for each picture."""
+    """One per picture."""
     if seed is not None and generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if isinstance(generator, torch.Generator):
