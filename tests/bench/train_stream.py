@@ -28,8 +28,8 @@ from trainer.training.worker import SampleSource
 STEPS = 40  # of a block
 
 
-def in_turns(data: TrainingData, training: Training, team: WorkerGroup) -> SampleSource:
-    source = loader_source(data, training, team)
+def in_turns(data: TrainingData, training: Training, group: WorkerGroup) -> SampleSource:
+    source = loader_source(data, training, group)
     count = STEPS * training.accumulation
 
     def batches(training: Training) -> Iterator[Batch]:

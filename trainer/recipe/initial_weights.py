@@ -23,7 +23,7 @@ from trainer.runs.weights import BaseWeights, Lora, find_base, is_model_folder, 
 def find_initial_checkpoint(
     command: Command, stage: StageConfig, run: Path, home: str | None
 ) -> tuple[Checkpoint | None, str]:
-    """The checkpoint that a stage without checkpoints of its own starts from, and a line for the user.
+    """The checkpoint whose weights a stage without checkpoints starts from, and a line for the user.
 
     None for new weights. UsageError if --from or the previous stage has no checkpoint, or has other encoders.
     """

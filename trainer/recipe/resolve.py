@@ -162,7 +162,7 @@ def _resume(training: Training, newest: Checkpoint, command: Command) -> Trainin
     elif command.new_order:
         notes.append("--new-order has no effect: the data order has not changed")
     if command.start_from not in (None, "nothing") and training.lora is None:
-        notes.append("--from has no effect: the stage has checkpoints of its own")
+        notes.append("--from has no effect: the stage already has checkpoints")
     return replace(training, notes=tuple(notes))
 
 

@@ -266,11 +266,8 @@ class Worker:
             self.loop.model, self.codec, self.encoder, self.stage.text_tokens, self.device, self.loop.steps_taken,
             self.training.record(), self.loop.precision,
         )  # fmt: skip
-        pictures = interleave(
-            self.group.gather(
-                draw_share(model, self.loop.ema, prompts, seeds, settings, self.group.rank, self.group.size)
-            )
-        )
+        share = draw_share(model, self.loop.ema, prompts, seeds, settings, self.group.rank, self.group.size)
+        pictures = interleave(self.group.gather(share))
         if self.log:
             if self.tagger:
                 agreement = tag_agreement(prompts, self.tagger.asked(prompts), self.tagger.found(pictures))

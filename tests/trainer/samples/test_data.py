@@ -398,9 +398,7 @@ def test_the_smallest_sufficient_and_complete_tier_is_read(broken: Store) -> Non
     assert folder(None) == "images"
     broken.remove("images-512/pixiv-0000.parquet")
     assert folder(512) == "images"
-    assert Selection.load(broken.root, "danbooru", 512).images == "images-512", (
-        "complete for this selection"
-    )
+    assert Selection.load(broken.root, "danbooru", 512).images == "images-512", "complete for this selection"
 
 
 def test_a_tier_gives_the_same_pictures(dataset: Store) -> None:
