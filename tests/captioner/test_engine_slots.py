@@ -74,9 +74,11 @@ def test_a_dead_engine_is_replaced_once_however_often_it_is_marked() -> None:
         raise AssertionError("died three times")
 
     async def work() -> list[int]:
-        return await asyncio.gather(*(dies() for _ in range(8)))
+        numbers = await asyncio.gather(*(dies() for _ in range(8)))
+        assert not slots.mark_dead(1)  # news of an engine that was replaced
+        return [*numbers, await engines.use(slots)]
 
-    assert run(work) == [2] * 8
+    assert run(work) == [2] * 9
     assert engines.log == ["start", "close", "start"]
 
 

@@ -149,15 +149,18 @@ def test_a_shard_survives_two_deaths_of_its_engine_on_one_picture(store: Store) 
 
 @pytest.mark.parametrize("concurrency", [1, 30])
 def test_a_picture_that_always_kills_its_engine_costs_only_its_own_row(store: Store, concurrency: int) -> None:
-    part, script = write_images(store, "a", 30), Script(seconds=0.002, dies={star("a", 9), star("a", 20)})
+    part, script = (
+        write_images(store, "a", 30),
+        Script(seconds=0.002, dies={star("a", number) for number in (9, 20, 27)}),
+    )
     work = worker(store, script, concurrency)
     work(part)
     rows, good = finished(store, "a"), expected("a", 30)
-    for number in (9, 20):
+    for number in (9, 20, 27):
         assert rows[number] == (f"a:{number}", star("a", number), "engine died on the picture")
         rows[number] = good[number]
     assert rows == good
-    assert script.started <= 7  # three deaths each
+    assert script.started <= 10  # three deaths each: more than may follow each other without an answer
     work.close()
 
 
