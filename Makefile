@@ -27,7 +27,7 @@ demo: setup
 	@sh deploy/demo.sh
 
 test: setup lint
-	@.venv/bin/python -m pytest
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 	@.venv/bin/python -m pytest -m cluster
 	@if $(MAKE) --no-print-directory captioner; then \
 		.venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py tests/pipeline/test_caption_vllm.py; \

@@ -46,9 +46,9 @@ def dataset(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(run_job: RunJob, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two workers, which talk over gloo, that nothing happens to."""
+    """An undisturbed run of two workers, which communicate over gloo. The job starts Ray itself, as on a laptop."""
     run = tmp_path_factory.mktemp("runs") / "two workers"
-    done = run_job(*training(dataset, run))
+    done = run_job(*training(dataset, run), environment={"RAY_ADDRESS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     return run
 

@@ -83,7 +83,7 @@ def test_what_the_model_refuses_keeps_its_words(replicas: Any) -> None:
         async for _ in replicas.draw(read_form(FORM | {"width": 4096, "height": 4096}, LIMITS)):
             raise AssertionError("refused before the first step")
 
-    with pytest.raises(ValueError, match="ask for a smaller picture"):
+    with pytest.raises(ValueError, match="Ask for a smaller picture"):
         asyncio.run(draw())
 
 
