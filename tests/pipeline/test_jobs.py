@@ -1,12 +1,13 @@
-"""The pipeline's job files as their users run them: what they write, say and refuse, and with which exit code.
+"""The pipeline's job files as users run them: the files, output and exit codes of each.
 
-One drawn dataset goes through all jobs, on a local disk and on S3; each test states facts about what came out.
+One drawn dataset goes through all jobs, on local disk and on S3; each test states facts about the result.
 """
 
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,8 +30,8 @@ RunJob = Callable[..., Finished]
 StartJob = Callable[..., "Popen[str]"]
 
 ROOT = Path(__file__).parents[2]
-IMAGES = 300
-# Planted kind -> the reason that ingest gives; the other kinds are for curation to find.
+IMAGES = 150
+# Planted kind -> the reason of ingest; curation must find the other kinds.
 INGEST_REASONS = {
     "truncated_bytes": "truncated",
     "empty_bytes": "empty",
@@ -53,7 +54,7 @@ UNUSABLE_TAGS = {
 
 @dataclass(frozen=True)
 class Chain:
-    """A dataset that went through all jobs, and how each of them ended."""
+    """A dataset that went through all jobs, and the finished process of each."""
 
     root: Path
     ingest: Finished
@@ -70,7 +71,7 @@ def raw(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(run_job: RunJob, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """In a folder with a space in its name; the dataset is named once by a flag and twice by HDM_DATASET."""
+    """In a folder with a space in its name; given once by a flag and twice by HDM_DATASET."""
     elsewhere = tmp_path_factory.mktemp("with a space")
     root, named = elsewhere / "dataset", {"HDM_DATASET": "dataset"}
     return Chain(
@@ -93,7 +94,7 @@ def succeeded(job: Finished) -> None:
 
 
 def refused(job: Finished, code: int) -> str:
-    """The one line, besides progress bars, that a job left stderr with."""
+    """The only line on stderr, besides progress bars, of a job that failed."""
     *bars, line = job.stderr.splitlines()
     assert job.returncode == code, job.stderr
     assert all("%|" in bar or not bar for bar in bars), job.stderr
@@ -102,7 +103,7 @@ def refused(job: Finished, code: int) -> str:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """A job's run.json without what differs from run to run."""
+    """A job's run.json without the values that differ from run to run."""
     found: dict[str, Any] = json.loads((folder / "run.json").read_text())
     assert found.pop("seconds") >= 0
     assert found.pop("versions")["ray"]
@@ -111,7 +112,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def rows(folder: Path, *columns: str) -> list[dict[str, Any]]:
-    """The rows of all shards of a folder, in the order of the shards' names."""
+    """The rows of all shards of a folder, in the order of their names."""
     tables = (pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
     return list(chain.from_iterable(table.to_pylist() for table in tables))
 
@@ -121,7 +122,7 @@ def ids(folder: Path) -> list[str]:
 
 
 def raw_pictures(raw: Path) -> list[tuple[str, bytes]]:
-    """Id and bytes of every raw row, in the order of the plan: Danbooru's first."""
+    """Id and bytes of every raw row in the order of the plan, Danbooru first."""
     danbooru = [(f"danbooru:{row['id']}", row["image"]) for row in rows(raw / "danbooru", "id", "image")]
     pixiv = [
         (f"pixiv:{row['id']}_p{row['page']}", row["image"]["bytes"])
@@ -131,7 +132,7 @@ def raw_pictures(raw: Path) -> list[tuple[str, bytes]]:
 
 
 def planted(raw: Path, kinds: dict[str, str]) -> list[tuple[str, str]]:
-    """Id and reason of each row that was planted with one of these kinds, sorted."""
+    """Sorted id and reason of each row planted with one of these kinds."""
     posts = chain.from_iterable(plan(0, IMAGES).values())
     found = zip(raw_pictures(raw), posts, strict=True)
     return sorted((name, kinds[post.planted]) for (name, _), post in found if post.planted in kinds)
@@ -142,7 +143,7 @@ def refusals(folder: Path) -> list[tuple[str, str]]:
 
 
 def files(folder: Path) -> dict[Path, int]:
-    """Every shard below a folder and when it was written."""
+    """Every shard below a folder and its modification time."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
@@ -151,13 +152,21 @@ def files(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture
 def without_ray(tmp_path: Path) -> dict[str, str]:
-    """An environment in which importing Ray, which takes seconds, fails."""
+    """An environment in which importing Ray, which takes seconds, raises."""
     (tmp_path / "ray.py").write_text("raise ImportError('Ray was imported')")
     return {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
 
 
+@pytest.fixture
+def call_without_ray(call_job: RunJob, monkeypatch: pytest.MonkeyPatch) -> RunJob:
+    """Runs a job in this process, where importing Ray, or a module that imports it, raises."""
+    for name in ("ray", "pipeline.core.cluster", "pipeline.core.dataflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return call_job
+
+
 @pytest.mark.parametrize("job", ["sample_data", "ingest", "score", "caption", "curate"])
-def test_help_comes_from_any_folder_without_ray(
+def test_help_works_in_any_folder_without_importing_ray(
     run_job: RunJob, job: str, without_ray: dict[str, str], tmp_path: Path
 ) -> None:
     helped = run_job(f"pipeline/{job}.py", "--help", environment=without_ray, cwd=tmp_path)
@@ -179,16 +188,17 @@ def test_help_comes_from_any_folder_without_ray(
         (["caption", "--dataset", "none"], ["none has no images", "pipeline/ingest.py --raw PATH --dataset"]),
     ],
 )
-def test_a_wrong_command_is_refused_in_one_line_with_the_mend_and_writes_nothing(
-    run_job: RunJob, command: list[str], named: list[str], without_ray: dict[str, str], tmp_path: Path
+def test_a_wrong_command_is_refused_in_one_line_with_a_fix_and_writes_nothing(
+    call_without_ray: RunJob, command: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     job, *arguments = command
-    line = refused(run_job(f"pipeline/{job}.py", *arguments, environment=without_ray, cwd=tmp_path), 2)
+    line = refused(call_without_ray(f"pipeline/{job}.py", *arguments), 2)
     assert all(part in line for part in named), line
     assert not (tmp_path / "none").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_named(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_named(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
     nobody = {"RAY_ADDRESS": "127.0.0.1:1"}
     line = refused(run_job("pipeline/ingest.py", "--raw", raw, "--dataset", tmp_path, environment=nobody), 2)
     assert "RAY_ADDRESS=127.0.0.1:1" in line
@@ -197,9 +207,7 @@ def test_a_cluster_that_does_not_answer_is_named(run_job: RunJob, raw: Path, tmp
 # --- Ingest -----------------------------------------------------------------------------------------------------------
 
 
-def test_ingest_refuses_exactly_what_was_planted_and_keeps_all_other_bytes_as_delivered(
-    local: Chain, raw: Path
-) -> None:
+def test_ingest_refuses_exactly_the_planted_rows_and_keeps_all_other_bytes(local: Chain, raw: Path) -> None:
     succeeded(local.ingest)
     expected = planted(raw, INGEST_REASONS)
     counted = record(local.root / "images")
@@ -215,7 +223,7 @@ def test_ingest_refuses_exactly_what_was_planted_and_keeps_all_other_bytes_as_de
     )
 
 
-def test_the_terminal_shows_the_jobs_own_lines_and_names_the_log(local: Chain) -> None:
+def test_the_terminal_shows_only_the_jobs_own_lines_and_names_the_log(local: Chain) -> None:
     for name, job in (("ingest", local.ingest), ("caption", local.caption), ("curate", local.curate)):
         printed = job.stdout.splitlines()
         assert all(line.startswith(f"{name}: ") for line in printed), printed
@@ -224,7 +232,7 @@ def test_the_terminal_shows_the_jobs_own_lines_and_names_the_log(local: Chain) -
         assert "session folder of Ray" in Path(log).read_text()
 
 
-def test_a_second_ingest_writes_no_shard_and_reports_the_same(run_job: RunJob, local: Chain, raw: Path) -> None:
+def test_a_second_ingest_writes_no_shard_and_has_the_same_record(run_job: RunJob, local: Chain, raw: Path) -> None:
     before = files(local.root), record(local.root / "images")
     again = run_job("pipeline/ingest.py", "--raw", raw, "--dataset", local.root)
     succeeded(again)
@@ -232,7 +240,7 @@ def test_a_second_ingest_writes_no_shard_and_reports_the_same(run_job: RunJob, l
     assert (files(local.root), record(local.root / "images")) == before
 
 
-def test_unknown_columns_are_refused_before_any_work_naming_those_missing_and_found(
+def test_unknown_columns_are_refused_before_any_work_with_the_missing_and_found_ones(
     run_job: RunJob, raw: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "raw").mkdir()
@@ -245,9 +253,7 @@ def test_unknown_columns_are_refused_before_any_work_naming_those_missing_and_fo
     assert not (tmp_path / "dataset").exists()
 
 
-def test_files_that_are_no_whole_parquet_are_listed_and_all_others_are_done(
-    run_job: RunJob, raw: Path, tmp_path: Path
-) -> None:
+def test_broken_parquet_files_are_listed_and_all_others_are_done(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
     folder, root = tmp_path / "danbooru", tmp_path / "dataset"
     folder.mkdir()
     whole = pq.read_table(raw / "danbooru" / "0000.parquet")
@@ -256,7 +262,7 @@ def test_files_that_are_no_whole_parquet_are_listed_and_all_others_are_done(
     (folder / "e-text.parquet").write_text("<html>404</html>")
     cut, spoilt = folder / "a-cut.parquet", folder / "b-spoilt.parquet"
     cut.write_bytes(cut.read_bytes()[:-100])
-    # A footer that is whole, and a page of pictures that is not.
+    # The footer is good; a page of pictures is broken.
     pictures = pq.read_metadata(spoilt).row_group(0).column(whole.column_names.index("image"))
     data = bytearray(spoilt.read_bytes())
     data[pictures.data_page_offset : pictures.data_page_offset + 64] = b"\xff" * 64
@@ -271,29 +277,30 @@ def test_files_that_are_no_whole_parquet_are_listed_and_all_others_are_done(
     assert Store(str(root)).shards("images") == ["danbooru-c-whole", "danbooru-d-whole"]
 
 
-def test_ingest_killed_twice_ends_with_the_files_of_an_undisturbed_one(
+def test_ingest_killed_twice_writes_the_files_of_an_undisturbed_one(
     start_job: StartJob, run_job: RunJob, raw: Path, tmp_path: Path
 ) -> None:
     def command(root: Path) -> list[str | Path]:
-        return ["pipeline/ingest.py", "--raw", raw, "--dataset", root, "--rows-per-shard", "10", "--downsize", "64"]
+        return ["pipeline/ingest.py", "--raw", raw, "--dataset", root, "--rows-per-shard", "8", "--downsize", "64"]
 
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    for shards in (3, 12):
+    total = sum(-(-pq.read_metadata(path).num_rows // 8) for path in raw.rglob("*.parquet"))
+    for shards in (3, 8):
         job = start_job(*command(killed))
         wait_until(lambda shards=shards: len(list((killed / "images").glob("*.parquet"))) >= shards)
         job.kill()
         assert job.wait(timeout=60) == -signal.SIGKILL
-    assert len(list((killed / "images").glob("*.parquet"))) < 31
+    assert len(list((killed / "images").glob("*.parquet"))) < total
     succeeded(run_job(*command(killed)))
     succeeded(run_job(*command(undisturbed)))
     written = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob("*.parquet"))
-    assert len(written) == 3 * 31  # images, rejected and the smaller tier
+    assert len(written) == 3 * total  # images, rejected and the smaller tier
     assert sorted(path.relative_to(killed) for path in killed.rglob("*.parquet*")) == written
     assert all((killed / name).read_bytes() == (undisturbed / name).read_bytes() for name in written)
     assert record(killed / "images") == record(undisturbed / "images")
 
 
-def test_of_two_deliveries_of_a_post_the_sound_one_is_kept_and_an_odd_row_costs_only_itself(
+def test_the_good_copy_of_a_repeated_post_is_kept_and_an_odd_row_fails_alone(
     run_job: RunJob, raw: Path, tmp_path: Path
 ) -> None:
     [sound] = pq.read_table(raw / "pixiv" / "0000.parquet").slice(0, 1).to_pylist()
@@ -306,7 +313,7 @@ def test_of_two_deliveries_of_a_post_the_sound_one_is_kept_and_an_odd_row_costs_
     assert (counted["rows_out"], counted["rejected"]) == (2, {"duplicate id": 1, "truncated": 1})
 
 
-def test_a_dataset_of_refused_rows_alone_is_an_empty_selection(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_refused_rows_only_is_refused_by_curation(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
     row = pq.read_table(raw / "danbooru" / "0000.parquet").slice(0, 1)
     pq.write_table(row.drop_columns("image").append_column("image", pa.array([b"no image"])), tmp_path / "a.parquet")
     there = ("--dataset", tmp_path / "dataset")
@@ -318,7 +325,7 @@ def test_a_dataset_of_refused_rows_alone_is_an_empty_selection(run_job: RunJob, 
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def test_captions_are_the_images_in_their_order_and_images_are_not_rewritten(local: Chain) -> None:
+def test_captions_follow_the_order_of_images_which_are_not_rewritten(local: Chain) -> None:
     succeeded(local.caption)
     shards = Store(str(local.root)).shards("images")
     assert Store(str(local.root)).shards("captions") == shards
@@ -336,7 +343,7 @@ def test_captions_are_the_images_in_their_order_and_images_are_not_rewritten(loc
 # --- Curation ---------------------------------------------------------------------------------------------------------
 
 
-def test_curation_selects_or_refuses_every_row_with_a_reason(local: Chain, raw: Path) -> None:
+def test_curation_selects_every_row_or_refuses_it_with_a_reason(local: Chain, raw: Path) -> None:
     succeeded(local.curate)
     folder = local.root / "selections" / "demo"
     out = refusals(folder / "rejected")
@@ -346,7 +353,7 @@ def test_curation_selects_or_refuses_every_row_with_a_reason(local: Chain, raw: 
     assert counted["rows_out"] == selection["selected"] == sum(selection["shards"].values()) == len(ids(folder))
     of_the_stage = {"tag multiple objects", "tag blurry", "tag film grain"}
     assert of_the_stage < counted["rejected"].keys()
-    # A row may have two such tags: then the first one is the reason.
+    # A row may have two such tags; the first one is then the reason.
     wanted = set(planted(raw, UNUSABLE_TAGS))
     assert {entry for entry in out if entry[1] not in {"duplicate", *of_the_stage}} <= wanted
     assert {name for name, _ in wanted} <= {name for name, _ in out}
@@ -356,7 +363,7 @@ def test_curation_selects_or_refuses_every_row_with_a_reason(local: Chain, raw: 
         assert [pictures[row["row"]] for row in chosen] == [row["id"] for row in chosen]
 
 
-def test_of_one_picture_under_two_ids_or_on_both_sites_one_is_selected(local: Chain, raw: Path) -> None:
+def test_one_of_two_copies_is_selected_under_two_ids_and_across_sites(local: Chain, raw: Path) -> None:
     folder = local.root / "selections" / "demo"
     selected, out = set(ids(folder)), dict(refusals(folder / "rejected"))
     same: dict[bytes, set[str]] = {}
@@ -372,13 +379,13 @@ def test_of_one_picture_under_two_ids_or_on_both_sites_one_is_selected(local: Ch
     announced = json.loads((raw / "run.json").read_text())["planted"]
     assert len(pairs) >= announced["danbooru"]["same_on_both_sites"] + announced["danbooru"]["duplicate_bytes"]
     for names in pairs:
-        # A row may be refused for its own tags: that does not make a copy of the other one.
+        # A row refused for its own tags does not count as a copy.
         admitted = {name for name in names if not out.get(name, "").startswith("tag ")}
         assert len(admitted & selected) == min(1, len(admitted)), names
         assert {out[name] for name in admitted - selected} <= {"duplicate"}
 
 
-def test_a_second_curation_on_a_ray_of_its_own_writes_the_same_selection(run_job: RunJob, local: Chain) -> None:
+def test_a_second_curation_on_its_own_local_ray_writes_the_same_selection(run_job: RunJob, local: Chain) -> None:
     folder = local.root / "selections" / "demo"
     before = (folder / "selection.json").read_text()
     assert len(json.loads(before)["hash"]) == 64
@@ -388,24 +395,22 @@ def test_a_second_curation_on_a_ray_of_its_own_writes_the_same_selection(run_job
     assert (folder / "selection.json").read_text() == before
 
 
-def test_where_nothing_changed_a_curation_needs_no_ray_and_writes_no_shard(
-    run_job: RunJob, local: Chain, without_ray: dict[str, str]
-) -> None:
+def test_curation_without_changes_needs_no_ray_and_writes_no_shard(call_without_ray: RunJob, local: Chain) -> None:
     folder = local.root / "selections" / "demo"
     before, record_before = files(folder), record(folder)
     for _ in range(2):
-        again = run_job("pipeline/curate.py", "--dataset", local.root, environment=without_ray)
+        again = call_without_ray("pipeline/curate.py", "--dataset", local.root)
         succeeded(again)
         assert "judging 0 of 2 shards" in again.stdout
         assert (files(folder), record(folder)) == (before, record_before)
 
 
-def test_rules_from_a_file_make_another_selection_that_can_be_planned_compared_and_explained(
-    run_job: RunJob, local: Chain, without_ray: dict[str, str], tmp_path: Path
+def test_a_selection_by_rules_from_a_file_can_be_planned_compared_and_explained(
+    run_job: RunJob, call_without_ray: RunJob, local: Chain, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.toml").write_text('ratings = ["general"]')
     mine = ("pipeline/curate.py", "--dataset", local.root, "--rules", tmp_path / "mine.toml", "--name", "mine")
-    planned = run_job(*mine, "--plan", environment=without_ray)
+    planned = call_without_ray(*mine, "--plan")
     succeeded(planned)
     assert "judging 2 of 2 shards: 2 new" in planned.stdout
     assert not (local.root / "selections" / "mine").exists()
@@ -415,38 +420,40 @@ def test_rules_from_a_file_make_another_selection_that_can_be_planned_compared_a
     assert {row["rating"] for row in rows(local.root / "selections" / "mine", "rating")} == {"safe"}
 
     there = ("pipeline/curate.py", "--dataset", local.root)
-    compared = run_job(*there, "--diff", "demo", "mine", environment=without_ray)
+    compared = call_without_ray(*there, "--diff", "demo", "mine")
     succeeded(compared)
     out = {key for key, reason in refusals(local.root / "selections" / "mine" / "rejected") if reason == "rating"}
     only = out & set(ids(local.root / "selections" / "demo"))
     assert f"{len(only)} rating: " in compared.stdout
     name, broken = min(only), refusals(local.root / "rejected")[0]
-    explained = run_job(*mine, "--explain", name, broken[0], environment=without_ray)
+    explained = call_without_ray(*mine, "--explain", name, broken[0])
     succeeded(explained)
     assert "refuses ratings: " in explained.stdout
-    again = run_job(*there, "--name", "mine", "--explain", name, environment=without_ray)
-    assert "refuses ratings: " in again.stdout, "by the rules that it was made with"
+    again = call_without_ray(*there, "--name", "mine", "--explain", name)
+    assert "refuses ratings: " in again.stdout, "explained by the rules of the selection"
     assert f"refused by ingest: {broken[1]}" in explained.stdout
-    assert "knows no picture x:1" in refused(run_job(*mine, "--explain", "x:1", environment=without_ray), 2)
+    assert "knows no picture x:1" in refused(call_without_ray(*mine, "--explain", "x:1"), 2)
 
 
-def test_curation_without_captions_is_refused_with_the_mend(run_job: RunJob, local: Chain, tmp_path: Path) -> None:
+def test_curation_without_captions_is_refused_with_the_command_to_run(
+    call_without_ray: RunJob, local: Chain, tmp_path: Path
+) -> None:
     for folder in ("images", "rejected"):
         shutil.copytree(local.root / folder, tmp_path / folder)
     name, reason = refusals(tmp_path / "rejected")[0]
-    explained = run_job("pipeline/curate.py", "--dataset", tmp_path, "--explain", name)
+    explained = call_without_ray("pipeline/curate.py", "--dataset", tmp_path, "--explain", name)
     assert f"refused by ingest: {reason}" in explained.stdout
-    line = refused(run_job("pipeline/curate.py", "--dataset", tmp_path), 2)
+    line = refused(call_without_ray("pipeline/curate.py", "--dataset", tmp_path), 2)
     assert "2 of 2 shards have no captions" in line
     assert f"python pipeline/caption.py --dataset {tmp_path}" in line
 
 
-def test_a_selection_that_keeps_nothing_is_refused_with_the_counts(run_job: RunJob, local: Chain) -> None:
+def test_an_empty_selection_is_refused_with_the_counts(run_job: RunJob, local: Chain) -> None:
     line = refused(run_job("pipeline/curate.py", "--dataset", local.root, "--stage", "1024"), 2)
     folder = local.root / "selections" / "1024"
     counted = record(folder)
     assert counted["rows_out"] == 0
-    assert counted["rejected"]["too small"] > 200
+    assert counted["rejected"]["too small"] > 100
     assert all(f"{count} {reason}" in line for reason, count in counted["rejected"].items())
     assert not (folder / "selection.json").exists()
 
@@ -489,11 +496,11 @@ def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustra
     assert curated["rows_out"] > 0
 
 
-def test_a_job_is_idle_since_its_last_row_beside_the_longest_that_one_took_before() -> None:
+def test_the_stall_detector_compares_idle_time_with_the_longest_before() -> None:
     stall = StallDetector(now=100.0)
-    # rows finished, at this time -> idle for, and before at most
+    # rows finished, time -> idle seconds, longest idle seconds before
     for rows, now, seconds, longest in (
-        (0, 130.0, 30.0, 900.0),  # nothing is known of its pace yet
+        (0, 130.0, 30.0, 900.0),  # its pace is not known yet
         (5, 160.0, 0.0, 60.0),
         (5, 180.0, 20.0, 60.0),
         (9, 260.0, 0.0, 100.0),

@@ -1,4 +1,4 @@
-"""A failure costs its own shard and is told, whatever becomes of its process; all other shards are done."""
+"""A failure is reported for its own shard, even if its process dies; all other shards are done."""
 
 import os
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from pipeline.core.errors import JobStopped, UsageError
 from pipeline.core.progress import Progress
 
 
-# The works are made inside functions: what belongs to a test module cannot be imported by Ray's processes.
+# The work is made inside functions, because Ray's processes cannot import a test module.
 def _work(folder: Path) -> Callable[[str], None]:
     def work(shard: str) -> None:
         tries = len(list(folder.glob(f"{shard}.*")))
         (folder / f"{shard}.{tries}").touch()
         if shard == "raises":
-            raise ValueError("a page is spoilt\nand more lines")
+            raise ValueError("a page is broken\nand more lines")
         if shard == "dies" or (shard == "dies once" and not tries):
             os._exit(1)
 
@@ -26,11 +26,11 @@ def _work(folder: Path) -> Callable[[str], None]:
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_a_shard_that_fails_or_kills_its_process_is_named_and_all_others_are_done(tmp_path: Path) -> None:
+def test_a_task_that_raises_or_kills_its_process_fails_only_its_own_shard(tmp_path: Path) -> None:
     shards = {name: name for name in ("good", "raises", "dies once", "dies", "good too")}
     failures = map_shards(shards, _work(tmp_path), lambda shard: 1, "test")
     assert failures.keys() == {"raises", "dies"}
-    assert failures["raises"] == "ValueError: a page is spoilt"
+    assert failures["raises"] == "ValueError: a page is broken"
     assert "its process died" in failures["dies"]
     tries = {name: len(list(tmp_path.glob(f"{name}.*"))) for name in shards}
     assert tries == {"good": 1, "raises": 1, "dies once": 2, "dies": 3, "good too": 1}
@@ -46,7 +46,7 @@ def odd_ones_fail() -> Callable[[int], None]:
     return work
 
 
-def test_a_shard_that_raises_or_kills_its_process_costs_no_other_shard(ray_address: str) -> None:
+def test_an_actor_that_raises_or_dies_fails_only_the_shard_it_worked_on(ray_address: str) -> None:
     shards = {str(number): number for number in range(8)}
     failures = map_shards_with(odd_ones_fail, shards, lambda _: 1, "test", Pool(2, 1, 0))
     assert failures.keys() == {"3", "5"}
@@ -54,7 +54,7 @@ def test_a_shard_that_raises_or_kills_its_process_costs_no_other_shard(ray_addre
     assert "its process ended 3 times" in failures["3"]
 
 
-def test_work_that_cannot_be_made_fails_every_shard_with_the_reason(ray_address: str) -> None:
+def test_every_shard_fails_with_the_reason_if_the_work_cannot_be_made(ray_address: str) -> None:
     def make() -> Callable[[int], None]:
         raise FileNotFoundError("no model on this node")
 
@@ -62,7 +62,7 @@ def test_work_that_cannot_be_made_fails_every_shard_with_the_reason(ray_address:
     assert failures == dict.fromkeys("ab", "FileNotFoundError: no model on this node")
 
 
-def test_work_is_made_once_in_an_actor(ray_address: str) -> None:
+def test_work_is_made_once_per_actor(ray_address: str) -> None:
     def make() -> Callable[[int], None]:
         made = []
 
@@ -77,7 +77,7 @@ def test_work_is_made_once_in_an_actor(ray_address: str) -> None:
     assert failures == {"3": "ValueError: [0, 1, 2, 3]"}
 
 
-def test_a_pool_has_an_actor_for_each_cpu_and_none_without_a_shard_and_more_are_refused(ray_address: str) -> None:
+def test_a_pool_has_one_actor_per_cpu_at_most_one_per_shard_and_refuses_more(ray_address: str) -> None:
     assert plan_pool(None, 99, use_gpus=False) == Pool(3, 1, 0)
     assert plan_pool(None, 2, use_gpus=False) == Pool(2, 1, 0)
     assert plan_pool(1, 99, use_gpus=True) == Pool(1, 1, 0)
@@ -85,15 +85,15 @@ def test_a_pool_has_an_actor_for_each_cpu_and_none_without_a_shard_and_more_are_
         plan_pool(4, 99, use_gpus=False)
 
 
-def test_an_actor_on_a_gpu_needs_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_with_a_gpu_also_needs_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 9.0, "GPU": 1.0}, {"CPU": 8.0}]
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-    assert plan_pool(None, 99, use_gpus=True) == Pool(3, 1, 1)  # others would wait for ever
+    assert plan_pool(None, 99, use_gpus=True) == Pool(3, 1, 1)  # more would wait for ever
     with pytest.raises(UsageError, match="each of which takes a GPU and a CPU: Ray has 3"):
         plan_pool(4, 99, use_gpus=True)
 
 
-def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_each(
+def test_engines_take_the_given_number_of_gpus_and_work_on_two_shards_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     big, small = {"CPU": 32.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
@@ -109,11 +109,11 @@ def test_engines_take_as_many_gpus_as_their_weights_need_and_work_on_two_shards_
     with pytest.raises(UsageError, match="--tensor-parallel 8: no machine"):
         plan_engines(None, 8, 99, use_gpus=True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 4.0}}])
-    assert plan_engines(None, 1, 99, use_gpus=True) == Pool(2, 1, 1, at_once=2)  # others would wait for ever
+    assert plan_engines(None, 1, 99, use_gpus=True) == Pool(2, 1, 1, at_once=2)  # more would wait for ever
 
 
 def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
-    """Each shard is a row; the report counts those of this life."""
+    """Each shard is one row; the report counts the rows of this process."""
 
     def make() -> Callable[[str], None]:
         class Work:
@@ -122,7 +122,7 @@ def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
 
             def __call__(self, shard: str) -> None:
                 if shard == "stops":
-                    raise JobStopped("no other will do")
+                    raise JobStopped("no other shard would work")
                 if shard == "dies once" and not (folder / "died").exists():
                     (folder / "died").touch()
                     os._exit(1)
@@ -140,7 +140,7 @@ def watched_work(folder: Path) -> Callable[[], Callable[[str], None]]:
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_actors_are_watched_over_their_lives_and_told_of_the_end(tmp_path: Path) -> None:
+def test_reports_include_actors_that_were_restarted_and_work_is_closed(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def watch(reports: list[int]) -> Progress:
@@ -150,14 +150,14 @@ def test_actors_are_watched_over_their_lives_and_told_of_the_end(tmp_path: Path)
     shards = {name: name for name in ("a", "b", "dies once", "c")}
     pool = Pool(1, 1, 0, at_once=2)
     assert map_shards_with(watched_work(tmp_path), shards, lambda shard: 1, "test", pool, watch) == {}
-    assert 1 <= seen[-1] <= 4  # what a life did after its last report is not told of
+    assert 1 <= seen[-1] <= 4  # rows after a process's last report are not counted
     assert len(list(tmp_path.glob("closed.*"))) == 1
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_work_that_says_so_stops_all_and_its_line_is_the_jobs(tmp_path: Path) -> None:
+def test_job_stopped_ends_the_job_with_its_message(tmp_path: Path) -> None:
     shards = {name: name for name in ("a", "stops", "b")}
-    with pytest.raises(JobStopped, match=r"^no other will do$"):
+    with pytest.raises(JobStopped, match=r"^no other shard would work$"):
         map_shards_with(
             watched_work(tmp_path), shards, lambda shard: 1, "test", Pool(1, 1, 0), lambda reports: Progress(0, "", {})
         )

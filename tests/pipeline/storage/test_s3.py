@@ -1,4 +1,4 @@
-"""S3 on bad days: what is retried and what is not, what a commit leaves, and how many requests a read costs."""
+"""S3 with faults: retries, refusals, commits, and the number of requests that a read costs."""
 
 import os
 import signal
@@ -27,12 +27,12 @@ SCHEMA = pa.schema(
 ROWS = pa.Table.from_pylist(
     [{"id": f"danbooru:{n}", "image": bytes([n]) * 20_000, "width": n, "tags": [f"tag {n}"]} for n in range(50)], SCHEMA
 )
-LARGE = os.urandom(2 * s3._PART_BYTES + 1)  # is uploaded in parts
+LARGE = os.urandom(2 * s3._PART_BYTES + 1)  # uploaded in parts
 
 
 @pytest.fixture(autouse=True)
 def fresh_connection() -> Iterator[None]:
-    """Each test has a connection made with its own environment."""
+    """Each test connects with its own environment."""
     s3._connect.cache_clear()
     yield
     s3._connect.cache_clear()
@@ -61,7 +61,7 @@ def methods(requests: list[Any]) -> list[str]:
 # --- Retries ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_and_read_through_faults_equals_what_is_written_directly(
+def test_files_written_and_read_through_faults_equal_local_ones(
     store: Store, s3_server: Any, transient_faults: tuple[str, ...], tmp_path: Path
 ) -> None:
     direct = Store(str(tmp_path))
@@ -80,7 +80,7 @@ def test_what_is_written_and_read_through_faults_equals_what_is_written_directly
     assert len(failed) > len(transient_faults)
 
 
-def test_silence_is_given_up_and_asked_again(
+def test_a_silent_server_times_out_and_is_asked_again(
     store: Store, s3_server: Any, monkeypatch: pytest.MonkeyPatch, two_attempts: None
 ) -> None:
     store.write("spoken.json", b"after all")
@@ -97,14 +97,14 @@ def test_silence_is_given_up_and_asked_again(
     [
         ("500 InternalError", lambda store: store.exists("a"), "HEAD", 2),
         ("503 SlowDown", lambda store: store.shards(), "GET", 2),
-        # A broken connection is tried anew by aiohttp, once and at once, before that counts as an attempt.
+        # aiohttp retries a broken connection once, immediately, before it counts as an attempt.
         ("refuse", lambda store: store.read("a"), "HEAD", 4),
         ("cut request", lambda store: store.write("b", b"new"), "PUT", 4),
         ("lose answer", lambda store: store.remove("a"), "DELETE", 4),
     ],
     ids=["HEAD", "LIST", "GET", "PUT", "DELETE"],
 )
-def test_what_fails_for_good_is_asked_as_often_as_was_set_and_no_more(
+def test_a_permanent_failure_is_tried_as_often_as_configured(
     store: Store,
     s3_server: Any,
     two_attempts: None,
@@ -121,7 +121,7 @@ def test_what_fails_for_good_is_asked_as_often_as_was_set_and_no_more(
     assert "\n" not in str(error.value)
 
 
-def test_a_body_that_always_breaks_off_is_asked_for_as_often_as_was_set(
+def test_a_body_that_always_breaks_off_is_requested_as_often_as_configured(
     store: Store, s3_server: Any, two_attempts: None
 ) -> None:
     store.write("a", b"some bytes")
@@ -131,7 +131,7 @@ def test_a_body_that_always_breaks_off_is_asked_for_as_often_as_was_set(
     assert methods(requests) == ["HEAD", "GET", "GET"]
 
 
-def test_without_faults_nothing_waits(store: Store) -> None:
+def test_there_are_no_waits_without_faults(store: Store) -> None:
     store.write("first", b"")  # connects
     started = time.monotonic()
     for _ in range(20):
@@ -141,7 +141,7 @@ def test_without_faults_nothing_waits(store: Store) -> None:
 
 
 @pytest.mark.parametrize("fault", ["403 AccessDenied", "403 SignatureDoesNotMatch", "400 InvalidRequest"])
-def test_a_refusal_is_not_asked_again_and_names_the_mend(store: Store, s3_server: Any, fault: str) -> None:
+def test_a_refusal_is_not_retried_and_names_the_fix(store: Store, s3_server: Any, fault: str) -> None:
     with s3_server.counting() as requests, s3_server.failing(fault), pytest.raises(S3Refused, match="AWS_PROFILE"):
         store.shards()
     assert methods(requests) == ["GET"]
@@ -151,7 +151,7 @@ def test_a_refusal_is_not_asked_again_and_names_the_mend(store: Store, s3_server
 
 
 @pytest.mark.parametrize("data", [b"small", LARGE], ids=["one PUT", "parts"])
-def test_an_upload_that_dies_half_way_leaves_nothing(
+def test_an_upload_that_fails_half_way_leaves_nothing(
     store: Store, s3_server: Any, two_attempts: None, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -162,7 +162,7 @@ def test_an_upload_that_dies_half_way_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_completed_upload_whose_answer_is_lost_is_whole(store: Store, s3_server: Any) -> None:
+def test_an_upload_is_whole_if_the_answer_to_its_completion_is_lost(store: Store, s3_server: Any) -> None:
     completion = iter([True])
     with s3_server.failing(
         "lose answer",
@@ -174,7 +174,7 @@ def test_a_completed_upload_whose_answer_is_lost_is_whole(store: Store, s3_serve
     assert s3.connect(store.root).list_multipart_uploads("datasets") == []
 
 
-def test_what_another_process_wrote_is_seen_at_once(store: Store) -> None:
+def test_files_of_other_processes_are_seen_at_once(store: Store) -> None:
     import s3fs
 
     write_groups(store, "images/one.parquet", 1)
@@ -188,11 +188,12 @@ def test_what_another_process_wrote_is_seen_at_once(store: Store) -> None:
     assert find_parquet(store.root) == [store.path("images/two.parquet")]
 
 
-def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_use_are_not(
+def test_transfer_files_of_a_killed_process_are_removed_by_the_next_but_not_those_in_use(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(name: str, then: str) -> int:
-        script = f"import os, sys\nfrom pipeline.storage.shards import Store\nwith Store(sys.argv[1]).committed({name!r}): {then}"
+        imports = "import os, sys\nfrom pipeline.storage.shards import Store\n"
+        script = f"{imports}with Store(sys.argv[1]).committed({name!r}): {then}"
         return subprocess.run([sys.executable, "-c", script, store.root], env=here, check=False, timeout=60).returncode
 
     here = os.environ | {"TMPDIR": str(tmp_path)}
@@ -210,7 +211,7 @@ def test_the_uploads_of_a_killed_process_are_removed_by_the_next_and_those_in_us
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_footer_is_one_request_and_a_row_groups_pictures_another(store: Store, s3_server: Any) -> None:
+def test_a_footer_costs_one_request_and_the_images_of_a_row_group_another(store: Store, s3_server: Any) -> None:
     write_groups(store, "one.parquet", 4)
     with s3_server.counting() as requests:
         store.rows("one.parquet")
@@ -220,9 +221,7 @@ def test_a_footer_is_one_request_and_a_row_groups_pictures_another(store: Store,
     assert methods(requests) == ["HEAD", "GET", "GET"]
 
 
-def test_the_columns_beside_the_pictures_are_one_request_for_each_row_group_and_no_picture(
-    store: Store, s3_server: Any
-) -> None:
+def test_small_columns_cost_one_request_per_row_group_and_fetch_no_image(store: Store, s3_server: Any) -> None:
     large = ROWS.set_column(1, "image", pa.array([os.urandom(40_000) for _ in range(50)], pa.binary()))
     with store.writing_table("one.parquet", SCHEMA) as write:
         for _ in range(4):
@@ -230,7 +229,7 @@ def test_the_columns_beside_the_pictures_are_one_request_for_each_row_group_and_
     with s3_server.counting() as requests:
         assert store.read_table("one.parquet", ["id", "width", "tags"]).num_rows == 200
     gets = [request.headers["Range"].removeprefix("bytes=").split("-") for request in requests[1:]]
-    assert len(gets) <= 1 + 4 + 1  # the footer; before, between and after the four columns of pictures
+    assert len(gets) <= 1 + 4 + 1  # the footer; before, between and after the four image columns
     assert sum(int(end) - int(start) for start, end in gets) < large.nbytes
 
 
@@ -249,7 +248,7 @@ def test_public_buckets_are_read_without_keys(
     assert all(("Authorization" in request.headers) == signed for request in requests)
 
 
-def test_a_profile_gives_keys_and_endpoint(
+def test_a_profile_provides_keys_and_endpoint(
     store: Store, s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, keys = tmp_path / "config", tmp_path / "credentials"
@@ -269,7 +268,7 @@ def test_a_profile_gives_keys_and_endpoint(
         store.shards()
 
 
-def test_threads_and_forked_children_read_as_their_process_does(store: Store) -> None:
+def test_threads_and_forked_children_can_read(store: Store) -> None:
     store.write("shared", b"same for all")
     script = """
 import os, sys
@@ -299,7 +298,7 @@ os._exit(0 if store.read("shared") == b"same for all" else 1)
     ],
     ids=["dead endpoint", "no endpoint", "no number", "no bucket", "no name"],
 )
-def test_a_job_leaves_with_one_line(
+def test_a_job_fails_with_one_line(
     run_job: RunJob, bucket: str, where: str, environment: dict[str, str], code: int, named: str
 ) -> None:
     started = time.monotonic()

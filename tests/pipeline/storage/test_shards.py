@@ -19,7 +19,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "with a space") if request.param == "local" else f"{request.getfixturevalue('bucket')}/one"
 
 
-def test_a_table_comes_back_as_it_was_written(root: str) -> None:
+def test_a_table_is_read_back_unchanged(root: str) -> None:
     store = Store(root)
     store.write_table("images/one.parquet", ROWS, SCHEMA, raw="where from")
     assert store.read_table("images/one.parquet").equals(ROWS)
@@ -32,7 +32,7 @@ def test_a_table_comes_back_as_it_was_written(root: str) -> None:
     assert find_parquet(root) == [store.path("images/one.parquet")]
 
 
-def test_the_files_below_a_folder_are_listed_with_their_sizes_and_none_of_a_folder_of_a_longer_name(root: str) -> None:
+def test_a_listing_has_the_files_below_a_folder_but_not_of_a_folder_with_the_same_prefix(root: str) -> None:
     store = Store(f"{root}/sizes")
     for name, size in (("run/a/one.bin", 3), ("run/empty", 0), ("run-2/other", 5)):
         store.write(name, bytes(size))
@@ -44,7 +44,7 @@ def test_the_files_below_a_folder_are_listed_with_their_sizes_and_none_of_a_fold
     assert abs(listed.modified - time.time()) < 60
 
 
-def test_a_local_copy_has_the_files_content(root: str) -> None:
+def test_a_local_copy_has_the_content_of_the_file(root: str) -> None:
     store = Store(f"{root}/copied")
     store.write("one.bin", b"0123456789")
     with store.local_copy("one.bin") as path:
@@ -52,7 +52,7 @@ def test_a_local_copy_has_the_files_content(root: str) -> None:
     assert Path(path).exists() is not store.is_remote
 
 
-def test_only_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -> None:
+def test_only_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / ".one.parquet.0123abcd").touch()
@@ -63,12 +63,12 @@ def test_only_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"one.parquet", ".other.parquet.0123abcd"}
 
 
-def test_parquet_is_found_in_a_folder_that_is_called_like_a_file(tmp_path: Path) -> None:
+def test_parquet_is_found_in_a_folder_named_like_a_file(tmp_path: Path) -> None:
     Store(str(tmp_path)).write_table("all.parquet/part-0.parquet", ROWS, SCHEMA)
     assert find_parquet(str(tmp_path / "all.parquet")) == [str(tmp_path / "all.parquet" / "part-0.parquet")]
 
 
-def test_a_place_of_another_kind_is_refused() -> None:
+def test_other_url_schemes_are_refused() -> None:
     with pytest.raises(S3Refused, match="gs://bucket/x is neither a local path nor s3://"):
         Store("gs://bucket/x")
 
@@ -101,7 +101,7 @@ def test_an_interrupted_rewrite_keeps_the_old_file(root: str) -> None:
     assert store.read("record.json") == b"old"
 
 
-def test_a_removed_file_is_gone_and_removing_it_again_is_nothing(root: str) -> None:
+def test_removing_a_file_twice_is_no_error(root: str) -> None:
     store = Store(root)
     store.write("gone.json", b"{}")
     store.remove("gone.json")
@@ -109,7 +109,7 @@ def test_a_removed_file_is_gone_and_removing_it_again_is_nothing(root: str) -> N
     assert not store.exists("gone.json")
 
 
-def test_pictures_are_not_compressed_again(tmp_path: Path) -> None:
+def test_images_are_not_compressed_again(tmp_path: Path) -> None:
     Store(str(tmp_path)).write_table("one.parquet", ROWS, SCHEMA)
     group = pq.read_metadata(tmp_path / "one.parquet").row_group(0)
     assert group.column(0).compression == "ZSTD"

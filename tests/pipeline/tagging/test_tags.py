@@ -3,10 +3,17 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.records import TAG_CATEGORIES
-from pipeline.tagging.tag_columns import TagColumn, first_excluded, text_columns
-from pipeline.tagging.tag_columns import remove_caption_separators
-from pipeline.tagging.tags import EXCLUDED, IMPLIED, TagReader, TagRules, as_words, read_list, read_pairs
-from pipeline.tagging.tags import remove_separators
+from pipeline.tagging.tag_columns import TagColumn, first_excluded, remove_caption_separators, text_columns
+from pipeline.tagging.tags import (
+    EXCLUDED,
+    IMPLIED,
+    TagReader,
+    TagRules,
+    as_words,
+    read_list,
+    read_pairs,
+    remove_separators,
+)
 
 
 def general(*tags: str) -> dict[str, list[str]]:
@@ -46,12 +53,12 @@ def test_no_separator_is_left_in_any_text(text: str) -> None:
     ["1girl", "2girls", "6+girls", "multiple girls", "1boy", "2boys", "multiple boys", "1other", "multiple others",
      "solo", "male focus", "no humans"],
 )  # fmt: skip
-def test_who_is_in_the_picture_is_special(words: str) -> None:
+def test_counts_and_solo_tags_are_special(words: str) -> None:
     assert TagReader().is_special(words)
 
 
 @pytest.mark.parametrize("words", ["girl", "girls only", "1girls fighting", "multiple views", "solo leveling", "boy"])
-def test_what_only_sounds_like_it_is_not(words: str) -> None:
+def test_similar_tags_are_not_special(words: str) -> None:
     assert not TagReader().is_special(words)
 
 
@@ -79,7 +86,7 @@ def test_only_general_tags_are_special() -> None:
     assert TagReader().text_parts({"artist": ["solo"], "general": []})["artist"] == ["solo"]
 
 
-def test_every_part_is_there_even_when_empty() -> None:
+def test_every_part_exists_even_if_empty() -> None:
     assert list(TagReader().text_parts({})) == ["special", "character", "copyright", "artist", "general", "meta"]
     assert not any(general("").values())
 
@@ -95,7 +102,7 @@ def test_meta_tags_about_the_post_are_dropped(tag: str) -> None:
     assert parts["general"] == [as_words(tag)]
 
 
-def test_the_dropped_words_can_be_changed() -> None:
+def test_the_dropped_meta_words_can_be_changed() -> None:
     parts = TagReader(TagRules(dropped_meta=("res",))).text_parts({"meta": ["absurdres", "bad_id"]})
     assert parts["meta"] == ["bad id"]
 
@@ -115,14 +122,14 @@ def test_excluded_pictures_name_their_tag() -> None:
     assert not any(map(reader.excluded, ["sky", "cosplay", "text-only page layout"]))
 
 
-def test_each_exclusion_is_a_switch() -> None:
+def test_each_excluded_tag_can_be_admitted() -> None:
     for tag in EXCLUDED:
         lenient = TagReader(TagRules(excluded=EXCLUDED - {tag}))
         assert not lenient.excluded(tag)
         assert all(lenient.excluded(other) for other in EXCLUDED - {tag})
 
 
-def test_what_was_met_before_changes_nothing() -> None:
+def test_cached_answers_equal_new_ones() -> None:
     tags = {"general": ["1girl", "sky", "2girls"], "meta": ["bad_id", "highres"]}
     reader = TagReader()
     assert reader.text_parts(tags) == reader.text_parts(tags) == TagReader().text_parts(tags)
@@ -135,7 +142,7 @@ def text(rules: TagRules, *tags: str) -> list[str]:
     return TagReader(rules).text_parts({"general": tags})["general"]
 
 
-def test_an_alias_takes_the_tags_place_once_and_may_be_renamed_again() -> None:
+def test_an_alias_replaces_its_tag_once_and_may_be_a_chain() -> None:
     rules = TagRules(aliases={"gray_hair": "grey_hair", "silver hair": "gray_hair", "one_girl": "1girl"})
     assert text(rules, "silver_hair", "sky", "gray_hair", "grey_hair") == ["grey hair", "sky"]
     assert TagReader(rules).text_parts({"general": ["one_girl"]})["special"] == ["1girl"]
@@ -149,30 +156,30 @@ def test_an_alias_takes_the_tags_place_once_and_may_be_renamed_again() -> None:
         ("keep", ["very long hair", "sky", "long hair"]),
     ],
 )
-def test_what_a_tag_implies_directly_or_not_is_added_dropped_or_kept(implied: str, words: list[str]) -> None:
+def test_direct_and_indirect_implications_are_added_dropped_or_kept(implied: str, words: list[str]) -> None:
     chain = {"very_long_hair": ("long_hair",), "long_hair": ("hair",)}
     rules = TagRules(implications=chain, implied=implied)  # type: ignore[arg-type]
     assert text(rules, "very_long_hair", "sky", "long_hair") == words
     assert text(rules, "sky") == ["sky"]
 
 
-def test_implications_hold_for_names_that_aliases_give() -> None:
+def test_implications_apply_to_aliased_names() -> None:
     rules = TagRules(aliases={"neko": "cat_ears"}, implications={"neko": ("animal_ears",)})
     assert text(rules, "neko") == text(rules, "cat_ears") == ["cat ears", "animal ears"]
 
 
-def test_the_blacklist_leaves_out_words_however_they_come_but_no_picture() -> None:
+def test_the_blacklist_removes_words_from_any_origin_but_no_picture() -> None:
     rules = TagRules(blacklist=frozenset({"tagme"}), aliases={"tag_me": "tagme"}, implications={"sky": ("tagme",)})
     assert text(rules, "tagme", "tag_me", "sky") == ["sky"]
     assert not TagReader(rules).excluded("tagme")
 
 
-def test_an_excluded_tag_is_found_by_each_of_its_names() -> None:
+def test_an_excluded_tag_is_found_by_every_alias() -> None:
     reader = TagReader(TagRules(excluded=frozenset({"comic"}), aliases={"manga": "comic"}))
     assert reader.excluded("manga") == reader.excluded("comic") == "comic"
 
 
-def test_circles_are_refused() -> None:
+def test_cycles_are_refused() -> None:
     with pytest.raises(ValueError, match="a -> b -> a"):
         TagReader(TagRules(blacklist=frozenset({"a"}), aliases={"a": "b", "b": "a"}))
     with pytest.raises(ValueError, match="a implies itself"):
@@ -188,8 +195,8 @@ def test_rule_files_are_lines_without_comments() -> None:
 
 
 @pytest.mark.parametrize("implied", IMPLIED)
-def test_columns_are_read_as_posts_are(implied: str) -> None:
-    """500 random posts of few tags, which are renamed, implied, dropped, special, leaking and repeated."""
+def test_columns_equal_posts_read_one_by_one(implied: str) -> None:
+    """500 random posts with few tags that are renamed, implied, dropped, special, leaking and repeated."""
     names = [
         "1girl",
         "solo",
@@ -234,14 +241,14 @@ def test_columns_are_read_as_posts_are(implied: str) -> None:
         assert excluded.get(row) == next(filter(None, every), None)
 
 
-def test_captions_are_read_in_columns_as_one_by_one() -> None:
+def test_caption_columns_equal_captions_cleaned_one_by_one() -> None:
     pieces = ["a girl", " ", "\n", "\u3000", "\x1f", "|", "||", "%", "$", "夜", ""]
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(pieces, rng.integers(0, 6))) for _ in range(2000)]
     column = pa.chunked_array([texts[:900], [None], texts[900:]], pa.string())
     found = remove_caption_separators(column).to_pylist()
     assert found == [*map(remove_separators, texts[:900]), None, *map(remove_separators, texts[900:])]
-    assert any(text != mended for text, mended in zip(texts, found, strict=False))
+    assert any(text != cleaned for text, cleaned in zip(texts, found, strict=False))
 
 
 def test_columns_of_no_posts_are_empty() -> None:
