@@ -1,9 +1,9 @@
-"""BENCH: the caption job against a plain loop of `vllm.LLM.chat` over the same pictures; memory at 1x and 8x.
+"""Benchmark: the caption job against a plain loop of `vllm.LLM.chat` over the same pictures, and the job's memory.
 
-A tiny random Pixtral whose answers all have the full length. Both read the same shard in each round, with pictures that
-need no downsizing, and another one in the next, as vLLM's prefix cache would have the old. The loop reads and decodes
-it, makes one call of all and keeps the answers. Each is warm: its first round is not counted. Then the whole job, as a
-user runs it, over as many pictures and 8 times as many.
+The model is a tiny random Pixtral; every answer has the maximum length. In each round both read the same shard, whose
+pictures need no downsizing. Each round has a new shard, because vLLM's prefix cache still holds the previous one. The
+loop reads and decodes the shard, makes one call for all pictures and keeps the answers. The first round is a warm-up
+and does not count. Then the whole job runs as a user starts it, over the same number of pictures and 8 times as many.
 
     .venv-captioner/bin/python tests/bench/caption.py --images 512 --side 256
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
-from memory import watching
+from memory import monitored
 from PIL import Image
 
 from captioner.engines.vllm import VllmSettings, _engine_args, _sampling_params
@@ -40,38 +40,43 @@ from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
 
 ROOT = Path(__file__).parents[2]
-WARM = 128  # pictures
+WARM_UP = 128  # pictures
 SAMPLING = Sampling(temperatures=(0.5,), max_tokens=64)
-AT_ONCE = 128
+MAX_NUM_SEQS = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--side", type=int, default=256, help="pixels")
-    parser.add_argument("--times", type=int, nargs="*", default=[1, 8], help="how often over, for the memory")
-    parser.add_argument("--rounds", type=int, default=5, help="plain call and job in turns, so often")
+    parser.add_argument("--images", type=int, default=512, help="Pictures per shard. Default: 512.")
+    parser.add_argument(
+        "--side", type=int, default=256, help="Width and height of the pictures in pixels. Default: 256."
+    )
+    parser.add_argument(
+        "--times", type=int, nargs="*", default=[1, 8],
+        help="Numbers of shards for which to run the whole job and measure its memory. Default: 1 8.",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds that count. Default: 5.")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
-        compare(args.folder, args.rounds)
+        compare_rates(args.folder, args.rounds)
         return
     folder = Path(tempfile.mkdtemp(prefix="bench-caption-"))
     try:
         subprocess.run([sys.executable, ROOT / "tests/captioner/tiny_pixtral.py", folder / "model"], check=True)
         for round in range(args.rounds + 1):
             write_images(folder / "data", f"{round:04d}", args.images, args.side)
-        # A process of its own, so that its engines' memory is gone before the job's is measured.
+        # A separate process, so that its engines' memory is free before the job is measured.
         command = [sys.executable, __file__, "--folder", str(folder), "--rounds", str(args.rounds)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         for times in args.times:
-            write_images(folder / f"data{times}", "warm", WARM, args.side)
+            write_images(folder / f"data{times}", "warm", WARM_UP, args.side)
             for shard in range(times):
                 write_images(folder / f"data{times}", f"{shard:04d}", args.images, args.side)
-            rate, peak = job(folder / f"data{times}", folder / "model")
-            count = WARM + times * args.images
-            figures = f"{rate:.1f} images/s once it answers, peak memory {peak / 2**30:.2f} GiB"
-            print(f"| caption job as a command, {count:,} pictures | {figures} |", flush=True)
+            rate, peak = run_job(folder / f"data{times}", folder / "model")
+            count = WARM_UP + times * args.images
+            figures = f"{rate:.1f} images/s after the first answers, peak memory {peak / 2**30:.2f} GiB"
+            print(f"| caption: the whole job, {count:,} pictures | {figures} |", flush=True)
     finally:
         shutil.rmtree(folder)
 
@@ -93,33 +98,33 @@ def write_images(root: Path, shard: str, count: int, side: int) -> None:
     Store(str(root)).write_table(f"images/{shard}.parquet", pa.Table.from_pylist(rows, IMAGES), IMAGES)
 
 
-def compare(folder: Path, rounds: int) -> None:
-    """Both engines live in this process's children; while one works the other waits."""
-    ways = {"LLM.chat": plain(folder), "job": ours(folder)}
+def compare_rates(folder: Path, rounds: int) -> None:
+    """Prints the rate of an actor of the job against the loop. One engine waits while the other works."""
+    methods = {"LLM.chat": chat_loop(folder), "job": job_actor(folder)}
     store = Store(str(folder / "data"))
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in methods}
     for round in range(rounds + 1):
         shard = f"{round:04d}"
         count = store.rows(f"images/{shard}.parquet")
-        for name, caption in ways.items():
+        for name, caption in methods.items():
             started = time.perf_counter()
             caption(shard)
             rates[name].append(count / (time.perf_counter() - started))
-    warm = {name: rates[name][1:] for name in ways}
-    ratio = statistics.median(mine / bare for mine, bare in zip(warm["job"], warm["LLM.chat"], strict=True))
-    shown = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in warm[name])}" for name in ways)
-    what = f"what an actor of the caption job does against a loop of LLM.chat, {count} pictures at a time"
-    print(f"| {what} | {ratio:.0%}, median; images/s in turns: {shown} |", flush=True)
-    for process in psutil.Process().children(recursive=True):  # LLM has no way to end its engine
+    counted = {name: rates[name][1:] for name in methods}
+    ratio = statistics.median(job / loop for job, loop in zip(counted["job"], counted["LLM.chat"], strict=True))
+    shown = "; ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in counted[name])}" for name in methods)
+    what = f"caption: an actor of the job / a loop of LLM.chat, {count} pictures per round"
+    print(f"| {what} | {ratio:.0%} (median); images/s per round: {shown} |", flush=True)
+    for process in psutil.Process().children(recursive=True):  # LLM cannot stop its engine
         process.kill()
     os._exit(0)
 
 
-def plain(folder: Path) -> Callable[[str], object]:
-    """What the loop does with a shard; the engine has the arguments of the job's."""
+def chat_loop(folder: Path) -> Callable[[str], object]:
+    """A function that captions one shard with `LLM.chat`. Its engine gets the same arguments as the job's."""
     from vllm import LLM
 
-    settings = VllmSettings(model=str(folder / "model"), max_num_seqs=AT_ONCE)
+    settings = VllmSettings(model=str(folder / "model"), max_num_seqs=MAX_NUM_SEQS)
     arguments = asdict(_engine_args(settings, detect_layout(settings.model)))
     defaults = asdict(type(_engine_args(settings, detect_layout(settings.model)))(model=settings.model))
     given = {name: value for name, value in arguments.items() if value != defaults[name] or name == "model"}
@@ -129,7 +134,7 @@ def plain(folder: Path) -> Callable[[str], object]:
     def caption(shard: str) -> object:
         store, reader = Store(str(folder / "data")), TagReader()
         table = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "image"]).to_pylist()
-        chats, draws = [], []
+        chats, params = [], []
         for row in table:
             request = request_from_row(row, reader)
             prompt = build_prompt(request, version)
@@ -140,34 +145,34 @@ def plain(folder: Path) -> Callable[[str], object]:
                 {"type": "text", "text": prompt.hints},
             ]
             chats.append([{"role": "user", "content": content}])
-            draws.append(_sampling_params(SAMPLING.params(request.id, 0)))
-        return llm.chat(chats, draws, use_tqdm=False)
+            params.append(_sampling_params(SAMPLING.params(request.id, 0)))
+        return llm.chat(chats, params, use_tqdm=False)
 
     return caption
 
 
-def ours(folder: Path) -> Callable[[str], object]:
-    """What an actor of the job does: reads, decodes, asks, judges, writes."""
+def job_actor(folder: Path) -> Callable[[str], object]:
+    """A function that captions one shard as an actor of the job does: read, decode, generate, check, write."""
     store = Store(str(folder / "data"))
     settings = CaptionSettings(
         engine="vllm", model="tiny", prompt_version=next(reversed(TEMPLATES)), sampling=SAMPLING, max_side=768
     )
-    engine = EngineConfig(engine="vllm", model=str(folder / "model"), concurrency=AT_ONCE)
+    engine = EngineConfig(engine="vllm", model=str(folder / "model"), concurrency=MAX_NUM_SEQS)
     captioner = CaptionWorker(CaptionTask(dataset=store.root, folder="captions", engine=engine, settings=settings))
 
     return lambda shard: captioner(ImageShard(shard, store.rows(f"images/{shard}.parquet"), ""))
 
 
-def job(dataset: Path, model: Path) -> tuple[float, int]:
-    """Images per second from the first answers on, and the peak of all its processes' memory together, in bytes."""
+def run_job(dataset: Path, model: Path) -> tuple[float, int]:
+    """Images per second after the first answers, and the peak memory of all processes together in bytes."""
     process = subprocess.Popen(
         [
             *(sys.executable, str(ROOT / "pipeline/caption.py"), "--dataset", str(dataset), "--engine", "vllm"),
-            *("--model", str(model), "--temperatures", "0.5", "--max-tokens", "64", "--at-once", str(AT_ONCE)),
+            *("--model", str(model), "--temperatures", "0.5", "--max-tokens", "64", "--at-once", str(MAX_NUM_SEQS)),
         ],
         stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
     )  # fmt: skip
-    with watching(process.pid) as usage:
+    with monitored(process.pid) as usage:
         assert process.wait() == 0
     record = json.loads((dataset / "captions" / "run.json").read_text())
     return record["this_job"]["images_per_second"], usage.peak

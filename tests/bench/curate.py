@@ -1,8 +1,8 @@
-"""BENCH: curate over generated metadata, as its user runs it: time and memory; and again where nothing changed.
+"""Benchmark: time and memory of the curate job over generated metadata, and of a rerun without changes.
 
-The rows are Danbooru's in their numbers: about 30 tags each from a vocabulary with Zipf's frequencies, ratings, dates
-and favourites as on the site, 300 characters of caption, one row in a hundred a copy. The pictures are one byte each:
-curate reads none. Nothing is compared; memory is that of all processes together, Ray's too.
+The rows resemble Danbooru's: about 30 tags each from a vocabulary with Zipf frequencies, the site's distributions of
+ratings, dates and favourites, captions of 300 characters, and one near duplicate per hundred rows. Each picture is one
+byte, because curate reads no pictures. There is no baseline. Memory is that of all processes together, including Ray.
 
     python tests/bench/curate.py --rows 10000000
 """
@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from memory import Usage, watching
+from memory import Usage, monitored
 
 from pipeline.core.records import CAPTIONS, IMAGES, TAG_CATEGORIES
 from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
 NAME = "bench"  # of the selection
-_GROUP_ROWS = 250  # of a row group: 32 MB of pictures
-# Mean number of tags of a row and size of the vocabulary, by category.
+_GROUP_ROWS = 250  # rows per row group, as in a file whose row groups hold 32 MB of pictures
+# By category: mean number of tags per row, size of the vocabulary.
 _TAGS = {"general": (25, 30_000), "character": (1.2, 50_000), "copyright": (1.1, 8_000), "artist": (1, 80_000),
          "meta": (2, 300)}  # fmt: skip
 
@@ -75,7 +75,7 @@ def write_shard(number: int, root: str, rows: int) -> None:
 
 
 def captions(rng: np.random.Generator, rows: int) -> pa.Array:
-    """Three sentences each, 300 characters; all but a few are different texts."""
+    """Captions of three sentences, 300 characters; almost all are different."""
     sentences = pa.array(
         [
             f"A {size} {who} in {colour} stands {where} under a wide {colour} sky and looks {aim} over the shoulder."
@@ -93,28 +93,32 @@ def captions(rng: np.random.Generator, rows: int) -> pa.Array:
 def tag_lists(rng: np.random.Generator, category: str, rows: int) -> pa.Array:
     mean, vocabulary = _TAGS[category]
     counts = rng.poisson(mean, rows)
-    odds = 1 / np.arange(1, vocabulary + 1)
-    drawn = np.searchsorted(np.cumsum(odds) / odds.sum(), rng.random(counts.sum()))
+    weights = 1 / np.arange(1, vocabulary + 1)
+    drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(counts.sum()))
     names = pa.array([f"{category}_tag_number_{rank}" for rank in range(vocabulary + 1)])
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), names.take(pa.array(drawn)))
 
 
-def curate(root: str) -> tuple[float, Usage]:
-    """Seconds of the job, and what all of its processes used."""
+def run_curate(root: str) -> tuple[float, Usage]:
+    """Wall-clock seconds of the job, and the resources used by all its processes."""
     command = [sys.executable, ROOT / "pipeline" / "curate.py", "--dataset", root, "--stage", "256", "--name", NAME]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
     started = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as job, watching(job.pid) as usage:
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as job, monitored(job.pid) as usage:
         assert job.wait() == 0
     return time.perf_counter() - started, usage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--shards", type=int, help="default: of 25,000 rows each")
-    parser.add_argument("--keep", metavar="FOLDER", help="where to generate the dataset, used again if it is there")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="Rows to generate. Default: 1000000.")
+    parser.add_argument("--shards", type=int, help="Number of shards. Default: one per 25,000 rows.")
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="Where to keep the dataset. Existing shards are reused. Default: a temporary folder.",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root, shards = args.keep or temporary, args.shards or max(1, args.rows // 25_000)
@@ -124,12 +128,12 @@ def main() -> None:
             list(writers.map(partial(write_shard, root=root, rows=shard_rows), missing))
         shutil.rmtree(Path(root, "selections", NAME), ignore_errors=True)
         rows = sum(Store(root).rows(f"images/{name}.parquet") for name in Store(root).shards("images"))
-        for title in ("", ", again where nothing changed"):
-            seconds, usage = curate(root)
+        for title in ("", ", rerun without changes"):
+            seconds, usage = run_curate(root)
             print(
-                f"| curate, {rows:,} rows{title} | {seconds:.0f} s, {rows / seconds:,.0f} rows/s, "
-                f"{usage.cpu_seconds:.0f} s of CPU; peak memory {usage.peak / 2**30:.2f} GiB, "
-                f"of it the driver's {usage.peak_of_first / 2**30:.2f} |",
+                f"| curate: {rows:,} rows{title} | {seconds:.0f} s, {rows / seconds:,.0f} rows/s, "
+                f"{usage.cpu_seconds:.0f} s of CPU time; peak memory {usage.peak / 2**30:.2f} GiB, "
+                f"of which the driver {usage.peak_of_root / 2**30:.2f} GiB |",
                 flush=True,
             )
 

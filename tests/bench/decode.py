@@ -1,14 +1,17 @@
-"""BENCH: bytes -> random square crop on one core: ours against plain Pillow's whole decode, whole resize and crop.
+"""Benchmark: encoded bytes -> random square crop on one core, `square_crop` against plain Pillow.
 
-The baseline is what torchvision's Resize and RandomCrop do to a picture opened with Pillow, in Pillow alone, so that
-torchvision need not be there: with LANCZOS, which ours has too, and with torchvision's default, bilinear, which is less
-work. All in two builds of Pillow: the one that runs this, and plain Pillow of the same version, which pip installs into
-a folder that is deleted again. Each way in each build has a
-process; only one works at a time, on all pictures, in turns. Images per second of that thread's processor time; medians
-of the rates, and of the ratios within a turn.
+The baseline decodes and resizes the whole picture and then crops it, as torchvision's Resize and RandomCrop do with a
+picture opened by Pillow. It needs no torchvision. Its filter is LANCZOS, as in `square_crop`, or bilinear, which is
+torchvision's default and less work. Everything runs in two builds of Pillow: the installed one, and plain Pillow of the
+same version, which pip installs into a temporary folder.
 
-Full size: drawn pictures of 1.5 to 4 megapixels, or real ones (--raw). 512 tier: the same, as `pipeline/ingest.py
---downsize 512` keeps them. Left out: its crops of 1024 pixels, which would be enlarged; AVIF and GIF; reading files.
+Each method in each build has a process. They take turns, each over all pictures, and only one works at a time. Rates
+are images per second of the thread's CPU time. The table has medians over the rounds, of rates and of ratios within a
+round.
+
+Full size means drawn pictures of 1.5 to 4 megapixels, or real ones (--raw). The 512 tier holds the same pictures as
+`pipeline/ingest.py --downsize 512` stores them. Not measured: crops of 1024 pixels from the 512 tier, which would be
+enlarged; AVIF and GIF; reading files.
 
     python tests/bench/decode.py
     python tests/bench/decode.py --raw SHARD.parquet...
@@ -38,38 +41,45 @@ from pipeline.pictures.crops import downsize, square_crop
 from pipeline.pictures.decoder import DEFAULT_LIMITS, OpenedImage, Picture, decode, open_image
 
 ROOT = Path(__file__).parents[2]
-# Width and height in pixels, portrait and landscape: 1.5 to 4 megapixels.
+# Width and height of the drawn pictures: 1.5 to 4 megapixels, portrait and landscape.
 SIZES = [(1000, 1500), (1200, 1700), (1440, 2048), (1640, 2400), (1800, 1800), (1920, 1080), (2400, 1350)]
-SIDES = {"JPEG": (256, 512, 1024), "WEBP": (256, 512, 1024), "PNG": (256, 512, 1024)}
-SIDES |= {"512 tier, JPEG": (256, 512), "512 tier, WEBP": (256, 512)}
-# As files of illustrations are: 0.2, 0.15 and 1.2 bytes a pixel.
+SIDES: dict[str, tuple[int, ...]] = {"JPEG": (256, 512, 1024), "WEBP": (256, 512, 1024), "PNG": (256, 512, 1024)}
+SIDES |= {"JPEG of the 512 tier": (256, 512), "WEBP of the 512 tier": (256, 512)}
+# Results in 0.2, 0.15 and 1.2 bytes per pixel, as in files of illustrations.
 ENCODERS = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}, "PNG": {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", nargs="+", default=[], metavar="FILE", help="parquet files with real pictures")
-    parser.add_argument("--pictures", type=int, default=len(SIZES), help="at most so many of a format")
-    parser.add_argument("--rounds", type=int, default=7, help="of turns; one more, the first, is not counted")
+    parser.add_argument(
+        "--raw", nargs="+", default=[], metavar="FILE", help="Parquet files with real pictures. Default: drawn ones."
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=len(SIZES), help="Maximum number of pictures per format. Default: %(default)s."
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds that count, after one for warm-up. Default: 7.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        answer(args.worker)
+        serve_measurements(args.worker)
         return
     folder = Path(tempfile.mkdtemp(prefix="bench-decode-"))
     builds: list[Build] = []
     try:
-        print(f"| pictures | {write_pictures(folder, args.raw, args.pictures)} |", flush=True)
+        print(f"| decode: pictures | {write_pictures(folder, args.raw, args.pictures)} |", flush=True)
         builds.append(Build(folder, [ROOT]))
         if missing := plain_pillow(folder / "plain"):
-            print(f"| plain Pillow beside it | not measured: {missing} |", flush=True)
+            print(f"| decode: plain Pillow | not measured: {missing} |", flush=True)
         else:
             builds.append(Build(folder, [folder / "plain", ROOT]))
-        against = f"the whole picture in {builds[-1].name}"
-        print(f"| what the ratio compares | ours in {builds[0].name}, {against}; images/s of one core |", flush=True)
+        compared = f"square_crop in {builds[0].name} against the whole picture in {builds[-1].name}"
+        print(f"| decode: what the ratios compare | {compared}; images/s on one core |", flush=True)
         for kind, sides in SIDES.items():
             for side in sides if (folder / kind).exists() else ():
-                print(f"| {kind} to {side} | {compare(builds, kind, side, args.rounds)} |", flush=True)
+                print(
+                    f"| decode: {kind}, crop of {side} pixels | {compare(builds, kind, side, args.rounds)} |",
+                    flush=True,
+                )
     finally:
         for build in builds:
             build.stop()
@@ -80,7 +90,7 @@ def main() -> None:
 
 
 def write_pictures(folder: Path, raw: list[str], most: int) -> str:
-    """One folder a kind, one file a picture; in words, what they are."""
+    """Writes a folder per kind with a file per picture. Returns a description of the pictures."""
     found: dict[str, list[bytes]] = {format: [] for format in ENCODERS}
     for data in real_pictures(raw) if raw else drawn_pictures(most):
         opened = open_image(data, DEFAULT_LIMITS)
@@ -94,13 +104,13 @@ def write_pictures(folder: Path, raw: list[str], most: int) -> str:
         if files:
             density = sum(map(len, files)) / sum(megapixels) / 1e6
             sizes = f"{min(megapixels):.1f} to {max(megapixels):.1f} megapixels"
-            listed.append(f"{len(files)} {format} of {sizes}, {density:.2f} bytes a pixel")
-    # One picture of a full size in two formats is two files: half of them in each tier are enough.
+            listed.append(f"{len(files)} {format} of {sizes}, {density:.2f} bytes per pixel")
+    # Every drawing exists in several formats, so half of the files are enough for the smaller tier.
     for data in [data for files in found.values() for data in files[: most // 2]]:
         picture = decode(data)
         assert isinstance(picture, Picture)
-        found.setdefault("512 tier, JPEG", []).append(downsize(picture, 512, "JPEG").data)
-        found.setdefault("512 tier, WEBP", []).append(downsize(picture, 512, "WEBP").data)
+        found.setdefault("JPEG of the 512 tier", []).append(downsize(picture, 512, "JPEG").data)
+        found.setdefault("WEBP of the 512 tier", []).append(downsize(picture, 512, "WEBP").data)
     for kind, files in found.items():
         for number, data in enumerate(files):
             (folder / kind).mkdir(exist_ok=True)
@@ -109,7 +119,7 @@ def write_pictures(folder: Path, raw: list[str], most: int) -> str:
 
 
 def real_pictures(raw: list[str]) -> list[bytes]:
-    """Of the column `image`, flat or a struct with `bytes`."""
+    """The values of the column `image`, which holds bytes or structs with a field `bytes`."""
     values = [value for file in raw for value in pq.read_table(file, columns=["image"])["image"].to_pylist()]
     return [value["bytes"] if isinstance(value, dict) else value for value in values]
 
@@ -126,8 +136,10 @@ def drawn_pictures(count: int) -> list[bytes]:
 
 
 def draw(seed: int, width: int, height: int) -> Image.Image:
-    """Soft light and flat outlined shapes under thousands of thin curves, with a little grain: flat drawings are
-    decoded faster than illustrations are, and noise far slower."""
+    """Soft light and flat outlined shapes under thousands of thin curves, with a little grain.
+
+    Decoding takes as long as for an illustration; flat drawings decode faster, noise far slower.
+    """
     rng = np.random.default_rng(seed)
     light = rng.integers(60, 240, (5, 4, 3), np.uint8)
     canvas = Image.fromarray(light).resize((width, height), Image.Resampling.BICUBIC)
@@ -150,14 +162,14 @@ def draw(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray((pixels_HWC + rng.normal(0, 1, (height, width, 1))).clip(0, 255).astype(np.uint8))
 
 
-# --- Ways -------------------------------------------------------------------------------------------------------------
+# --- Methods ----------------------------------------------------------------------------------------------------------
 
 
-def ours(data: bytes, side: int, across: float, down: float) -> None:
+def cropped(data: bytes, side: int, across: float, down: float) -> None:
     square_crop(data, side, across, down)
 
 
-def whole(data: bytes, side: int, across: float, down: float, filter: int = Image.Resampling.LANCZOS) -> None:
+def whole_picture(data: bytes, side: int, across: float, down: float, filter: int = Image.Resampling.LANCZOS) -> None:
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
@@ -166,72 +178,72 @@ def whole(data: bytes, side: int, across: float, down: float, filter: int = Imag
     np.array(resized.crop((left, top, left + side, top + side)))
 
 
-BILINEAR = partial(whole, filter=Image.Resampling.BILINEAR)
-WAYS: dict[str, Callable[..., None]] = {"ours": ours, "whole": whole, "bilinear": BILINEAR}
-PARTS = {
-    "checks": "open_image",
-    "decoding": "flatten",
-}  # of pipeline.pictures.crops; the rest is resizing
+BILINEAR = partial(whole_picture, filter=Image.Resampling.BILINEAR)
+METHODS: dict[str, Callable[..., None]] = {"ours": cropped, "whole": whole_picture, "bilinear": BILINEAR}
+# Names in pipeline.pictures.crops of the functions that are timed within `square_crop`; the rest is resizing.
+PARTS = {"checks": "open_image", "decoding": "flatten"}
 
 
-# --- Turns ------------------------------------------------------------------------------------------------------------
+# --- Processes --------------------------------------------------------------------------------------------------------
 
 
-def answer(folder: Path) -> None:
-    """The worker: for each line that asks for kind, side and way, seconds of processor time for a picture; the whole
-    and, of ours, the parts."""
+def serve_measurements(folder: Path) -> None:
+    """The worker process. Reads lines [kind, side, method] and answers each with seconds of CPU time per picture: the
+    total, then the parts of `square_crop`."""
     print(json.dumps(f"{'pillow-simd' if '.post' in PIL.__version__ else 'pillow'} {PIL.__version__}"), flush=True)
-    spent = dict.fromkeys(PARTS, 0.0)
+    seconds_of = dict.fromkeys(PARTS, 0.0)
     for part, function in PARTS.items():
-        setattr(crops, function, timed(getattr(crops, function), part, spent))
+        setattr(crops, function, timed(getattr(crops, function), part, seconds_of))
     for line in sys.stdin:
-        kind, side, way = json.loads(line)
+        kind, side, method = json.loads(line)
         files = [path.read_bytes() for path in sorted((folder / kind).iterdir())]
         places = np.random.default_rng(0).random((len(files), 2)).tolist()
-        spent.update(dict.fromkeys(PARTS, 0.0))
+        seconds_of.update(dict.fromkeys(PARTS, 0.0))
         started = time.thread_time()
         for data, place in zip(files, places, strict=True):
-            WAYS[way](data, side, *place)
+            METHODS[method](data, side, *place)
         seconds = time.thread_time() - started
-        print(json.dumps([seconds / len(files), *(spent[part] / len(files) for part in PARTS)]), flush=True)
+        print(json.dumps([seconds / len(files), *(seconds_of[part] / len(files) for part in PARTS)]), flush=True)
 
 
-def timed(function: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
+def timed(function: Callable[..., Any], part: str, seconds_of: dict[str, float]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         started = time.thread_time()
         try:
             return function(*args)
         finally:
-            spent[part] += time.thread_time() - started
+            seconds_of[part] += time.thread_time() - started
 
     return run
 
 
 class Build:
-    """Processes with one build of Pillow, found first in these folders; one for each way, whose memory is then its own:
-    what another way gave back to the system would be slow to get again."""
+    """Processes that use one build of Pillow, which they import from the folders `path`.
 
-    def __init__(self, pictures: Path, first: list[Path]) -> None:
+    Each method has its own process: faulting in memory that another method returned to the system takes time.
+    """
+
+    def __init__(self, pictures: Path, path: list[Path]) -> None:
         self.workers = {
-            way: subprocess.Popen(
+            method: subprocess.Popen(
                 [sys.executable, __file__, "--worker", str(pictures)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, first))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
             )
-            for way in WAYS
+            for method in METHODS
         }  # fmt: skip
-        names: list[str] = [self._answer(way) for way in WAYS]
+        names: list[str] = [self._answer(method) for method in METHODS]
         self.name = names[0]
 
-    def measure(self, kind: str, side: int, way: str) -> list[float]:
-        """Seconds for a picture; the whole and the parts."""
-        question = self.workers[way].stdin
+    def measure(self, kind: str, side: int, method: str) -> list[float]:
+        """CPU seconds per picture: the total, then the parts of `square_crop`."""
+        question = self.workers[method].stdin
         assert question
-        print(json.dumps([kind, side, way]), file=question, flush=True)
-        return self._answer(way)
+        print(json.dumps([kind, side, method]), file=question, flush=True)
+        return self._answer(method)
 
-    def _answer(self, way: str) -> Any:
-        answer = self.workers[way].stdout
+    def _answer(self, method: str) -> Any:
+        answer = self.workers[method].stdout
         assert answer
         return json.loads(answer.readline())
 
@@ -242,38 +254,38 @@ class Build:
 
 
 def plain_pillow(folder: Path) -> str:
-    """Install it into the folder; in words why not, or "" where it is there."""
+    """Installs plain Pillow into the folder. Returns "", or the reason why it could not."""
     version = PIL.__version__.partition(".post")[0]
     if version == PIL.__version__:
-        return "it is the installed build: pillow-simd is not there (deploy/setup.sh builds it)"
+        return "it is the installed build; run deploy/setup.sh to build pillow-simd"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", "pillow"]
     done = subprocess.run([*command, "--target", str(folder), f"pillow=={version}"], stdout=sys.stderr)
     return f"pip could not install pillow=={version}" if done.returncode else ""
 
 
 def compare(builds: list[Build], kind: str, side: int, rounds: int) -> str:
-    """The installed build comes first; the last one's baseline is what it is compared with."""
-    asked = [(build, way) for build in builds for way in WAYS]
-    seconds: dict[tuple[Build, str], list[list[float]]] = {one: [] for one in asked}
+    """One table cell: `square_crop` in the first build against the baseline in the last one, and each build alone."""
+    measured = [(build, method) for build in builds for method in METHODS]
+    seconds: dict[tuple[Build, str], list[list[float]]] = {one: [] for one in measured}
     for _ in range(rounds + 1):
-        for build, way in asked:
-            seconds[build, way].append(build.measure(kind, side, way))
-    warm = {one: np.array(of_rounds[1:]) for one, of_rounds in seconds.items()}
+        for build, method in measured:
+            seconds[build, method].append(build.measure(kind, side, method))
+    counted = {one: np.array(of_rounds[1:]) for one, of_rounds in seconds.items()}
 
-    def faster(build: Build, than: Build, way: str = "whole") -> str:
-        return f"{np.median(warm[than, way][:, 0] / warm[build, 'ours'][:, 0]):.2f}x"
+    def speedup(build: Build, over: Build, method: str = "whole") -> str:
+        return f"{np.median(counted[over, method][:, 0] / counted[build, 'ours'][:, 0]):.2f}x"
 
-    def each(build: Build) -> str:
-        of, against = (f"{1 / np.median(warm[build, way][:, 0]):.0f}/s" for way in ("ours", "whole"))
-        return f"{build.name} {of} against {against}: {faster(build, build)}"
+    def within(build: Build) -> str:
+        ours, whole = (f"{1 / np.median(counted[build, method][:, 0]):.0f}/s" for method in ("ours", "whole"))
+        return f"within {build.name} {ours} against {whole}, {speedup(build, build)}"
 
-    in_all, *parts = np.median(warm[builds[0], "ours"], axis=0)
-    shares = {part: seconds / in_all for part, seconds in zip(PARTS, parts, strict=True)}
+    total, *parts = np.median(counted[builds[0], "ours"], axis=0)
+    shares = {part: seconds / total for part, seconds in zip(PARTS, parts, strict=True)}
     shares["resizing"] = 1 - sum(shares.values())
-    time_of_ours = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-    across = f"{faster(builds[0], builds[-1])}; " if len(builds) > 1 else ""
-    bilinear = f"of bilinear: {faster(builds[0], builds[-1], 'bilinear')}; in one build: "
-    return f"{across}{bilinear}{'; '.join(map(each, builds))}; time of ours: {time_of_ours}"
+    own_time = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    across = f"{speedup(builds[0], builds[-1])}; " if len(builds) > 1 else ""
+    bilinear = f"{speedup(builds[0], builds[-1], 'bilinear')} against bilinear; "
+    return f"{across}{bilinear}{'; '.join(map(within, builds))}; own time: {own_time}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""BENCH: near duplicates among random hashes: `python tests/bench/dedup.py [--hashes 1000000] [--pairs 1000]`."""
+"""Benchmark: finding near duplicates among random perceptual hashes, with planted pairs that it must find.
+
+Prints the time, the number of planted pairs found and the peak memory.
+
+    python tests/bench/dedup.py --hashes 1000000 --pairs 1000
+"""
 
 import argparse
 import resource
@@ -10,9 +15,12 @@ from pipeline.curation.dedup import NEAR_BITS, groups
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hashes", type=int, default=1_000_000)
-    parser.add_argument("--pairs", type=int, default=1_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hashes", type=int, default=1_000_000, help="Random hashes. Default: 1000000.")
+    parser.add_argument(
+        "--pairs", type=int, default=1_000,
+        help=f"Hashes that get a copy with at most {NEAR_BITS} flipped bits. Default: 1000.",
+    )  # fmt: skip
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     base = rng.integers(1, 2**64, args.hashes, dtype=np.uint64)
@@ -29,8 +37,10 @@ def main() -> None:
     found = (group[place[: args.pairs]] == group[place[args.hashes :]]).sum()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     joined = len(hashes) - len(np.unique(group))
-    print(f"| near duplicates among {len(hashes):,} hashes | {seconds:.1f} s; {found} of {args.pairs} planted pairs "
-          f"found, {joined} joined in all; peak memory {peak:.2f} GiB |")  # fmt: skip
+    print(
+        f"| dedup: near duplicates among {len(hashes):,} hashes | {seconds:.1f} s; found {found} of {args.pairs} "
+        f"planted pairs, joined {joined} rows in total; peak memory {peak:.2f} GiB |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""BENCH: ingest against a bare loop in two processes that does the same validation and writing; memory at 1x and 8x.
+"""Benchmark: the ingest job against two processes that do the same validation and writing in a loop, and its memory.
 
-Raw shards of noisy JPEG drawings, one row group each (the worst case for a reader's memory). The job is timed as a user
-runs it, and once more from when Ray is there.
+The input is raw shards of noisy JPEG drawings with one row group each, the worst case for a reader's memory. The job
+runs as a user starts it and is timed twice: from its command, and from the moment when Ray has started.
 
     python tests/bench/ingest.py --shards 8 --rows 100 --times 1 8
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from memory import watching
+from memory import monitored
 from PIL import Image
 
 from pipeline.ingestion.preflight import plan_shards
@@ -33,11 +33,13 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=100, help="pictures a shard")
-    parser.add_argument("--side", type=int, default=1100, help="pixels")
-    parser.add_argument("--times", type=int, nargs="+", default=[1, 8], help="how often over, for the memory")
-    parser.add_argument("--downsize", type=int, help="with the smaller tier, in the job alone")
+    parser.add_argument("--shards", type=int, default=8, help="Raw shards. Default: 8.")
+    parser.add_argument("--rows", type=int, default=100, help="Pictures per shard. Default: 100.")
+    parser.add_argument("--side", type=int, default=1100, help="Width of the pictures in pixels. Default: 1100.")
+    parser.add_argument(
+        "--times", type=int, nargs="+", default=[1, 8], help="Run with this many times --shards. Default: 1 8."
+    )
+    parser.add_argument("--downsize", type=int, help="Let the job, but not the loop, also write a tier of this size.")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-ingest-"))
     try:
@@ -48,13 +50,13 @@ def main() -> None:
             files = sorted((folder / "raw").iterdir())[: args.shards * times]
             rows = len(files) * args.rows
             before = bare_loop(files, folder / f"before{times}")
-            seconds, working, memory = job(files, folder / f"job{times}", args.downsize)
+            seconds, working, memory = run_job(files, folder / f"job{times}", args.downsize)
             bare = (before + bare_loop(files, folder / f"after{times}")) / 2
             megabytes = sum(file.stat().st_size for file in files) / 1e6
             print(
-                f"| ingest of {rows:,} JPEGs, {megabytes:.0f} MB, against a bare loop in two processes | "
-                f"{rows / working:.1f} and {rows / bare:.1f} rows/s: {bare / working:.0%}; {bare / seconds:.0%} with "
-                f"the start, {seconds:.0f} s in all; peak memory {memory / 2**30:.2f} GiB |",
+                f"| ingest: {rows:,} JPEGs, {megabytes:.0f} MB, job / loop in two processes | "
+                f"{rows / working:.1f} / {rows / bare:.1f} rows/s = {bare / working:.0%}; {bare / seconds:.0%} with "
+                f"the start of Ray, {seconds:.0f} s in total; peak memory {memory / 2**30:.2f} GiB |",
                 flush=True,
             )
     finally:
@@ -75,7 +77,7 @@ def drawings(side: int) -> list[bytes]:
 def write_raw(path: Path, pictures: list[bytes], shard: int, rows: int) -> None:
     path.parent.mkdir(exist_ok=True)
     posts = [
-        # A comment of its own: no two files are the same bytes.
+        # The appended number makes the bytes of each file unique.
         {
             "id": shard * rows + row,
             "image": pictures[row % len(pictures)] + b"%d" % (shard * rows + row),
@@ -89,7 +91,7 @@ def write_raw(path: Path, pictures: list[bytes], shard: int, rows: int) -> None:
 
 
 def bare_loop(files: list[Path], dataset: Path) -> float:
-    """Seconds of two processes that take the files in turns."""
+    """Seconds that two processes take, each with every second file."""
     plan = plan_shards([str(file) for file in files], "auto", None, Store(str(dataset)), IngestRules())
     parts = list(plan.shards.values())
     started = time.perf_counter()
@@ -107,14 +109,14 @@ def validate_all(parts: list, dataset: str) -> None:
         validate_shard(raw, dataset, IngestRules())
 
 
-def job(files: list[Path], dataset: Path, downsize: int | None) -> tuple[float, float, int]:
-    """Seconds in all, seconds from the first to the last row, bytes at the peak of all processes together."""
+def run_job(files: list[Path], dataset: Path, downsize: int | None) -> tuple[float, float, int]:
+    """Seconds in total, seconds from the start of Ray on, and the peak memory of all processes together in bytes."""
     command = [sys.executable, str(ROOT / "pipeline/ingest.py"), "--raw", *map(str, files), "--dataset", str(dataset)]
     command += ["--downsize", str(downsize)] if downsize else []
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
     working = None
-    with watching(process.pid) as usage:
+    with monitored(process.pid) as usage:
         for line in process.stdout or ():
             if "Ray with" in line:
                 working = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Memory and CPU time of a process and all of its descendants together, while they run; Linux only."""
+"""Memory and CPU time of a process together with all its descendants. Linux only: reads /proc."""
 
 import os
 import threading
@@ -7,52 +7,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_LOOK_SECONDS = 1.0  # a look takes some 50 ms of a CPU where processes are large
+_INTERVAL = 1.0  # seconds between measurements; one takes about 50 ms of CPU time if the processes are large
 
 
 @dataclass
 class Usage:
-    peak: int = 0  # bytes of all processes; what they share, such as Ray's object store, counts once
-    peak_of_first: int = 0  # bytes of the process that was asked for, alone
+    peak: int = 0  # bytes of all processes; shared memory, such as Ray's object store, counts once
+    peak_of_root: int = 0  # bytes of the root process alone
     cpu_by_process: dict[int, float] = field(default_factory=dict)
 
     @property
     def cpu_seconds(self) -> float:
         return sum(self.cpu_by_process.values())
 
-    def look(self, pid: int) -> None:
-        processes = family(pid)
+    def update(self, pid: int) -> None:
+        processes = process_tree(pid)
         memory = {process: proportional_memory(process) for process in processes}
         self.peak = max(self.peak, sum(memory.values()))
-        self.peak_of_first = max(self.peak_of_first, memory[pid])
+        self.peak_of_root = max(self.peak_of_root, memory[pid])
         for process in processes:
             self.cpu_by_process[process] = max(cpu_seconds(process), self.cpu_by_process.get(process, 0.0))
 
 
 @contextmanager
-def watching(pid: int) -> Iterator[Usage]:
-    """What a process and its descendants use while the block lasts, looked at once a second."""
-    usage, ends = Usage(), threading.Event()
+def monitored(pid: int) -> Iterator[Usage]:
+    """Measures a process and its descendants once per second while the block runs."""
+    usage, stopped = Usage(), threading.Event()
 
-    def watch() -> None:
-        while not ends.wait(_LOOK_SECONDS):
-            usage.look(pid)
+    def monitor() -> None:
+        while not stopped.wait(_INTERVAL):
+            usage.update(pid)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=monitor, daemon=True)
+    thread.start()
     try:
         yield usage
     finally:
-        ends.set()
-        watcher.join()
+        stopped.set()
+        thread.join()
 
 
-def family(pid: int) -> set[int]:
-    """A process and all of its descendants."""
+def process_tree(pid: int) -> set[int]:
+    """A process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(stat.parent.name)] = int(_fields(stat)[1])
+            parents[int(stat.parent.name)] = int(_stat_fields(stat)[1])
         except OSError:
             continue
     found, size = {pid}, 0
@@ -63,7 +63,7 @@ def family(pid: int) -> set[int]:
 
 
 def proportional_memory(pid: int) -> int:
-    """Bytes; 0 for a process that ended."""
+    """Proportional set size in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -72,14 +72,14 @@ def proportional_memory(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User's and system's; 0 for a process that ended."""
+    """User and system time; 0 if the process has ended."""
     try:
-        user, system = _fields(Path(f"/proc/{pid}/stat"))[11:13]
+        user, system = _stat_fields(Path(f"/proc/{pid}/stat"))[11:13]
     except OSError:
         return 0.0
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _fields(stat: Path) -> list[str]:
-    """Those after the name, which may have spaces: state, parent ..."""
+def _stat_fields(stat: Path) -> list[str]:
+    """The fields after the process name, which may contain spaces: state, parent and so on."""
     return stat.read_text().rpartition(")")[2].split()

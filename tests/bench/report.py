@@ -1,12 +1,13 @@
-"""BENCH: the report of a generated dataset: seconds, peak memory, size of the page.
+"""Benchmark: the report job over a generated dataset: seconds, peak memory, size of the page.
 
-The metadata are as many and as long as those of real posts; the pictures are one small PNG, a thousand of them with
-noise in it. Each shard has captions and its part of two selections. The report runs as its own process.
+The metadata resemble those of real posts in number and length. The pictures are PNGs of noise: 8 pixels wide, and one
+in a thousand 256 pixels wide. Each shard has captions and rows of two selections. The report is a separate process.
 
     python tests/bench/report.py --rows 1000000
 """
 
 import argparse
+import io
 import resource
 import subprocess
 import sys
@@ -16,8 +17,6 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import io
-
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -26,16 +25,18 @@ from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CAT
 from pipeline.storage.shards import Store
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 4000, 200
-# Vocabulary and tags per picture of each category; frequencies fall as 1 / rank^1.2.
+# By category: size of the vocabulary, tags per picture. Frequencies fall as 1 / rank^1.2.
 VOCABULARY = {"artist": 400_000, "character": 100_000, "copyright": 20_000, "general": 60_000, "meta": 500}
 PER_PICTURE = {"artist": 1, "character": 2, "copyright": 1, "general": 28, "meta": 3}
-WORDS = 45  # of a caption
+WORDS = 45  # per caption
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dataset", help="where to write, or where an earlier run wrote; default: a temporary folder")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="Rows to generate. Default: 1000000.")
+    parser.add_argument(
+        "--dataset", help="Folder to write, or one that an earlier run wrote. Default: a temporary folder."
+    )
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         store = Store(args.dataset or f"{folder}/dataset")
@@ -48,7 +49,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         size = len(store.read("report.html")) / 1e6
         rows = sum(store.rows(f"images/{name}.parquet") for name in store.shards("images"))
-    print(f"| report of {rows:,} rows | {seconds:.1f} s, peak memory {peak:.0f} MiB, a page of {size:.2f} MB |")
+    print(f"| report: {rows:,} rows | {seconds:.1f} s, peak memory {peak:.0f} MiB, page of {size:.2f} MB |")
 
 
 def generate(store: Store, rows: int) -> None:
@@ -61,7 +62,7 @@ def generate(store: Store, rows: int) -> None:
 def generate_shard(store: Store, shard: str, start: int, rows: int, vocabulary: dict[str, pa.Array]) -> None:
     rng = np.random.default_rng(start)
     ids = pa.array([f"danbooru:{number}" for number in range(start, start + rows)])
-    tags = {name: drawn_lists(rng, rows, vocabulary[name], PER_PICTURE[name]) for name in TAG_CATEGORIES}
+    tags = {name: random_lists(rng, rows, vocabulary[name], PER_PICTURE[name]) for name in TAG_CATEGORIES}
     pictures = [png(rng, 256) if number % 1000 == 0 else png(rng, 8) for number in range(rows)]
     captions = words(rng, rows, vocabulary["general"])
     images = {
@@ -126,13 +127,13 @@ def rejected(rng: np.random.Generator, keys: list[str], reasons: list[str], deta
     return pa.table(dict(zip(REJECTED.names, columns, strict=True)), REJECTED)
 
 
-def drawn_lists(rng: np.random.Generator, rows: int, vocabulary: pa.Array, per_row: int) -> pa.Array:
+def random_lists(rng: np.random.Generator, rows: int, vocabulary: pa.Array, per_row: int) -> pa.Array:
     tags = vocabulary.take(pa.array(ranks(rng, len(vocabulary), rows * per_row)))
     return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * per_row, pa.int32()), tags)
 
 
 def ranks(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Ranks whose frequency falls as 1 / rank^1.2, up to `size`."""
+    """Random ranks below `size` whose frequency falls as 1 / rank^1.2."""
     drawn = (1 - rng.random(count) * (1 - size**-0.2)) ** -5
     return np.minimum(drawn.astype(np.int64) - 1, size - 1)
 

@@ -1,10 +1,10 @@
-"""BENCH: how soon a killed training takes its next step, by the size of its dataset and the place in its epoch.
+"""Benchmark: seconds until a killed training takes its next step, by size of the dataset and position in the epoch.
 
-Large datasets are simulated: one ingested, curated shard of drawn pictures, linked under as many names, so that every
-file is there to be listed, opened and read, and ids repeat. "Planned" is what depends on the dataset: from the
-selection's record to the samples of the first batch. "First" has to open two files for each shard; a run that goes on
-finds the layout in its folder. The killed run is `trainer/run.py --stage demo` as its users start it, with Ray's start
-and torch's imports, killed with all its processes after its fifth step.
+Large datasets are simulated: one curated shard of drawn pictures is hard-linked under many names, so every file can be
+listed, opened and read, but ids repeat. The first measurement covers what depends on the dataset: from reading the
+selection's record to knowing the rows of the first batch. The first start opens two files per shard; a resumed run has
+the row index in its folder. The second measurement runs `trainer/run.py --stage demo` as a user starts it, including
+the start of Ray and the import of torch, and kills all its processes after its fifth step.
 
     python tests/bench/resume.py --shards 1000 10000 100000
 """
@@ -31,25 +31,28 @@ from trainer.samples.row_index import ROW_INDEX_FILE, Selection
 from trainer.samples.training_text import CaptionConfig
 
 ROOT = Path(__file__).parents[2]
-NAME = "demo"  # of stage and selection
-_LINKS = 50_000  # of one file; ext4 allows 65,000
+NAME = "demo"  # of the stage and the selection
+_LINKS = 50_000  # hard links per file; ext4 allows 65,000
 _BATCH = 1024  # samples
-_LIMIT = 900  # seconds until a run must have taken a step
+_TIMEOUT = 900  # seconds in which a run must take a step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--rows", type=int, default=100, help="samples a shard; default: 100")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[1_000, 10_000, 100_000],
+        help="Sizes of the datasets. The first and the last one also get a killed run. Default: 1000 10000 100000.",
+    )  # fmt: skip
+    parser.add_argument("--rows", type=int, default=100, help="Samples per shard. Default: 100.")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-resume-"))
     try:
-        shard = one_shard(folder / "drawn", args.rows)
-        small, *_ = datasets = [simulated(shard, folder / str(count), count) for count in args.shards]
+        shard = write_one_shard(folder / "drawn", args.rows)
+        small, *_ = datasets = [simulate(shard, folder / str(count), count) for count in args.shards]
         for dataset in datasets:
-            planning(dataset, folder)
+            measure_first_batch(dataset, folder)
         for dataset in dict.fromkeys([small, datasets[-1]]):
-            killed_and_started_again(dataset, folder)
+            measure_killed_run(dataset, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -57,8 +60,8 @@ def main() -> None:
 # --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
-def one_shard(dataset: Path, rows: int) -> Path:
-    """A dataset of one shard with so many selected rows."""
+def write_one_shard(dataset: Path, rows: int) -> Path:
+    """Writes a dataset of one shard with `rows` selected rows."""
     raw = str(dataset / "raw")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
     for command in (
@@ -77,8 +80,8 @@ def one_shard(dataset: Path, rows: int) -> Path:
     return dataset
 
 
-def simulated(drawn: Path, dataset: Path, count: int) -> Path:
-    """The one shard under `count` names."""
+def simulate(drawn: Path, dataset: Path, count: int) -> Path:
+    """Writes a dataset that has the one shard under `count` names."""
     files = {"images": next(drawn.glob("images/*.parquet")), "rows": next(drawn.glob(f"selections/{NAME}/*.parquet"))}
     places = {"images": dataset / "images", "rows": dataset / "selections" / NAME}
     for kind, place in places.items():
@@ -99,22 +102,25 @@ def simulated(drawn: Path, dataset: Path, count: int) -> Path:
     return dataset
 
 
-# --- Planning ---------------------------------------------------------------------------------------------------------
+# --- First batch ------------------------------------------------------------------------------------------------------
 
 
-def planning(dataset: Path, folder: Path) -> None:
-    first = timed(lambda: planned(dataset, folder, 0.0))
-    places = {"begins": 0.0, "is half done": 0.5, "ends": 0.999}
-    again = {name: [timed(lambda at=at: planned(dataset, folder, at)) for _ in range(3)] for name, at in places.items()}
-    shown = ", ".join(f"{statistics.median(seconds):.2f} s where the epoch {name}" for name, seconds in again.items())
+def measure_first_batch(dataset: Path, folder: Path) -> None:
+    first = timed(lambda: locate_batch(dataset, folder, 0.0))
+    places = {"at the start": 0.0, "in the middle": 0.5, "at the end": 0.999}
+    again = {
+        name: [timed(lambda at=at: locate_batch(dataset, folder, at)) for _ in range(3)] for name, at in places.items()
+    }
+    shown = ", ".join(f"{statistics.median(seconds):.2f} s {name}" for name, seconds in again.items())
     shards = len(list((dataset / "images").iterdir()))
-    samples = planned(dataset, folder, 0.0)
-    print(f"| planned, {shards:,} shards, {samples:,} samples | first {first:.1f} s; going on {shown} |", flush=True)
+    samples = locate_batch(dataset, folder, 0.0)
+    what = f"resume: locate the first batch, {shards:,} shards, {samples:,} samples"
+    print(f"| {what} | {first:.1f} s at the first start; resumed {shown} of the epoch |", flush=True)
     (folder / ROW_INDEX_FILE).unlink()
 
 
-def planned(dataset: Path, folder: Path, place: float) -> int:
-    """Samples of an epoch, of whose first batch at a place from 0 to 1 everything is known."""
+def locate_batch(dataset: Path, folder: Path, place: float) -> int:
+    """Finds the rows of the batch at `place`, the fraction of the epoch that is done. Returns the samples per epoch."""
     selection = Selection.load(str(dataset), NAME, 64)
     crop = CropConfig(64, CaptionConfig(), seed=0)
     data = TrainingData.load(selection, crop, batch_size=_BATCH, hold_out=0.01, index_folder=str(folder))
@@ -132,20 +138,20 @@ def timed(work: Callable[[], object]) -> float:
 # --- A killed run -----------------------------------------------------------------------------------------------------
 
 
-def killed_and_started_again(dataset: Path, folder: Path) -> None:
+def measure_killed_run(dataset: Path, folder: Path) -> None:
     run, encoder = folder / f"run-{dataset.name}", folder / "encoder"
-    if not encoder.exists():  # the local one is made of all texts of a dataset; here, once, of the smallest's
-        until_a_step(training(dataset, run, "local"), run, 0)
+    if not encoder.exists():  # the local text encoder is built once, from the texts of the smallest dataset
+        run_until_step(start_training(dataset, run, "local"), run, 0)
         shutil.move(run / "text_encoder", encoder)
         shutil.rmtree(run)
-    first = until_a_step(training(dataset, run, str(encoder)), run, 4)
-    again = until_a_step(training(dataset, run, str(encoder)), run, last_step(run))
+    first = run_until_step(start_training(dataset, run, str(encoder)), run, 4)
+    again = run_until_step(start_training(dataset, run, str(encoder)), run, last_step(run))
     shards = len(list((dataset / "images").iterdir()))
-    what = f"killed run, {shards:,} shards, from the command to its next step"
-    print(f"| {what} | {again:.1f} s; to its fifth when it began {first:.1f} s |", flush=True)
+    what = f"resume: killed run, {shards:,} shards, from the command to the next step"
+    print(f"| {what} | {again:.1f} s; at the first start to step 5: {first:.1f} s |", flush=True)
 
 
-def training(dataset: Path, run: Path, text_encoder: str) -> subprocess.Popen[bytes]:
+def start_training(dataset: Path, run: Path, text_encoder: str) -> subprocess.Popen[bytes]:
     script = [sys.executable, ROOT / "trainer" / "run.py", "--stage", NAME, "--dataset", dataset, "--run", run]
     fields = {"text_encoder": text_encoder, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 1_000_000}
     settings = [f"--set={name}={value}" for name, value in fields.items()]
@@ -153,12 +159,12 @@ def training(dataset: Path, run: Path, text_encoder: str) -> subprocess.Popen[by
     return subprocess.Popen([*script, *settings], env=environment, stdout=sys.stderr)
 
 
-def until_a_step(job: subprocess.Popen[bytes], run: Path, after: int) -> float:
-    """Seconds until a step later than `after` is logged; the run is then killed with all its processes."""
+def run_until_step(job: subprocess.Popen[bytes], run: Path, after: int) -> float:
+    """Seconds until a step after step `after` is logged. Then kills all processes of the run."""
     started = time.perf_counter()
     while last_step(run) <= after:
         assert job.poll() is None, f"the training ended with {job.returncode}"
-        assert time.perf_counter() - started < _LIMIT, f"no step within {_LIMIT} s"
+        assert time.perf_counter() - started < _TIMEOUT, f"no step within {_TIMEOUT} s"
         time.sleep(0.05)
     seconds = time.perf_counter() - started
     for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:

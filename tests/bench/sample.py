@@ -1,7 +1,7 @@
-"""BENCH: pictures a second, from prompts to PNGs, by how many are drawn at once, the sampler and the guidance.
+"""Benchmark: pictures per second from prompts to PNGs, by batch size, sampler and guidance.
 
-The model of a run, or one of random weights in a preset's shape with encoders of Qwen3-0.6B's and SDXL's: only time
-counts. Each way draws once before it is measured; then the ways take turns, and medians count.
+The model is that of a run, or has a preset's shape and random weights, with random encoders of the shapes of Qwen3-0.6B
+and SDXL. Each variant draws once for warm-up. Then the variants take turns, and the median over the rounds is reported.
 
     python tests/bench/sample.py --run demo/run --pictures 32
     python tests/bench/sample.py --preset base --resolution 512 --pictures 8 --device cuda
@@ -31,52 +31,54 @@ SHAPES = PRESETS | {"released": XUTConfig.released}
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     name: str
-    at_once: int
+    batch_size: int
     settings: dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", metavar="DIR", help="of trainer/run.py")
-    what.add_argument("--preset", choices=SHAPES)
-    parser.add_argument("--resolution", type=int, default=512, help="pixels, with --preset")
-    parser.add_argument("--pictures", type=int, default=32, help="of each way in each round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    what.add_argument("--run", metavar="DIR", help="Run folder of trainer/run.py.")
+    what.add_argument("--preset", choices=SHAPES, help="Random weights in this shape.")
+    parser.add_argument("--resolution", type=int, default=512, help="Pixels per side, with --preset. Default: 512.")
+    parser.add_argument("--pictures", type=int, default=32, help="Pictures per variant and round. Default: 32.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds that count. Default: 5.")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: %(default)s."
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
-    drawing = PictureModel.load(args.run, device) if args.run else random_model(args.preset, args.resolution, device)
+    model = PictureModel.load(args.run, device) if args.run else random_model(args.preset, args.resolution, device)
     count = args.pictures
-    ways = [
-        Way(f"20 Euler steps, {count} at once", count, {}),
-        Way("the same, one at a time", 1, {}),
-        Way("the same without guidance", count, {"guidance": 1.0}),
-        Way("10 steps of Heun", count, {"sampler": "heun", "steps": 10}),
-        Way("20 Euler steps, TREAD's self-guidance at 0.5", count, {"unconditional_rate": 0.5}),
+    variants = [
+        Variant(f"20 Euler steps, batch of {count}", count, {}),
+        Variant("20 Euler steps, batch of 1", 1, {}),
+        Variant(f"20 Euler steps, batch of {count}, no guidance", count, {"guidance": 1.0}),
+        Variant(f"10 Heun steps, batch of {count}", count, {"sampler": "heun", "steps": 10}),
+        Variant(f"20 Euler steps, batch of {count}, TREAD self-guidance at 0.5", count, {"unconditional_rate": 0.5}),
     ]
-    rates: dict[str, list[float]] = {way.name: [] for way in ways}
+    rates: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for _ in range(args.rounds + 1):
-        for way in ways:
-            rates[way.name].append(count / draw_all(drawing, way, count))
-    parameters = sum(p.numel() for p in drawing.model.parameters()) / 1e6
-    name = f"{args.preset or 'run'} of {parameters:.0f}M parameters, {drawing.resolution} pixels, {args.device}"
-    first = statistics.median(rates[ways[0].name][1:])
-    for way in ways:
-        middle = statistics.median(rates[way.name][1:])
-        print(f"| sampling, {name}: {way.name} | {middle:.2f} pictures/s, {middle / first:.2f} of the first |")
+        for variant in variants:
+            rates[variant.name].append(count / draw_all(model, variant, count))
+    parameters = sum(p.numel() for p in model.model.parameters()) / 1e6
+    name = f"{args.preset or 'run'} of {parameters:.0f}M parameters, {model.resolution} pixels, {args.device}"
+    first = statistics.median(rates[variants[0].name][1:])
+    for variant in variants:
+        middle = statistics.median(rates[variant.name][1:])
+        print(f"| sample: {name}: {variant.name} | {middle:.2f} pictures/s, {middle / first:.2f}x the first variant |")
 
 
-def draw_all(drawing: PictureModel, way: Way, count: int) -> float:
+def draw_all(model: PictureModel, variant: Variant, count: int) -> float:
     """Seconds."""
-    side = drawing.nearest_size(drawing.resolution)
-    settings = SamplingSettings(width=side, height=side, **way.settings)
+    side = model.nearest_size(model.resolution)
+    settings = SamplingSettings(width=side, height=side, **variant.settings)
     started = time.perf_counter()
-    for start in range(0, count, way.at_once):
-        seeds = range(start, start + way.at_once)
-        for pixels in drawing.draw(["red star, night sky"] * len(seeds), seeds, settings):
+    for start in range(0, count, variant.batch_size):
+        seeds = range(start, start + variant.batch_size)
+        for pixels in model.draw(["red star, night sky"] * len(seeds), seeds, settings):
             picture_png(pixels, {})
     return time.perf_counter() - started
 

@@ -1,18 +1,19 @@
-"""BENCH: the training's stream of samples through Ray against a bare thread pool, MosaicML Streaming and WebDataset.
+"""Benchmark: streaming training samples through Ray, a bare thread pool, MosaicML Streaming and WebDataset.
 
-All read the same JPEGs of 512 pixels along the short side from local disk (in the page cache) and give batches of 128
-crops of 256 pixels and their texts, which are dropped. "the same work": our crop and our text. "their users' own":
-Pillow's whole picture resized, then cut, and a text as stored. The thread pool is the least that reads our files: a
-task reads row groups one after the other, crops and describes 128 rows and stacks them; as many threads as cores.
-MosaicML Streaming and WebDataset come into an environment of their own (--environment), and read what they wrote
-themselves, with as many workers of torch's DataLoader as there are cores.
+All read the same JPEGs, 512 pixels along the short side, from the local disk (in the page cache) and yield batches of
+128 crops of 256 pixels with their texts. "Same work" means the project's crop and text. "Typical user code" resizes the
+whole picture with Pillow, crops it and takes a stored text. The thread pool is a minimal reader of the same files, with
+a thread per CPU: a task reads row groups one after the other, makes 128 samples and stacks them. MosaicML Streaming and
+WebDataset are installed in a separate environment (--environment), read files that they wrote themselves, and use a
+worker of torch's DataLoader per CPU.
 
-Each way is a new process each time, in turns; a ratio is of two in one round. Left out: imports, the conversion, the
-first seconds after the first batch. All that reads is as nice as our loaders are, so that other work on the machine
-slows all alike. The row groups are small, so that an epoch has more of them than the loaders hold, as a real one has.
+The readers take turns, each time in new processes, and ratios are taken within a round. Not measured: imports, the
+conversion, and the first seconds after the first batch. All readers run at the niceness of the training's loaders, so
+that other work on the machine slows them equally. Row groups are small, so that an epoch has more of them than the
+loaders hold, as a real epoch does.
 
-The memory is that of Ray and of all its processes together, shared pages counted once. For 4 and 16 times as much data
-the files are linked under other names.
+The memory is that of Ray and all its processes together, with shared pages counted once. The datasets of 4 and 16 times
+the size hard-link the same files under other names.
 
     python tests/bench/stream.py --images 2048 --rounds 4
 """
@@ -40,10 +41,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from memory import family, proportional_memory
+from memory import process_tree, proportional_memory
 from PIL import Image, ImageDraw
 from stream_others import BATCH, Figures, measure
-from trainer.cluster.loader_actors import loader_source
 
 from pipeline.core.cluster import cluster
 from pipeline.core.records import SELECTION, TEXT_CATEGORIES, TIER
@@ -51,6 +51,7 @@ from pipeline.pictures.crops import Crop, downsize, square_crop
 from pipeline.pictures.decoder import Header, Picture
 from pipeline.storage.shards import Store
 from trainer.cluster.launch import keep_freed_memory
+from trainer.cluster.loader_actors import loader_source
 from trainer.diffusion.keyed_random import Stream, sample_generator
 from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
@@ -63,41 +64,44 @@ from trainer.training.worker_group import WorkerGroup
 ROOT = Path(__file__).parents[2]
 PINNED = ("mosaicml-streaming==0.13.0", "webdataset==1.0.2")
 SIDE = 256  # pixels
-DRAWN = 48  # different pictures: a row is one of them, with bytes of its own at its end
-GROUP_ROWS = 16  # of a row group: 2 MB
+DRAWN = 48  # different pictures; each row has one of them, made unique by appended bytes
+GROUP_ROWS = 16  # rows per row group: 2 MB
 SHARD_ROWS = 256
-OURS = "ours through Ray"
-LEFT_OUT = 2.0  # seconds after the first batch
-MEASURED = 4.0  # seconds after those
-WATCHED = 16.0  # seconds of a stream whose memory is looked at
-LOOK_SECONDS = 0.5
-SETTLES = 5.0  # seconds
-NICENESS = 19  # that of launch's loaders on a machine without a GPU
+OWN = "Ray loader actors"
+IGNORED = 2.0  # seconds after the first batch
+MEASURED = 4.0  # seconds after the ignored ones
+MONITORED = 16.0  # seconds of streaming in which memory is measured
+INTERVAL = 0.5  # seconds between measurements of memory
+SETTLING = 5.0  # seconds until the processes of the previous stream have ended
+NICENESS = 19  # of the training's loaders on a machine without a GPU
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--times", type=int, nargs="*", default=[1, 4, 16], help="how often over, for the memory")
+    parser.add_argument("--images", type=int, default=2048, help="Pictures in the dataset. Default: 2048.")
+    parser.add_argument("--rounds", type=int, default=4, help="Rounds of turns. Default: 4.")
+    parser.add_argument(
+        "--times", type=int, nargs="*", default=[1, 4, 16],
+        help="Measure memory with this many times --images. Default: 1 4 16.",
+    )  # fmt: skip
     parser.add_argument(
         "--environment", type=Path, default=Path(tempfile.gettempdir()) / "bench-stream-environment",
-        help="where MosaicML Streaming and WebDataset are installed, and stay",
+        help="Folder in which MosaicML Streaming and WebDataset are installed and kept. Default: %(default)s.",
     )  # fmt: skip
-    parser.add_argument("--threads-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--thread-pool", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.threads_of:
-        print_figures_of_threads(args.threads_of)
+    if args.thread_pool:
+        measure_thread_pool(args.thread_pool)
         return
-    sys.stdout, rows = sys.stderr, sys.stdout  # jobs print what is no figure
-    python = environment(args.environment)
+    sys.stdout, rows = sys.stderr, sys.stdout  # jobs print lines that are not rows of the table
+    python = prepare_environment(args.environment)
     with tempfile.TemporaryDirectory(prefix="bench-stream-") as temporary:
         folder = Path(temporary)
         for times in sorted({1, *args.times}):
             write_dataset(folder / f"dataset{times}", args.images, times, folder / "dataset1")
-        training = training_of(folder, 1)
+        training = resolve_training(folder, 1)
         convert = (training.selection.dataset, training.selection.images, training.selection.name)
-        others([python, "--folder", folder / "others", "--convert", *convert])
+        run_others([python, "--folder", folder / "others", "--convert", *convert])
         with cluster("bench", niceness=0):
             for row in compare(folder, training, python, args.rounds):
                 print(row, file=rows, flush=True)
@@ -109,7 +113,7 @@ def main() -> None:
 
 
 def write_dataset(root: Path, images: int, times: int, original: Path) -> None:
-    """A tier of 512 pixels and a selection of all of it; `times` > 1 links the original's files so often."""
+    """Writes a tier of 512 pixels and a selection of all its rows. With `times` > 1, links the original's files."""
     shards = {
         f"{number:04d}": min(SHARD_ROWS, images - start) for number, start in enumerate(range(0, images, SHARD_ROWS))
     }
@@ -129,7 +133,7 @@ def write_dataset(root: Path, images: int, times: int, original: Path) -> None:
 
 
 def drawing(rng: np.random.Generator) -> Picture:
-    """Shades with the detail of a painting, lines and flat shapes."""
+    """A picture of shades with the detail of a painting, lines and flat shapes."""
     width, height = rng.integers(800, 1300, 2).tolist()
     shades = np.zeros((height, width, 3), np.float32)
     for size in (8, 32, 128):
@@ -170,11 +174,11 @@ def write_shard(store: Store, shard: str, pictures: list, number: int, rng: np.r
     store.write_table(f"selections/256/{shard}.parquet", pa.Table.from_pylist(texts, SELECTION), SELECTION)
 
 
-# --- The ways ---------------------------------------------------------------------------------------------------------
+# --- The readers ------------------------------------------------------------------------------------------------------
 
 
-def training_of(folder: Path, times: int) -> Training:
-    """Stage 256 with a batch that this machine could train on; nothing but the samples' part is used."""
+def resolve_training(folder: Path, times: int) -> Training:
+    """Stage 256 with a batch that a CPU can hold. Only its settings for samples are used."""
     settings = [f"batch_size={BATCH}", "model=tiny", "codec=dct", "text_encoder=local", f"resolution={SIDE}"]
     command = Command(
         stage="256", dataset=str(folder / f"dataset{times}"), run=str(folder / f"run{times}"), steps=10**6,
@@ -183,7 +187,7 @@ def training_of(folder: Path, times: int) -> Training:
     return resolve(command)
 
 
-def data_of(training: Training) -> TrainingData:
+def load_data(training: Training) -> TrainingData:
     stage = training.stage
     return TrainingData.load(
         training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams, window=stage.window,
@@ -191,23 +195,24 @@ def data_of(training: Training) -> TrainingData:
     )  # fmt: skip
 
 
-def through_ray(training: Training, data: Any, left_out: float, seconds: float) -> Figures:
-    """In a process of Ray's, as a training's worker is, that begins and ends with it, and its loaders too."""
+def through_ray(training: Training, data: Any, ignored: float, seconds: float) -> Figures:
+    """Measures in a Ray worker process, as in training. It and its loaders end with the measurement."""
 
     @ray.remote(num_cpus=0, max_calls=1)
     def consume(training: Training, data: TrainingData) -> Figures:
         keep_freed_memory()
         started = time.perf_counter()
-        return measure(started, loader_source(data, training, WorkerGroup(0, 1, None)).batches(training), left_out, seconds)
+        source = loader_source(data, training, WorkerGroup(0, 1, None))
+        return measure(started, source.batches(training), ignored, seconds)
 
     figures: Figures = ray.get(consume.remote(training, data))
     return figures
 
 
-def print_figures_of_threads(folder: Path) -> None:
-    data = data_of(training_of(folder, 1))
+def measure_thread_pool(folder: Path) -> None:
+    data = load_data(resolve_training(folder, 1))
     started = time.perf_counter()
-    print(json.dumps(asdict(measure(started, thread_pool(data), LEFT_OUT, MEASURED))), flush=True)
+    print(json.dumps(asdict(measure(started, thread_pool(data), IGNORED, MEASURED))), flush=True)
     os._exit(0)
 
 
@@ -241,8 +246,8 @@ def thread_pool(data: TrainingData) -> Iterator[tuple[np.ndarray, np.ndarray, li
                 yield ahead.popleft().result()
 
 
-def environment(folder: Path) -> Path:
-    """The Python of an environment that has, above this one's packages, those that are compared with."""
+def prepare_environment(folder: Path) -> Path:
+    """Path to the Python of an environment with the compared packages on top of this environment's packages."""
     python, ready = folder / "bin" / "python", folder / ".ready"
     wanted = [*PINNED, f"torch=={torch.__version__.partition('+')[0]}"]
     if not ready.exists() or ready.read_text() != "\n".join(wanted):
@@ -254,13 +259,13 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def others(arguments: list) -> str:
-    """What stream_others.py prints."""
+def run_others(arguments: list) -> str:
+    """Runs stream_others.py and returns its output."""
     python, *rest = map(str, arguments)
-    return in_turn([python, str(Path(__file__).with_name("stream_others.py")), *rest])
+    return run_alone([python, str(Path(__file__).with_name("stream_others.py")), *rest])
 
 
-def in_turn(command: list[str]) -> str:
+def run_alone(command: list[str]) -> str:
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=partial(os.nice, NICENESS),
@@ -268,80 +273,82 @@ def in_turn(command: list[str]) -> str:
     return done.stdout
 
 
-# --- What is told -----------------------------------------------------------------------------------------------------
+# --- Measurements -----------------------------------------------------------------------------------------------------
 
 
 def compare(folder: Path, training: Training, python: Path, rounds: int) -> Iterator[str]:
-    shared = ray.put(data_of(training))
-    asked = ["--folder", folder / "others", "--side", SIDE, "--seconds", LEFT_OUT, MEASURED]
+    shared = ray.put(load_data(training))
+    options = ["--folder", folder / "others", "--side", SIDE, "--seconds", IGNORED, MEASURED]
 
     def other(reader: str, work: str) -> Figures:
-        printed = others([python, *asked, "--reader", reader, "--work", work])
+        printed = run_others([python, *options, "--reader", reader, "--work", work])
         return Figures(**json.loads(printed.splitlines()[-1]))
 
     def threads() -> Figures:
-        return Figures(**json.loads(in_turn([sys.executable, __file__, "--threads-of", str(folder)]).splitlines()[-1]))
+        return Figures(
+            **json.loads(run_alone([sys.executable, __file__, "--thread-pool", str(folder)]).splitlines()[-1])
+        )
 
-    ways = {
-        OURS: partial(through_ray, training, shared, LEFT_OUT, MEASURED),
+    readers = {
+        OWN: partial(through_ray, training, shared, IGNORED, MEASURED),
         "bare thread pool": threads,
-        "MosaicML Streaming, the same work": partial(other, "mosaicml", "same"),
-        "WebDataset, the same work": partial(other, "webdataset", "same"),
-        "MosaicML Streaming, its users' own": partial(other, "mosaicml", "plain"),
-        "WebDataset, its users' own": partial(other, "webdataset", "plain"),
+        "MosaicML Streaming, same work": partial(other, "mosaicml", "same"),
+        "WebDataset, same work": partial(other, "webdataset", "same"),
+        "MosaicML Streaming, typical user code": partial(other, "mosaicml", "plain"),
+        "WebDataset, typical user code": partial(other, "webdataset", "plain"),
     }
-    cold = ways[OURS]()
-    yield f"| first batch of the first stream of a Ray session | {cold.first_batch:.1f} s |"
-    figures: dict[str, list[Figures]] = {name: [] for name in ways}
+    cold = readers[OWN]()
+    yield f"| stream: first batch in a new Ray session | {cold.first_batch:.1f} s |"
+    figures: dict[str, list[Figures]] = {name: [] for name in readers}
     for turn in range(rounds):
-        for name, way in ways.items():
-            figures[name].append(way())
+        for name, read in readers.items():
+            figures[name].append(read())
             print(f"round {turn + 1}: {name}: {figures[name][-1]}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     for name, found in figures.items():
         rates = ", ".join(f"{one.rate:.0f}" for one in found)
         first = statistics.median(one.first_batch for one in found)
-        ratio = statistics.median(mine.rate / one.rate for mine, one in zip(figures[OURS], found, strict=True))
-        against = "" if name == OURS else f"; ours / this, median: {ratio:.0%}"
-        yield f"| {name} | {rates} images/s{against}; first batch after {first:.1f} s |"
+        ratio = statistics.median(own.rate / one.rate for own, one in zip(figures[OWN], found, strict=True))
+        against = "" if name == OWN else f"; {OWN} / this, median: {ratio:.0%}"
+        yield f"| stream: {name} | {rates} images/s{against}; first batch after {first:.1f} s |"
 
 
 def memory_row(folder: Path, times: int) -> str:
-    """Of this process's whole family while a stream runs, and what of it was there before."""
-    training = training_of(folder, times)
-    data = data_of(training)
-    time.sleep(SETTLES)  # until the processes of the stream before are gone
+    """A table row: memory of this process and its descendants, before a stream and while it runs."""
+    training = resolve_training(folder, times)
+    data = load_data(training)
+    time.sleep(SETTLING)
     before = memory()
-    with watched() as looks:
-        figures = through_ray(training, ray.put(data), LEFT_OUT, WATCHED)
-    quarters = [max(looks[at * len(looks) // 4 : (at + 1) * len(looks) // 4]) for at in range(4)]
+    with monitored_memory() as measured:
+        figures = through_ray(training, ray.put(data), IGNORED, MONITORED)
+    quarters = [max(measured[at * len(measured) // 4 : (at + 1) * len(measured) // 4]) for at in range(4)]
     shown = ", ".join(f"{quarter:.2f}" for quarter in quarters)
     return (
-        f"| memory with {data.row_index.count} pictures ({times}x), peaks of four parts of {WATCHED:.0f} s "
-        f"| {shown} GiB, of it {before:.2f} before; {figures.rate:.0f} images/s |"
+        f"| stream: memory with {data.row_index.count} pictures ({times}x), peak in each quarter of {MONITORED:.0f} s "
+        f"| {shown} GiB, {before:.2f} before the stream; {figures.rate:.0f} images/s |"
     )
 
 
 @contextmanager
-def watched() -> Iterator[list[float]]:
-    """What `memory` was while the block lasts."""
-    looks, ends = list[float](), threading.Event()
+def monitored_memory() -> Iterator[list[float]]:
+    """A list to which measurements of `memory` are appended while the block runs."""
+    measured, stopped = list[float](), threading.Event()
 
-    def look() -> None:
-        while not ends.wait(LOOK_SECONDS):
-            looks.append(memory())
+    def monitor() -> None:
+        while not stopped.wait(INTERVAL):
+            measured.append(memory())
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
+    thread = threading.Thread(target=monitor)
+    thread.start()
     try:
-        yield looks
+        yield measured
     finally:
-        ends.set()
-        watcher.join()
+        stopped.set()
+        thread.join()
 
 
 def memory() -> float:
-    """GiB of this process and all that it started."""
-    return sum(map(proportional_memory, family(os.getpid()))) / 2**30
+    """Memory of this process and its descendants in GiB."""
+    return sum(map(proportional_memory, process_tree(os.getpid()))) / 2**30
 
 
 if __name__ == "__main__":

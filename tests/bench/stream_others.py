@@ -1,7 +1,7 @@
-"""What tests/bench/stream.py compares with: MosaicML Streaming and WebDataset, each as its own guide has it.
+"""The baselines of tests/bench/stream.py: MosaicML Streaming and WebDataset, each used as its guide recommends.
 
-Run by that bench, in an environment of its own. Both read local files through a DataLoader of torch's with two workers,
-shuffled, without an epoch's end; a batch is a uint8 tensor (128, side, side, 3) and its texts.
+That script runs this one in a separate environment. Both read local files through torch's DataLoader with a worker per
+CPU, shuffled and endless. A batch is a uint8 tensor (128, side, side, 3) and its texts.
 """
 
 import argparse
@@ -27,23 +27,21 @@ from pipeline.storage.shards import Store
 from trainer.samples.data import text_parts
 from trainer.samples.training_text import CaptionConfig, full_text, training_text
 
-BATCH = 128  # the micro batch of stage 256
+BATCH = 128  # samples: the micro batch of stage 256
 SHARD_BYTES = 1 << 26  # MosaicML Streaming's default
 WORKERS = os.cpu_count() or 2
-SHUFFLED = 1000  # samples that a worker of WebDataset's has in memory, as in its guide
-EPOCH = 100_000  # samples of MosaicML Streaming's: of several rounds through the pictures, as none ends here
+SHUFFLED = 1000  # samples in the shuffle buffer of a WebDataset worker, as in its guide
+EPOCH = 100_000  # samples per epoch of MosaicML Streaming: more than a measurement reads, so that no epoch ends
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one stream."""
-
-    first_batch: float  # seconds from the making of the reader
-    rate: float  # images/s, once it is under way
+    first_batch: float  # seconds from the construction of the reader
+    rate: float  # images/s after the warm-up
 
 
 def measure(started: float, batches: Iterable[Any], left_out: float, seconds: float) -> Figures:
-    """`left_out`: seconds after the first batch, whose images do not count; `seconds`: those after them, which do."""
+    """Ignores the images of `left_out` seconds after the first batch, then counts those of the next `seconds`."""
     first = begun = 0.0
     count = 0
     for _ in batches:
@@ -58,13 +56,13 @@ def measure(started: float, batches: Iterable[Any], left_out: float, seconds: fl
     raise AssertionError("the stream ended")
 
 
-# --- What becomes of a sample -----------------------------------------------------------------------------------------
+# --- Work per sample --------------------------------------------------------------------------------------------------
 
 Work = Callable[[bytes, dict[str, Any]], tuple[torch.Tensor, str]]
 
 
 def same_work(generator: np.random.Generator, side: int, image: bytes, row: dict[str, Any]) -> tuple[torch.Tensor, str]:
-    """Our crop, and the text drawn anew."""
+    """The project's crop and randomly assembled text."""
     crop = square_crop(image, side, *generator.random(2))
     assert isinstance(crop, Crop)
     return torch.from_numpy(crop.pixels_HWC), training_text(text_parts(row), generator, CaptionConfig())
@@ -73,7 +71,7 @@ def same_work(generator: np.random.Generator, side: int, image: bytes, row: dict
 def plain_work(
     generator: np.random.Generator, side: int, image: bytes, row: dict[str, Any]
 ) -> tuple[torch.Tensor, str]:
-    """Decoded whole, resized whole, cut; the text as it was stored."""
+    """Decodes and resizes the whole picture, then crops it. The text is the stored one."""
     picture = Image.open(io.BytesIO(image)).convert("RGB")
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
@@ -89,8 +87,10 @@ WORKS = {"same": same_work, "plain": plain_work}
 
 
 def streaming() -> Any:
-    """The package. It imports torchvision, whose build for CUDA does not import beside torch for the CPU unless the two
-    operators that it looks for are declared."""
+    """Imports and returns the package `streaming`.
+
+    It imports torchvision, whose CUDA build can be imported beside torch for CPUs only if two operators are declared.
+    """
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -134,7 +134,7 @@ READERS = {"mosaicml": mosaicml_batches, "webdataset": webdataset_batches}
 
 
 def convert(dataset: str, images: str, selection: str, folder: Path) -> None:
-    """The selected pictures' bytes and texts in both formats, with the options of their guides."""
+    """Writes the selected pictures and texts in both formats, with the options of their guides."""
     import webdataset
 
     columns = {"image": "bytes", "row": "json"}
@@ -160,23 +160,25 @@ def samples(store: Store, images: str, selection: str) -> Iterator[tuple[bytes, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the converted pictures")
-    parser.add_argument("--convert", nargs=3, metavar=("DATASET", "IMAGES", "SELECTION"))
-    parser.add_argument("--reader", choices=READERS)
-    parser.add_argument("--work", choices=WORKS)
-    parser.add_argument("--side", type=int, help="pixels")
-    parser.add_argument("--seconds", type=float, nargs=2, help="left out after the first batch, then measured")
+    parser.add_argument("--folder", type=Path, required=True, help="Folder of the converted pictures.")
+    parser.add_argument("--convert", nargs=3, metavar=("DATASET", "IMAGES", "SELECTION"), help="Convert and exit.")
+    parser.add_argument("--reader", choices=READERS, help="Library to measure.")
+    parser.add_argument("--work", choices=WORKS, help="Work per sample.")
+    parser.add_argument("--side", type=int, help="Side of the crop in pixels.")
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, help="Seconds to ignore after the first batch, then seconds to measure."
+    )
     args = parser.parse_args()
     if args.convert:
         convert(*args.convert, args.folder)
         return
     work = partial(WORKS[args.work], np.random.default_rng(0), args.side)
     if args.reader == "mosaicml":
-        streaming()  # its import is no part of the stream's start, as those of the others are not
+        streaming()  # imported before the clock starts, like the other packages
     started = time.perf_counter()
     figures = measure(started, READERS[args.reader](args.folder, work), *args.seconds)
     print(json.dumps(asdict(figures)), flush=True)
-    os._exit(0)  # the workers of an endless stream go with it
+    os._exit(0)  # also ends the workers of the endless stream
 
 
 if __name__ == "__main__":

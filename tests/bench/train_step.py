@@ -1,9 +1,8 @@
-"""BENCH: one training step of XUT - images/s, TFLOP/s, share of the machine's measured matmul peak, peak memory.
+"""Benchmark: one training step of XUT: images/s, TFLOP/s, share of the measured matmul peak, peak memory.
 
-Needs torch and this checkout, and transformers and diffusers for --encoders; neither Ray nor an installed package.
-Several values of --tread are measured in turns within one run, so that their ratio holds on a noisy machine. TFLOP/s
-are the model's: an encoder's time counts, its arithmetic does not. Peak memory on a CPU is the process's so far, of all
-rates before.
+Needs torch and this checkout, and transformers and diffusers with --encoders, but neither Ray nor an installed package.
+The rates of --tread take turns, so that their ratio is reliable on a noisy machine. TFLOP/s count the operations of XUT
+only, while the seconds include the encoders. Peak memory on a CPU is that of the process since its start.
 
     python tests/bench/train_step.py --preset base --resolution 512 --batch 1 --tread 0 0.5
     python tests/bench/train_step.py --preset base --resolution 256 --batch 128 --device cuda --dtype bf16 --compile
@@ -32,7 +31,7 @@ from trainer.model.flops import count_flops
 from trainer.model.xut import XUT, compiled
 from trainer.optimization.optimizers import OptimizerConfig, build_optimizer
 
-# Not those of trainer.recipe.stage_config, which needs packages that a bare GPU machine may not have.
+# Repeats PRESETS of trainer.recipe, which needs packages that a bare GPU machine may not have.
 SHAPES = {
     "tiny": XUTConfig.tiny,
     "small": XUTConfig.small,
@@ -46,23 +45,34 @@ PIXELS_PER_LATENT = 8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=SHAPES, default="base")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels: side of the crop")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--text-tokens", type=int, default=96, help="padded length of a text; real ones are 1/4 to all")
-    parser.add_argument("--tread", type=float, nargs="+", default=[0.0, 0.5], help="selection rates, in turns")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast, weights stay fp32")
-    parser.add_argument("--checkpointing", choices=["none", "blocks", "all"], default="none")
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--preset", choices=SHAPES, default="base", help="Shape of the model. Default: base.")
+    parser.add_argument("--resolution", type=int, default=256, help="Side of the crop in pixels. Default: 256.")
+    parser.add_argument("--batch", type=int, default=1, help="Images per step. Default: 1.")
+    parser.add_argument(
+        "--text-tokens", type=int, default=96,
+        help="Padded length of the texts, whose real lengths are a quarter of it to all of it. Default: 96.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tread", type=float, nargs="+", default=[0.0, 0.5], help="TREAD selection rates. Default: 0 0.5."
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: %(default)s."
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="bf16 means autocast with fp32 weights. Default: fp32."
+    )
+    parser.add_argument("--checkpointing", choices=["none", "blocks", "all"], default="none", help="Default: none.")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="Default: adamw.")
+    parser.add_argument("--compile", action="store_true", help="Compile the model and the VAE.")
     parser.add_argument(
         "--encoders",
         action="store_true",
-        help="with the text encoder and the VAE: random, of Qwen3-0.6B's and SDXL's shape, in --dtype",
+        help="Include a text encoder and a VAE with random weights in --dtype, shaped like Qwen3-0.6B and SDXL's.",
     )
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each rate; the median counts")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also the N operations that take longest")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="Measured steps per rate; the median is reported. Default: 5."
+    )
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="Also list the N slowest operations.")
     return parser.parse_args()
 
 
@@ -71,12 +81,13 @@ def main() -> None:
     device = torch.device(args.device)
     peak = matmul_peak(device, DTYPES[args.dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"| {args.dtype} matmul peak, {name}, torch {torch.__version__} | {peak / 1e12:.3f} TFLOP/s |", flush=True)
+    what = f"train_step: {args.dtype} matmul peak, {name}, torch {torch.__version__}"
+    print(f"| {what} | {peak / 1e12:.3f} TFLOP/s |", flush=True)
     step, config, image_tokens = training_step(args, device)
     seconds: dict[float, list[float]] = {rate: [] for rate in args.tread}
     memory: dict[float, float] = {}
     for rate in args.tread:
-        step(rate)  # compiles, allocates
+        step(rate)  # compiles and allocates
     for _ in range(args.steps):
         for rate in args.tread:
             if device.type == "cuda":
@@ -91,15 +102,15 @@ def main() -> None:
         middle = statistics.median(seconds[rate])
         done = args.batch * count_flops(config, image_tokens, args.text_tokens, rate).step / middle
         speed = f"{middle:.3f} s, {args.batch / middle:.2f} images/s, {done / 1e12:.3f} TFLOP/s"
-        shares = f"{done / peak:.0%} of the matmul peak, {middle / first:.3f} of the first one's time"
-        print(f"| step: {kind}, TREAD {rate:g} | {speed}, {shares}, {memory[rate]:.1f} GiB |")
+        shares = f"{done / peak:.0%} of the matmul peak, {middle / first:.3f}x the time of the first rate"
+        print(f"| train_step: {kind}, TREAD {rate:g} | {speed}, {shares}, {memory[rate]:.1f} GiB |")
     if args.profile:
         for operation, share in profiled(lambda: step(args.tread[-1]), device)[: args.profile]:
-            print(f"| ... of it {operation} | {share:.0%} |")
+            print(f"| train_step: share of the device's time in {operation} | {share:.0%} |")
 
 
 def profiled(work: Callable[[], None], device: torch.device) -> list[tuple[str, float]]:
-    """Operations and their shares of the device's time, the largest first."""
+    """Operations and their shares of the device's time, largest first."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         timed(work, device)
@@ -110,7 +121,7 @@ def profiled(work: Callable[[], None], device: torch.device) -> list[tuple[str, 
 
 
 def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[float], None], XUTConfig, int]:
-    """A function that takes one step at a selection rate; the model's config; its image tokens."""
+    """A function that takes one step at a given selection rate, the model's config and its number of image tokens."""
     torch.manual_seed(0)
     dtype = DTYPES[args.dtype]
     encoder = qwen3_600m(device, dtype) if args.encoders else None
@@ -159,7 +170,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best large square product."""
+    """Operations per second of the fastest of ten large square matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
@@ -167,7 +178,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device is done."""
+    """Seconds until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -178,7 +189,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the device since the last reset, or of this process since its start."""
+    """Peak memory in GiB: of the device since the last reset, or of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
