@@ -36,22 +36,44 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups afterwards
+# `pytest -n 2` gives each process whole files. These share a trained run, which takes a minute to make.
+_WITH_TRAINED_RUN = tuple(
+    f"tests/trainer/{name}"
+    for name in (
+        "test_resume.py",
+        "test_run.py",
+        "training/",
+        "runs/test_lora.py",
+        "recipe/test_resolve.py",
+        "samples/",
+    )
+)
+# Files that take longest are started first, so that both processes end at about the same time.
+_LONGEST = (
+    *_WITH_TRAINED_RUN,
+    "tests/pipeline/test_",
+    "tests/pipeline/core/",
+    "tests/trainer/web/",
+    "tests/trainer/model",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Two processes share the tests (`-n 2 --dist loadgroup`): one has all that need Ray, so that Ray starts once.
+    if hasattr(config, "workerinput"):  # a process of xdist
+        items.sort(key=lambda item: next((n for n, path in enumerate(_LONGEST) if item.nodeid.startswith(path)), 99))
 
-    Tests of one file stay together because they share fixtures. The group with Ray takes longest and comes first.
-    """
-    if not config.getoption("loadgroup", False):  # set in the processes of `--dist loadgroup`
-        return
 
-    def needs_ray(item: pytest.Item) -> bool:
-        return "ray_address" in getattr(item, "fixturenames", ())
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
 
-    for item in items:
-        name = "ray" if needs_ray(item) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: not needs_ray(item))
+    class ByFile(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return "trained run" if path.startswith(_WITH_TRAINED_RUN) else path
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @dataclass(frozen=True)
