@@ -42,7 +42,7 @@ class CaptionReason(StrEnum):
 
 
 class Note(StrEnum):
-    """What was fixed in a caption, or is only counted."""
+    """A fix that was applied to a caption, or a fact about it that is counted."""
 
     PREAMBLE = "preamble"  # "Sure! Here is a description:"
     OPENER = "opener"  # "The image shows"

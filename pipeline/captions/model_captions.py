@@ -192,7 +192,7 @@ class CaptionWorker:
             raise JobStopped(self._stopped)
 
     def report(self) -> CaptionStats:
-        """What was done until now."""
+        """Totals so far."""
         waits = asyncio.run_coroutine_threadsafe(self._slots.wait_times(), self._loop).result()
         with self._lock:
             return replace(

@@ -52,7 +52,7 @@ class ShardWork:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Of the footers of the files that are written."""
+        """Metadata for the footers of the files that are written."""
         return {"made_from": json.dumps(self.provenance, sort_keys=True)}
 
 

@@ -24,7 +24,7 @@ from pipeline.reporting.counts import NONE
 from pipeline.reporting.findings import REASONS_SHOWN, Findings, duplicate_pairs, shown_reasons
 from pipeline.reporting.measures import CAPTION_WORDS, MEASURES, Measure
 
-# Of all pictures: noise compresses badly, so limiting the number of pictures alone would not bound the page.
+# Total of all pictures. Limiting their number alone would not bound the page, because noise compresses badly.
 _MAX_PICTURE_BYTES = 3_500_000
 _TAGS_LISTED = 1500  # per category
 _MAX_TEXT = 160  # characters of any one text of the dataset

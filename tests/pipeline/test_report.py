@@ -266,7 +266,7 @@ def test_a_thumbnail_belongs_to_its_row(store: Store, tier: bool) -> None:
 
 
 def hostile_findings(store: Store) -> Findings:
-    """Of a dataset in which every text is an attack, and the names of folders as far as possible."""
+    """Findings of a dataset in which every text, and folder names as far as possible, are attacks."""
     name, fields = "a<b>'\"&", {f"tags_{category}": [ATTACK, f"{ATTACK}{category}"] for category in TAG_CATEGORIES}
     posts = [post(n, id=f"{ATTACK}{n}", source=ATTACK, format=ATTACK, rating=ATTACK, **fields) for n in range(3)]
     write(store, "images/one", posts, IMAGES)

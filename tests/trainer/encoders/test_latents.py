@@ -73,7 +73,7 @@ def test_a_codec_that_keeps_everything_returns_every_byte(codec: LinearCodec) ->
 def test_dct_returns_the_nearest_picture_that_its_channels_hold() -> None:
     codec, pixels = load_codec("dct"), soft_pictures()
     decoded = codec.decode(codec.encode(pixels))
-    # What is left over has no part in any channel, but for the rounding to bytes.
+    # Apart from rounding to bytes, the remainder has no component in any channel.
     leftover = codec.encode(decoded) - codec.encode(pixels)
     assert isinstance(codec, LinearCodec)
     rounding = 1 / 127.5 / 12**0.5  # deviation, in a pixel and so, orthonormally, in a coefficient

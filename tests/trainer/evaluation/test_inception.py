@@ -47,7 +47,7 @@ def kernel_shapes() -> dict[str, tuple[int, int, int, int]]:
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """Of such a scale that activations neither vanish nor explode."""
+    """Weights at a scale at which activations neither vanish nor explode."""
     generator = np.random.default_rng(0)
     weights = {"fc.weight": np.zeros((1008, FEATURES), np.float32), "fc.bias": np.zeros(1008, np.float32)}
     for name, (out, channels, rows, columns) in kernel_shapes().items():
