@@ -1,4 +1,4 @@
-"""Checks the text of a model: a caption, or the reason why it is none.
+"""Checks the text of a model: returns a caption, or the reason for rejecting it.
 
 The order of the checks, each of which sees the result of the one before:
     empty, token leakage, control characters, refusal           nothing in the text is usable

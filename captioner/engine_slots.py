@@ -1,4 +1,4 @@
-"""Limits the requests that an engine has in flight, and replaces the engine when it died or has served many pictures.
+"""Limits the requests that an engine has in flight, and replaces an engine that has died or has served many pictures.
 
 Belongs to one event loop; knows neither shards nor Ray.
 """
@@ -65,13 +65,13 @@ class EngineSlots:
                     self.add("in flight", -1)
 
     def mark_dead(self, number: int) -> bool:
-        """Have engine `number` replaced. Returns False if it already was replaced or marked."""
+        """Marks engine `number` for replacement. Returns False if it was replaced or marked before."""
         is_news = number == self.engines_started and not self._is_dead
         self._is_dead |= is_news
         return is_news
 
     async def wait_times(self) -> WaitTimes:
-        """Until now."""
+        """Times waited so far."""
         self.add("ready", 0)
         return replace(self._waits)
 

@@ -1,4 +1,4 @@
-"""Score a dataset's images with any image classifier (aesthetic, watermark ...). Images are never rewritten.
+"""Score a dataset's images with an image classifier (aesthetic, watermark ...). Images are never rewritten.
 
 The classifier is a folder on this machine, in the layout of transformers or with an ONNX graph; see
 pipeline/pictures/classifiers.py. Nothing is downloaded.

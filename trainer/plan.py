@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from pipeline.core.errors import UsageError
 from pipeline.core.jobs import local_path, run
 from trainer.cost.command import parse_args
 
@@ -19,6 +20,8 @@ def main() -> None:
     path = local_path("--json", job.json) if job.json else None
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(f"--json {path} is a folder: give the name of a file")
     names = planned_stages(job)
     machine = machines.planned_machine(job)
     setups = stage_setups(job, names, machine.count)
@@ -52,7 +55,7 @@ def main() -> None:
         lines += [f"For ${job.budget:g} (an estimate; the rule: {budget.RULE}):", "", report.table(plan), ""]
         lines += ["samples kept: " + ", ".join(f"{name} {share:.0%}" for name, share in kept.items()), ""]
     record["commands"] = list(report.training_commands(setups, machine, job.dataset))
-    print("\n".join([*lines, "To train it:", *record["commands"]]), flush=True)
+    print("\n".join([*lines, "To train it:", *(record["commands"] or [report.NO_GPU])]), flush=True)
     if path:
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

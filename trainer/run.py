@@ -1,4 +1,4 @@
-"""Train one stage on a selection of the dataset. Run the same command again to resume from the newest checkpoint."""
+"""JOB: trains one stage on a selection of the dataset. The same command resumes from the newest checkpoint."""
 
 import os
 import time

@@ -64,7 +64,10 @@ class RequestFailed(Exception):
 
     def __init__(self, failure: EngineFailure, detail: str) -> None:
         super().__init__(f"{failure}: {detail}")
-        self.failure = failure
+        self.failure, self.detail = failure, detail
+
+    def __reduce__(self) -> tuple[type["RequestFailed"], tuple[EngineFailure, str]]:
+        return RequestFailed, (self.failure, self.detail)  # so that it can leave its process
 
 
 class EngineDied(Exception):

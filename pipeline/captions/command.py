@@ -86,16 +86,16 @@ def parse_args(description: str) -> CaptionJob:
     add("--at-once", type=int, metavar="N",
         help=f"Requests at a time per engine. Default: vllm {_CONCURRENCY['vllm']}, openai {_CONCURRENCY['openai']}.")
     add("--timeout", type=float, metavar="SECONDS",
-        help="For one answer, including the engine's queue. "
+        help="For one answer, including the engine's queue; with openai, for each of its --tries. "
         f"Default: vllm {_TIMEOUT['vllm']:.0f}, openai {_TIMEOUT['openai']:.0f}.")
     add("--tries", type=int, default=5, metavar="N", help="Tries of each request to a server. Default: 5.")
     add("--prompt", choices=TEMPLATES, default=PROMPT_VERSION,
         help=f"Version of the prompt. Default: {PROMPT_VERSION}.")
     add("--temperatures", type=float, nargs="+", default=Sampling.temperatures, metavar="T",
         help="One per attempt, up to 3, none above the one before. Default: 0.5 0.3 0.2.")
-    add("--max-tokens", type=int, default=Sampling.max_tokens, metavar="N", help="Of an answer. Default: 256.")
+    add("--max-tokens", type=int, default=Sampling.max_tokens, metavar="N", help="Most tokens of an answer. Default: 256.")
     add("--max-side", type=int, default=768, metavar="PIXELS",
-        help="Longer side of the picture that the model sees. Default: 768.")
+        help="Pictures with a longer side are shrunk for the model. Default: 768.")
     add("--restart-after", type=int, default=50_000, metavar="IMAGES",
         help="Restart each engine after this many images, as vLLM's memory grows over days. 0: never. Default: 50000.")
     add("--retry-rejected", action="store_true",

@@ -130,7 +130,7 @@ class CaptionWorker:
         final = replace_repeated([rows[request.id] for request in requests], requests)
         asked = {request.id for request in todo.values()}
         repeated = sum(row["reason"] == CaptionReason.REPEATED for row in final if row["id"] in asked)
-        with self._lock:  # only now: a repeated caption is known once all rows are
+        with self._lock:  # repeated captions are known only when all rows have one
             self._stats.rejected += Counter({str(CaptionReason.REPEATED): repeated})
         write_captions(self.store, name, final, provenance)
         partial.remove()

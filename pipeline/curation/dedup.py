@@ -48,7 +48,7 @@ def groups(
     """The group of each row, named by the lowest row in it: (N,).
 
     `content` is any hash of the bytes, `aspect` is width / height, `links` are pairs of rows known to be copies. Flat
-    pictures (decoder.FLAT) are copies only by their bytes or a link.
+    pictures (perceptual_hash.FLAT) are copies only by their bytes or a link.
     """
     lengths = {len(column) for column in (content_N, phash_N, aspect_N)}
     assert len(lengths) == 1, lengths

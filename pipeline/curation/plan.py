@@ -94,8 +94,8 @@ def _check_one_model(dataset: Store, scorer: str, images: Mapping[str, FileIdent
     """Scores of several models are not comparable. They occur when score.py was stopped while replacing a model's
     scores. Scores from elsewhere name no model."""
     first: dict[str | None, str] = {}  # model -> a shard with its scores
-    for shard, ingredients in read_provenance(dataset, f"scores/{scorer}", images).items():
-        first.setdefault(ingredients.get("model"), shard)
+    for shard, inputs in read_provenance(dataset, f"scores/{scorer}", images).items():
+        first.setdefault(inputs.get("model"), shard)
     if len(first) > 1:
         raise UsageError(
             f"scores/{scorer} has scores of {len(first)} models, for example in "
@@ -184,12 +184,12 @@ def selection_work(
 
 
 def to_do(dataset: Store, folder: str, work: Mapping[str, ShardWork], without: str = "") -> dict[str, str]:
-    """The shards that must be made (again), each with the reason. The ingredient `without` is not compared."""
+    """The shards that must be made (again), each with the reason. The input `without` is not compared."""
 
-    def compared(ingredients: Mapping[str, str]) -> dict[str, str]:
-        return {name: value for name, value in ingredients.items() if name != without}
+    def compared(inputs: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in inputs.items() if name != without}
 
-    before = {shard: compared(ingredients) for shard, ingredients in read_provenance(dataset, folder, work).items()}
+    before = {shard: compared(inputs) for shard, inputs in read_provenance(dataset, folder, work).items()}
     return changes(before, {shard: compared(part.provenance) for shard, part in work.items()})
 
 

@@ -38,7 +38,12 @@ def parse_args(description: str | None) -> IngestJob:
         "--admit", nargs="+", default=[], choices=reasons, metavar="REASON",
         help=f"keep rows that are rejected by default: {', '.join(map(repr, reasons))}",
     )  # fmt: skip
-    parser.add_argument("--max-megapixels", type=float, default=100, help="reject larger images. Default and most: 100")
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=100,
+        help="reject larger images. Default: 100, which is also the maximum",
+    )
     parser.add_argument("--rows-per-shard", type=int, metavar="N", help="split raw files into shards of at most N rows")
     parser.add_argument(
         "--downsize", type=int, metavar="SIDE", help="also write images-SIDE/, with a short side of at most SIDE pixels"

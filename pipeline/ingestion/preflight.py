@@ -212,7 +212,9 @@ def _changed_settings(before: str, now: str) -> str:
 def _repeated_ids(files: list[RawShard], rules: IngestRules) -> tuple[int, str]:
     """Number of rows whose id occurred before, and an example."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        hashes = list(progress_bar(threads.map(lambda raw: _hashes(raw, rules), files), len(files), "reading ids", "files"))
+        hashes = list(
+            progress_bar(threads.map(lambda raw: _hashes(raw, rules), files), len(files), "reading ids", "files")
+        )
     ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(repeated):

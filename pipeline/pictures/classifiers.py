@@ -8,7 +8,9 @@ Two layouts, distinguished by model.onnx:
                    preprocessor_config.json, and config.json (id2label, problem_type) unless it has one output;
                    or with selected_tags.csv (WD taggers: column `name`; NHWC, BGR, 0 to 255; outputs probabilities).
 
-Nothing is downloaded. Axes: N pictures, H rows, W columns, C channels, L labels.
+preprocessor_config.json must be that of ViT, BEiT, CLIP or SigLIP. Nothing is downloaded.
+
+Axes: N pictures, H rows, W columns, C channels, L labels.
 """
 
 import csv
@@ -200,7 +202,7 @@ def _classifier(
 
 
 def _activation(problem_type: str | None, labels: int) -> Activation:
-    """As transformers computes losses: by default a regression for one label, one class of several otherwise."""
+    """The default is that of transformers: a regression for one label, one class of several otherwise."""
     problem = problem_type or ("regression" if labels == 1 else "single_label_classification")
     if problem == "single_label_classification" and labels == 1:
         raise ValueError("one label out of one is always certain: problem_type must be regression or multi_label")

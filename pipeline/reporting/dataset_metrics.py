@@ -84,7 +84,7 @@ def _rows(holdings: Mapping[str, Holding]) -> Iterator[Metric]:
     captioned = {(folder,): held.rows - held.reasons.total() for folder, held in captions}
     yield "captioned_rows", "Rows captioned by the requested engine", by_folder, captioned
     refused = {(folder, why): rows for folder, held in captions for why, rows in held.reasons.items()}
-    meaning = "Rows captioned by their tags because the requested engine failed"
+    meaning = "Rows without a caption of the requested engine, by reason"
     yield "caption_rejected_rows", meaning, ("folder", "reason"), refused
     scored = {(folder,): held.rows for folder, held in below("scores")}
     yield "scored_rows", "Rows scored by a classifier", by_folder, scored

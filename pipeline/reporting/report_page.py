@@ -48,7 +48,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class ReportSection:
+class FunnelStep:
     """One step of the funnel: the rows that are left, and the reasons for which others are not."""
 
     title: str
@@ -151,7 +151,7 @@ def render(findings: Findings) -> str:
     )  # fmt: skip
 
 
-def funnel(findings: Findings) -> list[ReportSection]:
+def funnel(findings: Findings) -> list[FunnelStep]:
     """Raw rows -> ingested -> captioned -> each selection. Each step accounts for all rows of an earlier one."""
     census, root = findings.census, shlex.quote(findings.dataset)
     images = int(census.rows[0])
@@ -159,10 +159,10 @@ def funnel(findings: Findings) -> list[ReportSection]:
     no_caption = Counter({reason: count for reason, count in census.captions.items() if reason != "captioned"})
     waiting = images - census.captions.total()
 
-    def section(title: str, rows: int, lost: Counter[str], command: str | None = None) -> ReportSection:
+    def section(title: str, rows: int, lost: Counter[str], command: str | None = None) -> FunnelStep:
         whole, gone = max(raw, 1), +lost
         shown = shares(gone, rows + gone.total())
-        return ReportSection(clip(title), rows, 100 * rows / whole, shown, 100 * gone.total() / whole, command)
+        return FunnelStep(clip(title), rows, 100 * rows / whole, shown, 100 * gone.total() / whole, command)
 
     caption = f"python pipeline/caption.py --dataset {root}" if waiting else None
     lost = no_caption + Counter({"not captioned yet": waiting})

@@ -27,8 +27,8 @@ def parse_args(description: str | None) -> ScoreJob:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json + *.safetensors, or model.onnx")
     parser.add_argument(
         "--name",
-        help="write scores/<name>/, replacing the scores of any other model there. Default: the folder's name, which "
-        "replaces nothing",
+        help="write scores/<name>/, replacing the scores of any other model there. Default: the folder's name, under "
+        "which scores of another model are never replaced",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per forward pass. Default: 32")
     parser.add_argument(

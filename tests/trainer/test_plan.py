@@ -238,7 +238,7 @@ def test_a_measurement_on_a_cpu_is_not_scaled_to_a_gpu(call_job: CallJob) -> Non
         (("--stages", "256", "--set", "512.samples=9"), ("not planned", "--stages 256 512")),
         (("--stages", "256", "--images", "512=9"), ("--images 512", "--stages 256 512")),
         (("--stages", "256", "--images-per-second", "512=9"), ("--images-per-second 512", "--stages 256 512")),
-        (("--json", "."), ("directory",)),
+        (("--json", "."), ("folder",)),
         (("--set", "256.samplse=9"), ("samples",)),
     ],
 )

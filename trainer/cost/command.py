@@ -16,8 +16,10 @@ def parse_args(description: str | None) -> Namespace:
     add = parser.add_argument
     add("--gpu", metavar="KIND", help='Such as "RTX 4090". Default: RTX 5090, or with --measure the GPU here')
     add("--gpus", type=partial(_number, whole=True), metavar="N", help="Default: 4, or with --measure those here")
-    add("--teraflops", type=_number, metavar="F", help="Dense bfloat16 peak of one GPU, if its kind is not known")
-    add("--watts", type=_number, metavar="F", help="Board power of one GPU, if its kind is not known")
+    add(
+        "--teraflops", type=_number, metavar="F", help="Dense bfloat16 peak of one GPU. Needed if its kind is not known"
+    )
+    add("--watts", type=_number, metavar="F", help="Board power of one GPU. Needed if its kind is not known")
     add("--price", type=partial(_number, least=0), metavar="DOLLARS",
         help="Price of one GPU hour. Default: what the papers paid, for RTX 5090")  # fmt: skip
     add("--stages", nargs="+", metavar="STAGE", help="Default: 256 512 768 1024, or those --dataset has selections for")

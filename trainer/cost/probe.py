@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from timeit import repeat
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def _measure_stage(setup: StageSetup, seconds: float) -> Row | None:
     model = replace(setup.model, in_channels=codec.channels, text_dim=text.dim)
     setup, step = replace(setup, model=model, codec_factor=codec.factor), None
     if not on_gpu:
-        _, one = (_seconds(one_sample) for one_sample in [_step(setup, 1, codec, text)] * 2)
+        _, one = repeat(_step(setup, 1, codec, text), repeat=2, number=1)  # the first one allocates memory
         samples = max(1, min(samples, int((seconds - 2 * one) / one / _CPU_STEPS)))
     while samples and not step:
         try:
@@ -107,12 +108,6 @@ def _step(setup: StageSetup, size: int, codec: Any, text: TextEncoder) -> Callab
             torch.cuda.synchronize()
 
     return step
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ from trainer.recipe.stages import STAGES
 _MEMORY_SHARE = 0.95  # of a GPU's memory that training can use
 _PAPERS_DOLLARS = "${}-{}".format(*PAPERS["dollars"])
 _PAPERS_PRICES = "${:.3f} to ${:.3f}".format(*PAPERS_PRICES)
+NO_GPU = "no commands: run.py refuses a model of this size without a GPU; --set model=tiny plans what it would train"
 PAPERS_LINE = (
     f"The papers (HDM report, section 4): {PAPERS['hours']} h and {_PAPERS_DOLLARS} on {PAPERS['gpus']} x "
     f"{PAPERS['gpu']}, {_PAPERS_PRICES} a GPU hour."
@@ -66,7 +67,7 @@ def assumptions(
     if any(row["source"] == "scaled" for row in plan):
         yield "scaled: by operations (encoders as SDXL's VAE, Qwen3-0.6B), peak and number of GPUs, at equal efficiency"
     if any(row["name"] == "1024" and "the papers'" in row["remark"] for row in plan):
-        yield "the papers' 1024 stage counts as dense, as they say; their public code routes half its tokens"
+        yield "the papers' 1024 stage counts as dense, as they say. Their code routes tokens: it may take longer"
     for source in dict.fromkeys(setup.text_source for setup in setups):
         tokens = ", ".join(f"{s.name} {s.text_tokens}" for s in setups if s.text_source == source)
         yield f"text tokens with padding: {tokens}: {source}"
@@ -74,10 +75,13 @@ def assumptions(
         size, fitting = setup.stage.micro_batch, fitting_micro_batch(setup, machine)
         if fitting < size:
             fix = f"--set {setup.name}.micro_batch={fitting} fits" if fitting else "not even one sample fits"
-            yield f"stage {setup.name}: a micro batch of {size} does not fit into {machine.name}: {fix} (an estimate)"
+            needed = memory.training_bytes(setup.model, setup.stage, size, setup.codec_factor) / 1e9
+            yield f"stage {setup.name}: a micro batch of {size} needs about {needed:.0f} GB (an estimate): {fix}"
     if machine.price is not None:
         middle = f", the middle of what the papers paid ({_PAPERS_PRICES})" if job.price is None else ""
         yield f"dollars: ${machine.price:.4g} a GPU hour{middle}"
+    else:
+        yield "dollars: not known; give the price of a GPU hour with --price"
     if machine.watts is not None:
         yield f"energy: {machine.watts:g} W for each GPU, all the time, and {estimate.HOST_WATTS} W for the rest"
     if job.dataset is not None:
@@ -98,8 +102,11 @@ def fitting_micro_batch(setup: StageSetup, machine: Machine) -> int:
 
 
 def training_commands(setups: Sequence[StageSetup], machine: Machine, dataset: str | None) -> Iterator[str]:
-    """A trainer/run.py command for each stage. Each starts from the weights of the stage planned before it."""
+    """A trainer/run.py command for each stage. Each starts from the weights of the stage planned before it. None for a
+    CPU that would be refused."""
     before = None
+    if machine.name.startswith("CPU") and any(setup.stage.model != "tiny" for setup in setups):
+        return
     for setup in setups:
         stage = setup.stage
         words = ["python", "trainer/run.py", "--stage", setup.name, "--dataset", dataset or "ROOT", "--run", "RUN"]

@@ -39,23 +39,18 @@ class StageSetup:
     settings: Mapping[str, str]  # fields that --set changes
 
     @property
-    def operations(self) -> dict[str, float]:
-        """Floating-point operations of matrix products and convolutions for one training sample, by part. Encoders that
-        are not embedded count as SDXL's VAE and Qwen3-0.6B."""
+    def total_operations(self) -> float:
+        """Floating-point operations of matrix products and convolutions for one training sample. Encoders that are not
+        embedded count as SDXL's VAE and Qwen3-0.6B."""
         stage, tokens, pixels = self.stage, self.text_tokens, self.stage.resolution**2
         image_tokens = (stage.resolution // self.codec_factor // self.model.patch_size) ** 2
         step = count_flops(self.model, image_tokens, tokens, stage.selection_rate)
-        image = _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
-        text = _QWEN_PER_TOKEN * tokens + _QWEN_PER_SQUARED_TOKENS * tokens**2
-        return {
-            "model": step.step + _RECOMPUTED[stage.checkpointing] * step.hidden,
-            "image_encoder": 0 if stage.codec in EMBEDDED_CODECS else image,
-            "text_encoder": 0 if stage.text_encoder == EMBEDDED_ENCODER else text,
-        }
-
-    @property
-    def total_operations(self) -> float:
-        return sum(self.operations.values())
+        total = step.step + _RECOMPUTED[stage.checkpointing] * step.hidden
+        if stage.codec not in EMBEDDED_CODECS:
+            total += _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
+        if stage.text_encoder != EMBEDDED_ENCODER:
+            total += _QWEN_PER_TOKEN * tokens + _QWEN_PER_SQUARED_TOKENS * tokens**2
+        return total
 
 
 def planned_stages(job: Namespace) -> list[str]:

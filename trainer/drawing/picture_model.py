@@ -119,7 +119,7 @@ class PictureModel:
 
     def time_shift(self, settings: SamplingSettings) -> float:
         """The time shift of the settings or, if None, that of `flow.shift_for_tokens`: larger pictures than the
-        training crops spend more steps near noise, so that as much of the picture is hidden."""
+        training crops spend more steps near noise, so that noise hides as much of them as of a training crop."""
         if settings.shift is not None:
             return settings.shift
         return shift_for_tokens(settings.width * settings.height, self.resolution**2)

@@ -45,8 +45,7 @@ class SavedPicture:
         for name, effect in _MADE_WITH.items():
             then, now = self.made_with[name], model.made_with.get(name)
             if then != now:
-                change = f"{name} {json.dumps(then)}, now with {json.dumps(now)}"
-                print(f"sample: {self.path} was drawn with {change}: {effect}", flush=True)
+                print(f"sample: {self.path} was drawn with {_words(name, then)}, now {_words(name, now)}: {effect}")
 
     def batches(self, model: PictureModel, request: PictureRequest) -> list[DrawingBatch]:
         """The request in a batch equal to the one it was first drawn in, because the batch size affects rounding.
@@ -64,3 +63,10 @@ class SavedPicture:
         if not valid:
             raise UsageError(f"--like {self.path}: its metadata about the batch it was drawn in is damaged")
         return [DrawingBatch(requests, {place: 0})]
+
+
+def _words(name: str, value: Any) -> str:
+    """For example "checkpoint of step 5" or "torch 2.13.0"."""
+    if isinstance(value, Mapping) and "step" in value:
+        return f"{name} of step {value['step']}"
+    return f"{name} {value if isinstance(value, str) else json.dumps(value)}"

@@ -15,7 +15,7 @@ Sampler = Literal["euler", "heun"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """SamplingSettings of the sampler and the camera. Raises ValueError, naming the field, for values out of range."""
+    """Settings of the sampler and the camera. Raises ValueError, naming the field, for values out of range."""
 
     width: int  # pixels
     height: int  # pixels

@@ -101,7 +101,7 @@ class AdapterBase:
             check_encoders(self.base.checkpoint, stage)
         return self.base.checkpoint, (
             f"stage {name} trains adapters of rank {self.lora.rank} on the weights of {self.base.folder}, which do not "
-            "change; keep them, the adapters are useless without"
+            "change. Keep them: the adapters are useless without them"
         )
 
 

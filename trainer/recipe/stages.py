@@ -7,8 +7,6 @@ The stages 256, 512, 768 and 1024 follow the table in section 4.2 of the HDM rep
 - Stage 256 puts the report's 128 crops per GPU into one micro batch, which takes a card of about 40 GB.
   `--set micro_batch=64` takes the same steps with half of the activations.
 
-The report does not list AdamW's betas, weight decay, gradient clipping and caption dropout. They are those of the
-authors' released training configs.
 
 `checkpoint_every` is 35 to 45 minutes at the speed of the authors' four RTX 5090: 243, 98, 56 and 20.7 images/s.
 """
@@ -44,7 +42,7 @@ class StageConfig:
     # --- Model and encoders (sections 3.1, 3.2) ---
     model: str  # XUTConfig preset: tiny, small, base or large
     patch_size: int  # latent pixels per token, along a side
-    codec: str  # image encoder: "dct", "pixel", or folder or hub name of an SDXL-family VAE
+    codec: str  # image encoder: "dct", "pixel", or folder or hub name of a diffusers AutoencoderKL
     text_encoder: str  # folder or hub name of a causal language model; "local": built from the selection's captions
     text_tokens: int  # longest text, in tokens of the text encoder; the report's context length
     text_multiple: int = 32  # texts are padded to a multiple of this many tokens, to limit compiled graphs

@@ -151,7 +151,7 @@ def adapters(found: Checkpoint, weights: Weights = "ema") -> dict[str, Tensor]:
 
 
 def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
-    """The model with a checkpoint's tensors. "ema" needs no raw parameters: the tests' kept run has none."""
+    """The model with a checkpoint's tensors. "ema" needs no raw parameters, which a folder may lack."""
     tensors = found.tensors("model")
     if weights == "ema":
         average = EMA(model, decay=0)

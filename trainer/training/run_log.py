@@ -216,8 +216,8 @@ def _append(path: Path, data: bytes) -> None:
 class _TensorBoard:
     """Writes one event file per start of a run.
 
-    torch's SummaryWriter does not fit: after a failed write its thread is dead, prints a traceback and leaves half an
-    event, and its file names order starts by the clock of their machine instead of by number.
+    torch's SummaryWriter does not fit: a failed write kills its thread, which prints a traceback and leaves half an
+    event in the file, and its file names order starts by the clock of the machine instead of by number.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:

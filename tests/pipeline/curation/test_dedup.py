@@ -127,9 +127,7 @@ def test_equal_bytes_and_near_hashes_join_one_group() -> None:
         (["pixiv:10_p0", "pixiv:9_p2"], [100, 100], "pixiv:9_p2"),
     ],
 )
-def test_the_kept_copy_has_most_pixels_then_source_then_number(
-    ids: list[str], pixels: list[int], best: str
-) -> None:
+def test_the_kept_copy_has_most_pixels_then_source_then_number(ids: list[str], pixels: list[int], best: str) -> None:
     kept = keepers(ids, ["a", "a"], random_hashes(2, seed=0), np.array(pixels))
     assert kept == [None if name == best else best for name in ids]
 

@@ -32,7 +32,7 @@ class DeterministicDistribution:
 
 
 @dataclass(frozen=True)
-class AutoencoderKLOutput:
+class HDMCodecOutput:
     latent_dist: DeterministicDistribution
 
 
@@ -66,10 +66,10 @@ class HDMCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
             super()._apply(fn, recurse)
         return self
 
-    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+    def encode(self, x: Tensor) -> HDMCodecOutput:
         """Pixels (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""
         blocks_BPhw = F.pixel_unshuffle(x, self.factor)
-        return AutoencoderKLOutput(DeterministicDistribution(torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)))
+        return HDMCodecOutput(DeterministicDistribution(torch.einsum("cp,bphw->bchw", self.basis_CP, blocks_BPhw)))
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """(B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]."""
