@@ -93,7 +93,7 @@ def parse_args(description: str) -> CaptionJob:
         help=f"Version of the prompt. Default: {PROMPT_VERSION}.")
     add("--temperatures", type=float, nargs="+", default=Sampling.temperatures, metavar="T",
         help="One per attempt, up to 3, none above the one before. Default: 0.5 0.3 0.2.")
-    add("--max-tokens", type=int, default=Sampling.max_tokens, metavar="N", help="Most tokens per answer. Default: 256.")
+    add("--max-tokens", type=int, default=Sampling.max_tokens, metavar="N", help="Tokens per answer. Default: 256.")
     add("--max-side", type=int, default=768, metavar="PIXELS",
         help="Pictures with a longer side are shrunk for the model. Default: 768.")
     add("--restart-after", type=int, default=50_000, metavar="IMAGES",
