@@ -71,7 +71,7 @@ def test_another_checkpoint_is_reported(call_job: RunJob, random_run: Path, samp
     [state] = run.glob("demo/checkpoints/*/state.json")
     state.write_text(json.dumps(json.loads(state.read_text()) | {"saved_at": 1.0}))
     done = call_job("trainer/sample.py", "--run", run, "--out", tmp_path, "--like", path)
-    assert 'drawn with checkpoint {"step": 1,' in done.stdout
+    assert "drawn with checkpoint of step 1, now checkpoint of step " in done.stdout
 
 
 def test_files_that_cannot_be_drawn_again_are_refused(

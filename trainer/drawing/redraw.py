@@ -69,4 +69,4 @@ def _words(name: str, value: Any) -> str:
     """For example "checkpoint of step 5" or "torch 2.13.0"."""
     if isinstance(value, Mapping) and "step" in value:
         return f"{name} of step {value['step']}"
-    return f"{name} {value if isinstance(value, str) else json.dumps(value)}"
+    return f"{name} {value}" if isinstance(value, str) else f"{name} {json.dumps(value)}" if value else f"no {name}"

@@ -424,7 +424,7 @@ def test_sample_merges_adapters_by_their_scale_and_says_so_in_the_picture(
     assert again.read_bytes() == whole.read_bytes()
     assert "will differ" not in said
     _, said = sample("without", "--run", random_run, "--like", whole)
-    assert "now with null: the picture will differ" in said
+    assert "now no adapters: the picture will differ" in said
 
 
 def test_adapters_that_do_not_fit_are_refused_in_one_line(call_job: RunJob, random_run: Path, tmp_path: Path) -> None:
