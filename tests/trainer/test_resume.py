@@ -226,11 +226,11 @@ def test_a_lost_worker_and_a_lost_node_lose_no_step(
         return [pid for pid in descendants(raylets[node]) if is_train_worker(pid)]
 
     job = start_job(*training(dataset, tmp_path), environment={"RAY_ADDRESS": cluster.address})
-    wait_until(lambda: max(losses(tmp_path), default=0) >= 5 and bool(saved(tmp_path)), job, 180)
+    wait_until(lambda: max(losses(tmp_path), default=0) >= 5 and bool(saved(tmp_path)), job, 300)
     os.kill(next(pid for node in nodes for pid in workers(node)), signal.SIGKILL)
-    wait_until(lambda: max(losses(tmp_path)) >= 9 and 8 in saved(tmp_path), job, 180)
+    wait_until(lambda: max(losses(tmp_path)) >= 9 and 8 in saved(tmp_path), job, 300)
     cluster.remove_node(next(node for node in nodes if workers(node)), allow_graceful=False)
-    assert job.wait(timeout=180) == 0
+    assert job.wait(timeout=300) == 0
     assert ids(tmp_path) == ids(whole)
     assert losses(tmp_path) == losses(whole)
     taken = [json.loads(line)["step"] for line in (tmp_path / "audit").read_text().splitlines()]
