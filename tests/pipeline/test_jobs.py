@@ -488,6 +488,8 @@ def test_every_real_illustration_is_accounted_for(run_job: RunJob, real_illustra
     assert ingested["rows_in"] == 59
     assert len(ids(tmp_path / "images")) == ingested["rows_out"]
     assert len(refusals(tmp_path / "rejected")) == sum(ingested["rejected"].values())
+    succeeded(run_job("pipeline/caption.py", "--dataset", tmp_path))
+    assert record(tmp_path / "captions")["rows_in"] == ingested["rows_out"]
     succeeded(run_job("pipeline/curate.py", "--dataset", tmp_path))
     curated = record(tmp_path / "selections" / "demo")
     assert curated["rows_in"] == ingested["rows_out"]
