@@ -38,6 +38,8 @@ ONLY_IN = {
     "ray": {
         "pipeline/core/cluster.py",
         "pipeline/core/dataflow.py",
+        "pipeline/core/metrics.py",
+        "pipeline/core/row_pipeline.py",
         "trainer/cluster/launch.py",
         "trainer/cluster/loader_actors.py",
         "trainer/cluster/monitor.py",

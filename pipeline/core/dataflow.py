@@ -22,17 +22,16 @@ import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.metrics import Counter, Gauge
 
 from pipeline.core.errors import JobFailed, JobStopped, UsageError
-from pipeline.core.progress import Progress, StallDetector, progress_bar
+from pipeline.core.metrics import JobMetrics
+from pipeline.core.progress import Progress, progress_bar
 
 T = TypeVar("T")
 
 _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's default is infinite
 _POLL_SECONDS: Final = 3.0  # between requests for the actors' reports
 _CLOSE_SECONDS: Final = 30.0  # for actors to save what they have
-_GAUGE_SECONDS: Final = 3.0  # Ray drops a gauge that was not set for two of its reports, 20 seconds
 _DECODING_CPUS: Final = 8  # more than an engine ever needs
 
 
@@ -43,7 +42,7 @@ def map_shards(
     description: str,
     memory: int = 0,
 ) -> dict[str, str]:
-    """Runs `work` on each shard (by name) in parallel, with a progress bar over rows and Ray metrics (see _Metrics).
+    """Runs `work` on each shard (by name) in parallel, with a progress bar over rows and Ray metrics (see JobMetrics).
     `work` may return the shard's rows by outcome; by default all are "done".
 
     `memory` is the bytes that a task may need: a node runs only as many at once as fit in its memory. All shards are
@@ -66,7 +65,7 @@ def map_shards(
     failures = dict.fromkeys(shards, "its process died; the log names Ray's own logs")
     with (
         progress_bar(iter(()), sum(map(rows, shards.values())), description, "rows") as bar,
-        _Metrics(description, bar) as metrics,
+        JobMetrics(description, bar) as metrics,
     ):
         try:
             for item in results.iter_rows():
@@ -103,67 +102,6 @@ def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[s
     except Exception as error:
         traceback.print_exc()  # goes to the worker's own log
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", None
-
-
-class _Metrics:
-    """Ray metrics of a job, exported inside the block: the counter `hdm_<task>_rows` of rows by outcome, the gauge
-    `hdm_rows_left`, and those of StallDetector.
-
-    A thread sets the gauges again and again, because Ray drops old ones and a shard may take minutes. So a gauge that
-    exists means that its job is running.
-    """
-
-    def __init__(self, task: str, bar: Any) -> None:
-        self._task, self._bar = task, bar
-        self._outcomes: Tally[str] = Tally()
-        self._counters: dict[str, Counter] = {}
-        self._counted: dict[tuple[str, str], float] = {}
-        self._gauges: dict[str, Gauge] = {}
-        self._shown: dict[str, float] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._set_gauges, daemon=True, name="metrics")
-
-    def __enter__(self) -> "_Metrics":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=_GAUGE_SECONDS)
-
-    def add(self, failure: str, outcomes: Mapping[str, int]) -> None:
-        """Counts the rows of one shard by outcome, unless it failed."""
-        if not failure:
-            self._outcomes.update(outcomes)
-            self.count({f"hdm_{self._task}_rows": self._outcomes})
-
-    def count(self, totals: Mapping[str, Mapping[str, float]]) -> None:
-        """Sets counters, by metric and kind, to their totals so far."""
-        for metric, by_kind in totals.items():
-            if metric not in self._counters:
-                self._counters[metric] = Counter(metric, description=metric.replace("_", " "), tag_keys=("kind",))
-            for kind, value in by_kind.items():
-                more = value - self._counted.get((metric, kind), 0)
-                if more > 0:  # Ray refuses 0
-                    self._counters[metric].inc(more, tags={"kind": kind})
-                    self._counted[metric, kind] = value
-
-    def show(self, gauges: dict[str, float]) -> None:
-        """Replaces the additional gauges, by metric."""
-        self._shown = gauges
-
-    def _set_gauges(self) -> None:
-        stall = StallDetector(time.monotonic())
-        while True:
-            rows = self._bar.n
-            pace = {f"hdm_{name}": value for name, value in stall.update(rows, time.monotonic()).items()}
-            gauges = {"hdm_rows_left": self._bar.total - rows} | pace | self._shown
-            for metric, value in gauges.items():
-                if metric not in self._gauges:
-                    self._gauges[metric] = Gauge(metric, description=metric.replace("_", " "), tag_keys=("task",))
-                self._gauges[metric].set(value, tags={"task": self._task})
-            if self._stop.wait(_GAUGE_SECONDS):
-                return
 
 
 @dataclass(frozen=True)
@@ -279,7 +217,7 @@ def map_shards_with(
     watcher = _Watcher(actors, watch) if watch else None
     with (
         progress_bar(iter(()), sum(map(rows, shards.values())), description, "rows") as bar,
-        _Metrics(description, bar) as metrics,
+        JobMetrics(description, bar) as metrics,
     ):
         try:
             while waiting or running:
@@ -365,7 +303,7 @@ class _Watcher:
     def is_due(self) -> bool:
         return time.monotonic() - self.polled >= _POLL_SECONDS
 
-    def poll(self, bar: Any, metrics: _Metrics) -> None:
+    def poll(self, bar: Any, metrics: JobMetrics) -> None:
         """Shows the reports of all actors that answer in time."""
         self.polled = time.monotonic()
         asked = [actor.report.remote() for actor in self.actors]

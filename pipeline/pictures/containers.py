@@ -30,6 +30,8 @@ class RejectReason(StrEnum):
     TOO_ELONGATED = "too elongated"
     TOO_SMALL = "too small"
     DECODE_FAILED = "decode failed"
+    OUT_OF_MEMORY = "out of memory"
+    DECODER_DIED = "decoder died"  # with its process, for example by a segmentation fault
 
 
 class UnusableFile(Exception):

@@ -160,6 +160,8 @@ def open_image(data: bytes, limits: DecodeLimits) -> OpenedImage | Refused:
 def decode_failure(error: Exception) -> Refused:
     """The refusal for an exception raised by Pillow."""
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if isinstance(error, MemoryError) or "out of memory" in detail:  # the second from Pillow's codecs
+        return Refused(RejectReason.OUT_OF_MEMORY, detail)
     return Refused(RejectReason.TRUNCATED if "truncated" in detail.lower() else RejectReason.DECODE_FAILED, detail)
 
 

@@ -25,9 +25,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import find_raw, plan_shards
 from pipeline.ingestion.rules import IngestRules
-from pipeline.ingestion.validation import validate_shard
 from pipeline.storage.shards import Store
 
 pytestmark = pytest.mark.cluster
@@ -346,7 +346,7 @@ def images(cluster: Cluster, raw: Path) -> Path:
     store, rules = Store(str(cluster.dataset)), IngestRules()
     plan = plan_shards(find_raw([str(raw)]), "auto", ROWS_PER_SHARD, store, rules)
     for part in plan.shards.values():
-        validate_shard(part, store.root, rules)
+        ingest_shard(part, store.root, rules)
     return cluster.dataset
 
 

@@ -15,10 +15,11 @@ from PIL import Image
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, TIER
-from pipeline.ingestion import validation
+from pipeline.ingestion import commit, raw_rows
+from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import IngestPlan, plan_shards
 from pipeline.ingestion.rules import IngestRules
-from pipeline.ingestion.validation import downsize_shard, validate_shard
+from pipeline.ingestion.smaller_tier import downsize_shard
 from pipeline.pictures.decoder import DecodeLimits, Picture, decode
 from pipeline.storage.shards import Store
 
@@ -53,7 +54,7 @@ def ingest(
     """Plan an ingest and run it, without Ray."""
     plan = plan_shards(paths, "auto", rows_per_shard, dataset, rules)
     for name in plan.todo:
-        validate_shard(plan.shards[name], dataset.root, rules)
+        ingest_shard(plan.shards[name], dataset.root, rules)
     for name in plan.tiers:
         downsize_shard(plan.shards[name], dataset.root, rules)
     return plan
@@ -189,8 +190,8 @@ def test_a_file_split_into_shards_gives_the_same_rows_and_never_twice(tmp_path: 
 def test_row_groups_are_bounded_in_bytes_independently_of_the_raw_file(
     tmp_path: Path, dataset: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "_GROUP_BYTES", 10_000)
-    monkeypatch.setattr(validation, "_READ_BYTES", 10_000)
+    monkeypatch.setattr(commit, "_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(raw_rows, "_READ_BYTES", 10_000)
     ingest([write_raw(tmp_path / "r" / "one.parquet", posts(range(30)))], dataset)
     with dataset.open("images/danbooru-r-one.parquet") as file:
         groups = pq.ParquetFile(file)

@@ -27,12 +27,13 @@ from pipeline.curation.selection import Curation
 from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
 from pipeline.drawings.sample_posts import plan, shards
 from pipeline.ingestion import validation
+from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import plan_shards
 from pipeline.ingestion.rules import IngestRules
-from pipeline.ingestion.validation import downsize_shard, validate_shard
+from pipeline.ingestion.smaller_tier import downsize_shard
 from pipeline.pictures.crops import Crop, square_crop
 from pipeline.sample_data import draw_shard
-from pipeline.storage.fingerprints import image_identities
+from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 from trainer.diffusion.keyed_random import Stream, keyed_uniform
 from trainer.samples import row_groups
@@ -69,9 +70,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
             [raw.path(f"{site}/0000.parquet") for site in ("danbooru", "pixiv")], "auto", None, store, rules
         )
         for shard in made.shards.values():
-            validate_shard(shard, store.root, rules)
+            ingest_shard(shard, store.root, rules)
             downsize_shard(shard, store.root, replace(rules, downsize=512))
-        for name, footer in image_identities(store).items():
+        for name, footer in Catalog(store).images().items():
             caption_shard(ImageShard(name, footer.rows, footer.digest), store.root, "captions")
     _curate(store, "all", Rules(min_side=64))
     _curate(store, "danbooru", Rules(min_side=64, sources=("danbooru",)))
