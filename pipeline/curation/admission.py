@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.records import TAG_CATEGORIES, Rating
@@ -52,8 +53,11 @@ def checks(
 ) -> Iterator[Check]:
     """The result of each rule, in a fixed order.
 
-    `images` has RULE_COLUMNS. `scores` are by <scorer>.<label>, one per row, NaN if there is none.
+    `images` has RULE_COLUMNS and, in a dataset with posts/, `deleted`. `scores` are by <scorer>.<label>, one per row,
+    NaN if there is none.
     """
+    if "deleted" in images.column_names:
+        yield _deleted(images["deleted"].to_numpy())
     yield _words("source", "source", images["source"].to_pylist(), rules.sources)
     yield _excluded_tag(images, reader)
     # Ratings are often unknown in Pixiv's dumps: such rows are admitted if every rating is.
@@ -68,6 +72,15 @@ def checks(
         yield _words(name, f"{name.removesuffix('s')} not asked for", words, wanted)
     for name, ends in rules.scores.items():
         yield _score(name, scores[name], ends.min, ends.max)
+
+
+def _deleted(deleted_N: NDArray[np.bool_]) -> Check:
+    return Check(
+        "deleted",
+        deleted_N,
+        lambda row: ("deleted", "on its site, by the last ingest.py --refresh"),
+        lambda row: "yes" if deleted_N[row] else "no",
+    )
 
 
 def _words(
@@ -113,10 +126,13 @@ def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:
 
 
 def _artists(images: pa.Table, rules: Rules) -> Check:
-    column, wanted = TagColumn.of(images["tags_artist"]), frozenset(map(as_words, rules.artists))
-    wanted_D = np.array([as_words(name) in wanted for name in column.distinct], bool)
-    refused_N = np.array([bool(wanted) and name in rules.artist_sources for name in images["source"].to_pylist()], bool)
-    refused_N[column.post_T[wanted_D[column.tag_T]]] = False
+    wanted = frozenset(map(as_words, rules.artists))
+    refused_N = np.zeros(images.num_rows, bool)
+    if wanted:
+        column = TagColumn.of(images["tags_artist"])
+        wanted_D = np.array([as_words(name) in wanted for name in column.distinct], bool)
+        refused_N = pc.is_in(images["source"], pa.array(rules.artist_sources, pa.string())).to_numpy().copy()
+        refused_N[column.post_T[wanted_D[column.tag_T]]] = False
 
     def names(row: int) -> str:
         return ", ".join(as_words(name) for name in images["tags_artist"][row].as_py()) or "none"
