@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.records import IMAGES, REJECTED, TIER, Rejected
-from pipeline.core.tables import ROW, SHARD
-from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, labelled, read_raw
+from pipeline.core.tables import ROW, SHARD, labelled
+from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, read_raw
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.validation import TIER_COLUMNS, check_rows
 from pipeline.pictures.containers import RejectReason

@@ -9,13 +9,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.records import TIER
-from pipeline.core.tables import DIED, ROW, SHARD
+from pipeline.core.tables import DIED, ROW, SHARD, labelled, with_constants
 from pipeline.ingestion.commit import write_tier
-from pipeline.ingestion.raw_rows import MADE_FROM, labelled, read_rows, with_constants
+from pipeline.ingestion.raw_rows import MADE_FROM
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.validation import smaller_picture
 from pipeline.pictures.decoder import Picture, decode
 from pipeline.storage.partial import PartialShard
+from pipeline.storage.row_reader import open_parquet, read_rows
 from pipeline.storage.shards import Store
 
 
@@ -27,8 +28,9 @@ def tier_parts(raw: RawShard, dataset: str, rules: IngestRules) -> PartialShard:
 def read_images(raw: RawShard, wanted: NDArray[np.int32], dataset: str, rules: IngestRules) -> Iterator[pa.Table]:
     """Rows of a finished shard of images: the columns of TIER, and ROW."""
     about = {MADE_FROM: rules.tier_fingerprint(raw)}
-    for number, batch in read_rows(Store(dataset).path(f"images/{raw.shard}.parquet"), wanted):
-        yield with_constants(pa.Table.from_batches([batch]), about).append_column(ROW, pa.array(number, pa.int32()))
+    with open_parquet(Store(dataset).path(f"images/{raw.shard}.parquet")) as parquet:
+        for number, batch in read_rows(parquet, wanted, TIER.names):
+            yield with_constants(pa.Table.from_batches([batch]), about).append_column(ROW, pa.array(number, pa.int32()))
 
 
 def downsize_rows(table: pa.Table, rules: IngestRules) -> Iterator[pa.Table]:
