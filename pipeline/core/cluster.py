@@ -1,4 +1,8 @@
-"""Starts Ray on this machine, or joins the cluster named by RAY_ADDRESS, and keeps Ray's log off the terminal."""
+"""Starts Ray on this machine, or joins the cluster named by RAY_ADDRESS, and keeps Ray's log off the terminal.
+
+Also says which nodes are there for a kind of work: `captioner` and `trainer` are custom resources that nodes with the
+packages for it offer (`ray start --resources '{"captioner": 1}'`).
+"""
 
 import logging
 import os
@@ -10,20 +14,29 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import ray
 import ray.data  # configures its loggers when imported, so it must be imported before ours replace them
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from pipeline.core.errors import UsageError
+from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
 from pipeline.core.jobs import submission
+
+T = TypeVar("T")
 
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the token"
 _START_IT = "start it, or unset RAY_ADDRESS to start Ray on this machine"
+# Seconds that Ray waits for parts of itself, its defaults being 30. It reads the variables when it starts.
+_START_SECONDS: Final = {"RAY_raylet_start_wait_time_s": "60", "RAY_gcs_server_port_wait_time_s": "120"}
+# A raylet ends if its agents, two Python programs, need more than 15 seconds to start, which no setting of ray 2.60
+# changes. On a busy machine the next start is faster, because the files that they import are in memory then.
+_STARTS: Final = 4
+_SHARE: Final = 0.01  # of a node's custom resource: up to 100 actors on a node that offers 1
+_REPORT_SECONDS: Final = 60.0
 _LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")  # their messages are nothing that a user can act on
 
 
@@ -39,6 +52,8 @@ def cluster(job: str, dashboard: bool = False, niceness: int = 15) -> Iterator[s
     log_path = os.path.join(tempfile.gettempdir(), f"hdm-{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
     _send_logs_to(log_path)
     os.environ.setdefault("RAY_worker_niceness", str(niceness))
+    # By default a task that is killed because its node runs out of memory is retried for ever (ray 2.60).
+    os.environ.setdefault("RAY_task_oom_retries", "1")
     context = _connect(os.environ.get("RAY_ADDRESS"), dashboard)
     session_folder = getattr(context, "address_info", {}).get("session_dir", "")
     if submission():
@@ -75,9 +90,106 @@ def _connect(address: str | None, dashboard: bool) -> Any:
     cpus = max(2, os.cpu_count() or 2)
     # Ray passes this to a shell for workers with an environment of their own, as in training: paths may have spaces.
     python = {"py_executable": shlex.quote(sys.executable)}
-    return ray.init(
-        address="local", num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False, runtime_env=python
+    return start_local(num_cpus=cpus, include_dashboard=dashboard, runtime_env=python)
+
+
+def start_local(**options: Any) -> Any:
+    """`ray.init` on this machine with these options, tried several times because Ray gives up early on a busy machine.
+    Each failed start is reported on stderr. Raises JobFailed after the last."""
+    for name, seconds in _START_SECONDS.items():
+        os.environ.setdefault(name, seconds)
+    for start in range(1, _STARTS + 1):
+        others, began = _child_processes(), time.monotonic()
+        try:
+            return ray.init(address="local", log_to_driver=False, **options)
+        except (UsageError, AuthenticationError):
+            raise
+        except Exception as error:  # Ray raises RuntimeError, ConnectionError and plain Exception for the same cause
+            failure = " ".join(str(error).split())[:300]
+            logging.getLogger("ray").exception("start %d of Ray failed", start)
+        ray.shutdown()
+        _end(_child_processes() - others)
+        if start < _STARTS:
+            seconds = time.monotonic() - began
+            print(f"Ray did not start within {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
+    raise JobFailed(
+        f"Ray did not start on this machine in {_STARTS} attempts ({failure}): end other work on it, or look into the "
+        f"newest folder {tempfile.gettempdir()}/ray/session_*/logs, then run the same command again"
     )
+
+
+def _child_processes() -> set[int]:
+    found: set[int] = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found |= set(map(int, children.read_text().split()))
+    return found
+
+
+def _end(processes: set[int]) -> None:
+    """Ends what a failed start of Ray leaves running until this process exits."""
+    for process in processes:
+        with suppress(OSError):
+            os.kill(process, signal.SIGTERM)
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each living node."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def node_resources(kind: str) -> dict[str, float]:
+    """What a task or actor requests so that it runs on a node for this kind of work, `captioner` or `trainer`: a small
+    share of that custom resource. {} if no living node offers it, as on a single machine, where any node will do."""
+    return {kind: _SHARE} if any(node.get(kind) for node in nodes()) else {}
+
+
+def nodes_of(kind: str) -> list[dict[str, float]]:
+    """The resources of each living node that offers the custom resource `kind`, or of all nodes if none does."""
+    return [node for node in nodes() if node.get(kind)] or nodes()
+
+
+def wait_for_node(kind: str, seconds: float) -> dict[str, float]:
+    """`node_resources`, but waits until a node offers `kind`, up to this many seconds, and says so on stderr."""
+    end, told = time.monotonic() + seconds, float("-inf")
+    while not (found := node_resources(kind)) and time.monotonic() < end:
+        if time.monotonic() - told > _REPORT_SECONDS:
+            told = time.monotonic()
+            print(f"waiting for a {kind} node, up to {end - told:.0f} s more", file=sys.stderr, flush=True)
+        time.sleep(min(1.0, seconds))
+    return found
+
+
+def run_on_node(
+    work: Callable[[], T],
+    resources: Mapping[str, float],
+    runtime_env: Mapping[str, Any],
+    description: str,
+    gpus: int = 0,
+) -> T:
+    """Runs `work` once in a process with these resources and environment, and returns its result.
+
+    Raises the work's own UsageError, JobFailed, S3Refused and S3Unavailable, and JobFailed for anything else. A minute
+    without a result is reported on stderr.
+    """
+
+    def run() -> T:  # Ray wants a plain function
+        return work()
+
+    task = ray.remote(num_cpus=0, num_gpus=gpus, resources=dict(resources), runtime_env=dict(runtime_env) or None)(run)
+    result, started = task.remote(), time.monotonic()
+    while not ray.wait([result], timeout=_REPORT_SECONDS)[0]:
+        minutes = (time.monotonic() - started) / 60
+        print(f"{description}: no result after {minutes:.0f} min", file=sys.stderr, flush=True)
+    try:
+        found: T = ray.get(result)
+        return found
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, UsageError | JobFailed | S3Refused | S3Unavailable):
+            raise cause from None
+        line = " ".join(str(cause).split())[:300]
+        raise JobFailed(f"{description}: {type(cause).__name__}: {line}") from error
 
 
 def keep_token_private() -> None:

@@ -38,7 +38,7 @@ from pipeline.core.tables import DIED, REPORT, ROW, SHARD
 _FAILURE: Final = "hdm_failure"  # why the rest of the shard cannot be done
 _FATAL: Final = "hdm_fatal"  # True if no other shard could be done either
 
-_RETRIES: Final = 2  # of a task whose process or node died, before its rows are run one by one
+_RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
 _BLOCK_BYTES: Final = 16 << 20  # of the tables between steps
 _READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for one that reads, also on two cores

@@ -10,7 +10,7 @@ from pipeline.ingestion.commit import commit_shard, partial_shard, write_rows
 from pipeline.ingestion.raw_rows import all_rows, read_memory, read_raw
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.smaller_tier import commit_tier, downsize_rows, read_images, tier_parts, write_tier_rows
-from pipeline.ingestion.validation import check_memory, check_rows
+from pipeline.ingestion.validation import check_limit, check_memory, check_rows
 from pipeline.storage.shards import Store
 
 
@@ -24,13 +24,13 @@ def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestR
         if name in started:
             rows = np.setdiff1d(rows, partial_shard(raw, dataset.root, rules).rows("images", "rejected"))
         todo[name] = Pending(shard=raw, rows=rows)
-    memory = at_most_a_node(check_memory(rules))
+    memory, most = check_memory(rules), at_most_a_node(check_limit(rules))
     return stream_rows(
         "ingest",
         todo,
         partial(read_raw, rules=rules),
         [
-            Step(name="check", work=partial(check_rows, rules=rules, memory=memory), cpus=CHECK_CPUS, memory=memory),
+            Step(name="check", work=partial(check_rows, rules=rules, most=most), cpus=CHECK_CPUS, memory=memory),
             Step(name="write", work=partial(write_rows, dataset=dataset.root), cpus=CHECK_CPUS, memory=memory),
         ],
         partial(commit_shard, dataset=dataset.root, rules=rules),
@@ -49,7 +49,7 @@ def downsize_shards(shards: Mapping[str, RawShard], dataset: Store, rules: Inges
         if name in started:
             rows = np.setdiff1d(rows, tier_parts(raw, dataset.root, rules).rows("tier"))
         todo[name] = Pending(shard=raw, rows=rows)
-    memory = at_most_a_node(check_memory(rules))
+    memory = check_memory(rules)
     return stream_rows(
         "ingest",
         todo,

@@ -14,14 +14,13 @@ from pipeline.ingestion.rules import IngestRules
 from pipeline.pictures.containers import RejectReason
 from pipeline.pictures.crops import downsize
 from pipeline.pictures.decoder import Picture, Refused, decode
-from pipeline.pictures.memory_limit import memory_limit
+from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
 from pipeline.pictures.perceptual_hash import perceptual_hash
 from pipeline.sources import SITES
 from pipeline.sources.fields import image_bytes
 
 _PROCESS_BYTES = 300 << 20
 _TABLE_BYTES = 16 << 20
-_PIXEL_BYTES = 18  # for decoding, see DecodeLimits
 
 TIER_COLUMNS: Final = {f"tier_{name}": name for name in TIER.names if name != "id"}
 # Columns of IMAGES and of the smaller tier if the row is kept, of Rejected if it is not; the others are null.
@@ -42,17 +41,22 @@ Row = dict[str, Any] | Exception  # the exception if a value cannot be represent
 
 
 def check_memory(rules: IngestRules) -> int:
-    """Bytes that checking a table of rows may take: the rows thrice, the largest picture allowed, the process."""
-    return 3 * _TABLE_BYTES + _PIXEL_BYTES * rules.limits.max_pixels + _PROCESS_BYTES
+    """Bytes to reserve for checking a table of rows: the rows thrice, a picture that is not large, the process."""
+    return 3 * _TABLE_BYTES + decoding_memory(rules.limits.max_pixels) + _PROCESS_BYTES
 
 
-def check_rows(table: pa.Table, rules: IngestRules, memory: int = 0) -> Iterator[pa.Table]:
-    """The rows of a table from `read_raw` as CHECKED. A picture that needs more than `memory` bytes is rejected."""
+def check_limit(rules: IngestRules) -> int:
+    """Bytes that checking may take for the largest picture that the rules allow."""
+    return 3 * _TABLE_BYTES + PIXEL_BYTES * rules.limits.max_pixels + _PROCESS_BYTES
+
+
+def check_rows(table: pa.Table, rules: IngestRules, most: int = 0) -> Iterator[pa.Table]:
+    """The rows of a table from `read_raw` as CHECKED. A picture that needs more than `most` bytes is rejected."""
     ours = [SHARD, ROW, DIED, PATH, SOURCE, MADE_FROM]
     raw_columns = [name for name in table.column_names if name not in ours]
     rows = [row for batch in table.select(raw_columns).to_batches() for row in _as_rows(rules.named(batch))]
     about = table.select(ours).to_pylist()
-    with memory_limit(memory):
+    with memory_limit(most):
         checked = [_check(row, place, rules) for row, place in zip(rows, about, strict=True)]
     yield pa.Table.from_pylist(checked, CHECKED)
 

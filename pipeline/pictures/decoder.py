@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.pictures.containers import EXTRACTORS, FirstImage, RejectReason, UnusableFile
+from pipeline.pictures.memory_limit import one_large_picture
 from pipeline.pictures.pixels import flatten, to_srgb, upright
 
 
@@ -116,8 +117,9 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Picture | Refu
     if isinstance(opened, Refused):
         return opened
     try:
-        flat = upright(flatten(opened.file), opened.orientation)
-        image, notes = to_srgb(flat, opened.profile)
+        with one_large_picture(opened.header.width * opened.header.height):
+            flat = upright(flatten(opened.file), opened.orientation)
+            image, notes = to_srgb(flat, opened.profile)
     except Exception as error:  # codecs raise anything on hostile bytes
         return decode_failure(error)
     image.info = {}

@@ -1,9 +1,34 @@
-"""A limit on the memory of a block of code, so that a hostile picture costs itself and not its machine."""
+"""Limits on the memory that decoding takes, so that a hostile or huge picture costs itself and not its machine."""
 
+import fcntl
+import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+# Larger pictures are rare: each process reserves memory for one of this size, and a machine decodes larger ones one at
+# a time.
+LARGE_PIXELS: Final = 25_000_000
+PIXEL_BYTES: Final = 18  # the most that decoding takes, see DecodeLimits
+
+
+def decoding_memory(max_pixels: int = LARGE_PIXELS) -> int:
+    """Bytes that a process which decodes one picture at a time should reserve for it."""
+    return PIXEL_BYTES * min(max_pixels, LARGE_PIXELS)
+
+
+@contextmanager
+def one_large_picture(pixels: int) -> Iterator[None]:
+    """Waits, for a picture of more than LARGE_PIXELS, until no other process of this user decodes such a picture."""
+    if pixels <= LARGE_PIXELS:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"hdm-large-picture-{os.getuid()}", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by the kernel
+        yield
 
 
 @contextmanager
@@ -15,9 +40,7 @@ def memory_limit(more: int) -> Iterator[None]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    limit = data + more
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
+    limit = data + more if hard == resource.RLIM_INFINITY else min(data + more, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     try:
         yield
