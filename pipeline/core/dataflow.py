@@ -7,6 +7,7 @@ processes and a killed task is simply run again.
 import json
 import math
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -23,13 +24,14 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline.core.errors import JobFailed, JobStopped, UsageError
+from pipeline.core.errors import JobFailed, JobStopped, S3Refused, S3Unavailable, UsageError
 from pipeline.core.metrics import JobMetrics
 from pipeline.core.progress import Progress, progress_bar
 
 T = TypeVar("T")
 
 _RETRIES = 2  # of a shard whose process died, perhaps out of memory; Ray Data's default is infinite
+_REPORT_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 3.0  # between requests for the actors' reports
 _CLOSE_SECONDS: Final = 30.0  # for actors to save what they have
 _DECODING_CPUS: Final = 8  # more than an engine ever needs
@@ -79,6 +81,52 @@ def map_shards(
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
     return failures
+
+
+def run_task(work: Callable[[], T], memory: int, description: str) -> T:
+    """Runs `work` in one process on a node of the cluster and returns its result, for steps that need all rows at once.
+
+    `memory` is the bytes that it may need: the task waits until a node has that much to spare. A minute without a
+    result is reported on stderr. Raises UsageError if no node has so much memory, and JobFailed, with one line, if the
+    work raised an error that is not about the job's input or if its process died in every attempt.
+    """
+    most = max(node.get("memory", 0) for node in _nodes())
+    if memory > most:
+        raise UsageError(
+            f"{description} needs {memory / 1e9:.1f} GB of memory in one process, and no node of this Ray offers more "
+            f"than {most / 1e9:.1f} GB: add a node with more memory, or end other work where this Ray starts"
+        )
+    result = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_as_function(work)).remote()
+    started = time.monotonic()
+    while not ray.wait([result], timeout=_REPORT_SECONDS)[0]:
+        minutes = (time.monotonic() - started) / 60
+        print(f"{description}: no result after {minutes:.0f} min", file=sys.stderr, flush=True)
+    try:
+        found: T = ray.get(result)
+        return found
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UsageError | JobFailed | S3Refused | S3Unavailable):
+            raise cause from None
+        raise JobFailed(f"{description}: {type(cause).__name__}: {_first_line(cause)}") from error
+    except RayError as error:
+        raise JobFailed(
+            f"{description}: its process died in each of {_RETRIES + 1} attempts, perhaps out of memory "
+            f"({_first_line(error)}); run the same command again, on a node with more memory"
+        ) from error
+
+
+def _as_function(work: Callable[[], T]) -> Callable[[], T]:
+    """A plain function, which Ray requires, that does the work."""
+
+    def run() -> T:
+        return work()
+
+    return run
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _at_most_a_node(memory: int) -> float | None:

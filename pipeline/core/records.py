@@ -4,6 +4,8 @@
       dataset.json                         schema version, created by
       images/<shard>.parquet               IMAGES: written once, never rewritten
       images-<side>/<shard>.parquet        TIER: the same rows, with a short side of at most <side> pixels
+      posts/<shard>.parquet                POSTS: what has changed on the site since; one per row of images/<shard>,
+                                           in its order
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
       captions/<name>/<shard>.parquet      the same for another engine or prompt
@@ -14,6 +16,8 @@
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
       selections/<name>/rejected/<shard>.parquet   REJECTED: the other rows, each with its reason
       selections/<name>/judged/<shard>.parquet     JUDGED: the rules' verdict on every row, before deduplication
+      selections/<name>/copies/<shard>.parquet     COPIES: rows that are, or have, copies elsewhere; missing if none
+      selections/<name>/copies.json        which shards have copies, and the digest of what they were found in
       selections/<name>/quality.json       the thresholds between quality words
       selections/<name>/selection.json     rule set, counts in and out by reason, hash
 
@@ -65,6 +69,17 @@ IMAGES = pa.schema(
         pa.field("pixiv_id", pa.int64()),  # the Pixiv work from which a Danbooru post was taken
     ],
     metadata={"hdm.format": "images", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+POSTS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        # These replace the columns of IMAGES; values that the site no longer tells are those of IMAGES.
+        *[IMAGES.field(name) for name in ("rating", "score", "favourites")],
+        *[IMAGES.field(f"tags_{category}") for category in TAG_CATEGORIES],
+        pa.field("deleted", pa.bool_(), nullable=False),  # on the site
+    ],
+    metadata={"hdm.format": "posts", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 TIER = pa.schema(
@@ -130,6 +145,20 @@ JUDGED = pa.schema(
         pa.field("detail", pa.string()),
     ],
     metadata={"hdm.format": "judged", "hdm.version": str(SCHEMA_VERSION)},
+)
+
+COPIES = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),  # in images/<shard>.parquet
+        pa.field("reason", pa.string()),  # null if the row is kept
+        pa.field("detail", pa.string()),
+        pa.field("has_numbers", pa.bool_(), nullable=False),  # a kept Danbooru row with a copy on Pixiv, whose numbers:
+        pa.field("bookmarks", pa.int32()),
+        pa.field("views", pa.int32()),
+        # Of a kept Pixiv row: the tags of its copy on Danbooru. Null if there is none.
+        *[pa.field(f"tags_{category}", _TAGS) for category in TAG_CATEGORIES],
+    ],
+    metadata={"hdm.format": "copies", "hdm.version": str(SCHEMA_VERSION)},
 )
 
 

@@ -1,20 +1,44 @@
-"""Finds copies among the admitted rows of all shards, and what the kept row takes over from its copies."""
+"""Finds copies among the admitted rows of all shards, and what the kept row takes over from its copies.
 
-from collections.abc import Sequence
+The search needs all rows at once, so it runs in one process, some BYTES_PER_ROW for each row. Its result is kept in
+files, from which each shard reads its part.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.core.records import COPIES, IMAGES
 from pipeline.curation.admission import TAG_COLUMNS, Refusal
-from pipeline.curation.dedup import best_first, groups, page_links
-from pipeline.storage.fingerprints import digest
+from pipeline.curation.dedup import Pictures, Rows, groups, keepers, page_links
+from pipeline.storage.fingerprints import Provenance, digest
+from pipeline.storage.posts import read_images
 from pipeline.storage.shards import Store
 
-_COLUMNS = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id", "score", "favourites"]
+# Increment when the search finds other copies in the same rows: it is then made again, and shards whose copies changed.
+CODE_VERSION: Final = "2"
+BYTES_PER_ROW: Final = 160  # measured with ten million rows, of which one in a hundred is a copy
+
+# Meta tags of posts whose file is not the original: such a copy is kept only if there is no other.
+NOT_ORIGINAL: Final = (
+    "upscaled", "ai-upscaled", "waifu2x", "resized", "downscaled", "md5_mismatch", "source_larger", "lossy-lossless",
+    "jpeg_artifacts", "duplicate", "pixel-perfect_duplicate",
+)  # fmt: skip
+_VARIANT = "variant_set"  # meta tag of posts that are variants of one picture, such as another expression
+
+_READERS = 4
+_KEYS = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id"]
+_RANKED_BY = ["id", "width", "height", "favourites", "score", "parent", "tags_meta"]
+
+Place = NDArray[np.int32]  # (rows, 2): number of the shard, row in the shard
 
 
 @dataclass(frozen=True)
@@ -31,101 +55,279 @@ class Copies:
     def digest(self) -> str:
         return digest([sorted(found.items()) for found in (self.refused, self.numbers, self.tags)])
 
+    def to_table(self) -> pa.Table:
+        """A table of COPIES."""
+        rows: dict[int, dict[str, Any]] = {}
+        for row, (reason, detail) in self.refused.items():
+            rows.setdefault(row, {}).update(reason=reason, detail=detail)
+        for row, (bookmarks, views) in self.numbers.items():
+            rows.setdefault(row, {}).update(has_numbers=True, bookmarks=bookmarks, views=views)
+        for row, tags in self.tags.items():
+            rows.setdefault(row, {}).update(tags)
+        defaults = {"has_numbers": False}
+        return pa.Table.from_pylist([defaults | {"row": row} | found for row, found in sorted(rows.items())], COPIES)
 
-def find_copies(dataset: str, name: str, shards: list[str]) -> dict[str, Copies]:
-    """The copies among the admitted rows of the selection `name`, by shard.
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "Copies":
+        copies = cls()
+        for found in table.to_pylist():
+            row = found["row"]
+            if found["reason"] is not None:
+                copies.refused[row] = found["reason"], found["detail"]
+            if found["has_numbers"]:
+                copies.numbers[row] = found["bookmarks"], found["views"]
+            if found["tags_meta"] is not None:
+                copies.tags[row] = {column: found[column] for column in TAG_COLUMNS}
+        return copies
 
-    Of a group of copies the one that `dedup.best_first` puts first is kept. A kept row of one site takes over data from
-    its best copy on the other site: Pixiv's numbers or Danbooru's tags. Of several rows with one id the first is kept,
-    in the order of the shards' names.
+
+NO_COPIES: Final = Copies()
+
+
+# --- The files of a selection that keep the result -------------------------------------------------------------------
+
+
+def search_digest(judged: Mapping[str, Provenance]) -> str:
+    """Digest of everything that the result of a search depends on, given the provenance of judged/<shard>."""
+    return digest([CODE_VERSION, judged])
+
+
+def saved_digests(store: Store, selection: str, made_from: str) -> dict[str, str] | None:
+    """The digest of the copies of each shard that has any, or None if no search with this digest was completed."""
+    file = f"{selection}/copies.json"
+    try:
+        record = json.loads(store.read(file)) if store.exists(file) else {}
+    except ValueError:
+        return None
+    if record.get("made_from") != made_from or record["shards"].keys() - set(store.shards(f"{selection}/copies")):
+        return None
+    found: dict[str, str] = record["shards"]
+    return found
+
+
+def save_copies(dataset: str, selection: str, shards: list[str], made_from: str) -> None:
+    """Searches the admitted rows of a selection (its folder) and writes copies/<shard> of every shard with copies.
+
+    copies.json is written last: where it exists, the search was completed.
     """
     store = Store(dataset)
-    copies = {shard: Copies() for shard in shards}
-    if not shards:
-        return copies
-    with ThreadPoolExecutor(4) as readers:
-        table = pa.concat_tables(readers.map(lambda place: _admitted(store, name, *place), enumerate(shards)))
-    if not table.num_rows:
-        return copies
-    place_N2 = np.stack([table["shard"].to_numpy(), table["row"].to_numpy()], axis=1)
-    first_N = np.ones(table.num_rows, bool)
-    first_N[_repeated(table["id"])] = False
-    for shard, row in place_N2[~first_N].tolist():
-        copies[shards[shard]].refused[row] = "duplicate id", "of a row before it"
+    store.remove(f"{selection}/copies.json")
+    digests: dict[str, str] = {}
 
-    columns = _group_columns(table, first_N)
-    table = table.select(["id", "width", "height", "favourites", "score"])  # frees half of its memory
-    pa.default_memory_pool().release_unused()
-    group_N = groups(*columns)
-    shared = np.flatnonzero(np.bincount(group_N, minlength=len(group_N))[group_N] > 1)
-    group_C, row_C = group_N[shared].tolist(), np.flatnonzero(first_N)[shared]
-    pictures, place_C2 = table.take(pa.array(row_C)).to_pylist(), place_N2[row_C]
+    def save(item: tuple[str, Copies]) -> None:
+        shard, copies = item
+        if copies != NO_COPIES:
+            digests[shard] = copies.digest
+            store.write_table(f"{selection}/copies/{shard}.parquet", copies.to_table(), COPIES)
 
-    kept: dict[int, int] = {}  # group -> the kept row
-    tagged: dict[int, int] = {}  # kept row of Pixiv -> its best copy on Danbooru
-    for copy in best_first([each["id"] for each in pictures], [each["width"] * each["height"] for each in pictures]):
-        keeper = kept.setdefault(group_C[copy], copy)
-        if copy == keeper:
-            continue
-        (shard, row), (kept_shard, kept_row) = place_C2[copy].tolist(), place_C2[keeper].tolist()
-        copies[shards[shard]].refused[row] = "duplicate", f"of {pictures[keeper]['id']}"
-        of_pixiv = [pictures[each]["id"].startswith("pixiv:") for each in (copy, keeper)]
-        if of_pixiv == [False, True]:
-            tagged.setdefault(keeper, copy)
-        elif of_pixiv == [True, False]:
-            numbers = pictures[copy]["favourites"], pictures[copy]["score"]
-            copies[shards[kept_shard]].numbers.setdefault(kept_row, numbers)
-    _copy_tags(store, shards, place_C2[list(tagged.values())], place_C2[list(tagged)], copies)
+    with ThreadPoolExecutor(_READERS) as writers:
+        list(writers.map(save, find_copies(store, selection, shards)))
+    for shard in set(store.shards(f"{selection}/copies")) - digests.keys():
+        store.remove(f"{selection}/copies/{shard}.parquet")
+    store.write(f"{selection}/copies.json", json.dumps({"made_from": made_from, "shards": digests}).encode())
+
+
+def read_copies(store: Store, selection: str, shard: str, expected: str) -> Copies:
+    """The copies of a shard. Raises ValueError if they do not have the expected digest."""
+    if expected == NO_COPIES.digest:
+        return NO_COPIES
+    copies = Copies.from_table(store.read_table(f"{selection}/copies/{shard}.parquet"))
+    if copies.digest != expected:
+        raise ValueError(f"{selection}/copies/{shard}.parquet was made by another run; run pipeline/curate.py again")
     return copies
 
 
-def _admitted(store: Store, name: str, number: int, shard: str) -> pa.Table:
-    """The admitted rows of a shard with the columns that identify their pictures."""
-    reasons = store.read_table(f"selections/{name}/judged/{shard}.parquet", ["reason"])["reason"]
-    images = store.read_table(f"images/{shard}.parquet", _COLUMNS)
-    row_N = np.flatnonzero(reasons.is_null().to_numpy())
-    images = images.take(pa.array(row_N))
+# --- The search ------------------------------------------------------------------------------------------------------
+
+
+def find_copies(store: Store, selection: str, shards: Sequence[str]) -> Iterator[tuple[str, Copies]]:
+    """Each shard with the copies among the admitted rows of a selection (its folder).
+
+    Of a group of copies the one that `ranked` puts first is kept. A kept row of one site takes over data from its best
+    copy on the other site: Pixiv's numbers or Danbooru's tags. Of several rows with one id the first is kept, in the
+    order of the shards' names.
+    """
+    place_N2, id_N, keys = _admitted(store, selection, shards)
+    repeated = _repeated(store, shards, place_N2, id_N)
+    del id_N
+    refused = _Found(place_N2[repeated], lambda rows: [("duplicate id", "of a row before it")] * len(rows))
+    if len(repeated):
+        place_N2, keys = np.delete(place_N2, repeated, axis=0), [np.delete(column, repeated) for column in keys]
+    place_C2, pictures = _shared(place_N2, *keys)
+    del place_N2, keys
+
+    posts = _read_rows(store, shards, place_C2, _RANKED_BY)
+    best_first = ranked(posts)
+    kept = keepers(_with_variants(pictures, posts), best_first)
+    ids = posts["id"]
+    copy = best_first[kept[best_first] != best_first]
+    keeper = kept[copy]
+    of_pixiv = pc.starts_with(ids, "pixiv:").to_numpy()
+    names = ids.take(pa.array(keeper))
+    duplicates = _Found(
+        place_C2[copy], lambda rows: [("duplicate", f"of {name}") for name in names.take(pa.array(rows)).to_pylist()]
+    )
+
+    donor, taker = _first_of_each(copy, keeper, of_pixiv[copy] & ~of_pixiv[keeper])
+    counts = posts.select(["favourites", "score"]).take(pa.array(donor))
+    numbers = _Found(place_C2[taker], lambda rows: [tuple(each.values()) for each in _listed(counts, rows)])
+    donor, taker = _first_of_each(copy, keeper, ~of_pixiv[copy] & of_pixiv[keeper])
+    donated = _read_rows(store, shards, place_C2[donor], TAG_COLUMNS)
+    tags = _Found(place_C2[taker], lambda rows: _listed(donated, rows))
+    for number, shard in enumerate(shards):
+        yield shard, Copies(refused.of(number) | duplicates.of(number), numbers.of(number), tags.of(number))
+
+
+class _Found:
+    """Values for some rows, listed by shard. `values` lists those of some of the places."""
+
+    def __init__(self, place_X2: Place, values: Any) -> None:
+        self._order = np.lexsort((place_X2[:, 1], place_X2[:, 0]))
+        self._place_X2, self._values = place_X2[self._order], values
+
+    def of(self, shard: int) -> dict[int, Any]:
+        start, end = np.searchsorted(self._place_X2[:, 0], [shard, shard + 1])
+        rows = self._place_X2[start:end, 1].tolist()
+        return dict(zip(rows, self._values(self._order[start:end]), strict=True)) if rows else {}
+
+
+def _listed(table: pa.Table, rows: Rows) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = table.take(pa.array(rows)).to_pylist()
+    return found
+
+
+def _first_of_each(copy: Rows, keeper: Rows, wanted: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """For each keeper its first wanted copy, as (copies, keepers)."""
+    copy, keeper = copy[wanted], keeper[wanted]
+    found, at = np.unique(keeper, return_index=True)
+    return copy[at], found
+
+
+def ranked(posts: pa.Table) -> Rows:
+    """The rows of a table of _RANKED_BY in the order in which to keep them.
+
+    First the files that are originals as far as their tags say, then those with most pixels, then Danbooru's (its tags
+    are better), then posts rather than their children, then the lowest id.
+    """
+    tags = posts["tags_meta"].combine_chunks()
+    altered = np.zeros(len(posts), bool)
+    altered[_rows_with(tags, NOT_ORIGINAL)] = True
+    ids = posts["id"].combine_chunks()
+    parts = pc.extract_regex(ids, r"^(?P<source>[^:]*):(?P<number>\d{1,18})(?:_p(?P<page>\d{1,9}))?$")
+    number, page = (pc.struct_field(parts, name) for name in ("number", "page"))
+    columns = {
+        "altered": altered,
+        "pixels": pc.multiply(posts["width"].cast(pa.int64()), posts["height"].cast(pa.int64())),
+        "elsewhere": pc.invert(pc.starts_with(ids, "danbooru:")),
+        "child": pc.is_in(posts["parent"], ids.drop_null()),
+        "number": pc.fill_null(number.cast(pa.int64()), np.iinfo(np.int64).max),
+        "page": pc.fill_null(pc.if_else(pc.equal(page, ""), "0", page), "0").cast(pa.int64()),
+        "id": ids,
+    }
+    order = [(name, "descending" if name == "pixels" else "ascending") for name in columns]
+    found: Rows = pc.sort_indices(pa.table(columns), sort_keys=order).to_numpy().astype(np.int64)
+    return found
+
+
+def _rows_with(lists: pa.ListArray, wanted: Iterable[str]) -> Rows:
+    """The rows whose lists have one of these texts, perhaps several times."""
+    found = pc.is_in(lists.flatten(), pa.array(wanted, pa.string())).to_numpy(zero_copy_only=False)
+    rows: Rows = pc.list_parent_indices(lists).to_numpy()[found]
+    return rows
+
+
+def _with_variants(pictures: Pictures, posts: pa.Table) -> Pictures:
+    """Rows tagged as variants get the number of their family, which is that of the parent's id."""
+    family = pc.coalesce(posts["parent"], posts["id"]).combine_chunks().dictionary_encode().indices.to_numpy()
+    pictures.variant[_rows_with(posts["tags_meta"].combine_chunks(), [_VARIANT])] = 0
+    pictures.variant[pictures.variant == 0] = family[pictures.variant == 0]
+    return pictures
+
+
+def _shared(
+    place_N2: Place,
+    content_N: NDArray[np.uint64],
+    phash_N: NDArray[np.uint64],
+    aspect_N: NDArray[np.float64],
+    work_N: Rows,
+    page_N: NDArray[np.int32],
+) -> tuple[Place, Pictures]:
+    """The rows that may be copies of another row: places and pictures, without variants."""
+    row_W = np.flatnonzero(work_N >= 0)
+    work_W, page_W = work_N[row_W], page_N[row_W]
+    is_page = page_W >= 0
+    linked_work_W, page_of_W = np.where(is_page, -1, work_W), np.where(is_page, work_W, -1)
+    posts, pages = page_links(linked_work_W, page_of_W, page_W.astype(np.int64), phash_N[row_W], aspect_N[row_W])
+    posts, pages = row_W[posts], row_W[pages]
+    group_N = groups(content_N, phash_N, aspect_N, (posts, pages))
+    shared = np.flatnonzero((np.bincount(group_N, minlength=len(group_N)) > 1)[group_N])
+    linked_page = np.full(len(shared), -1)
+    linked_page[np.searchsorted(shared, posts)] = pages
+    linked_page[np.searchsorted(shared, pages)] = pages
+    pictures = Pictures(content_N[shared], phash_N[shared], aspect_N[shared], linked_page, np.full(len(shared), -1))
+    return place_N2[shared], pictures
+
+
+def _admitted(
+    store: Store, selection: str, shards: Sequence[str]
+) -> tuple[Place, NDArray[np.int64], list[NDArray[Any]]]:
+    """Of all admitted rows: places, hashes of the ids, and the columns that identify the pictures as for `_shared`."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        parts = list(readers.map(lambda shard: _admitted_of(store, selection, shard), shards))
+    shard_N = np.repeat(np.arange(len(shards), dtype=np.int32), [len(part[0]) for part in parts])
+    # Each part is dropped once it is copied: all parts and all columns together would take twice the memory.
+    columns = []
+    for _ in range(7):
+        columns.append(np.concatenate([part.pop(0) for part in parts] or [np.zeros(0, np.int64)]))
+    return np.stack([shard_N, columns.pop(0)], axis=1), columns.pop(0), columns
+
+
+def _admitted_of(store: Store, selection: str, shard: str) -> list[NDArray[Any]]:
+    """The columns of `_admitted` for one shard: row, id, content, phash, aspect, work, page."""
+    reasons = store.read_table(f"{selection}/judged/{shard}.parquet", ["reason"])["reason"]
+    images = store.read_table(f"images/{shard}.parquet", _KEYS)
+    if reasons.null_count < len(reasons):
+        images = images.filter(reasons.is_null())
     # 64 bits of the SHA-256: enough for 1e12 times as many pictures as there are.
     content = bytes.fromhex("".join(pc.utf8_slice_codeunits(images["sha256"], 0, 16).to_pylist()))
     work = pc.struct_field(pc.extract_regex(images["id"], r"^pixiv:(?P<work>\d+)_p"), "work").cast(pa.int64())
-    columns = {
-        "shard": np.full(len(row_N), number, np.int32),
-        "row": row_N.astype(np.int32),
-        "content": np.frombuffer(content, ">u8").astype(np.uint64),
-        "work": work.fill_null(-1),
-        "linked_work": images["pixiv_id"].fill_null(-1),
-    }
-    return pa.table(columns | {column: images[column] for column in _COLUMNS if column not in ("sha256", "pixiv_id")})
+    width, height = (images[side].to_numpy() for side in ("width", "height"))
+    return [
+        np.flatnonzero(reasons.is_null().to_numpy()).astype(np.int32),
+        np.fromiter(map(hash, images["id"].to_pylist()), np.int64, len(images)),
+        np.frombuffer(content, ">u8").astype(np.uint64),
+        images["phash"].to_numpy(),
+        width / height,
+        pc.coalesce(work, images["pixiv_id"]).fill_null(-1).to_numpy(),  # of a page, or linked to by a post
+        pc.if_else(work.is_null(), -1, images["page"]).to_numpy(),  # -1 for posts
+    ]
 
 
-def _repeated(ids: pa.ChunkedArray) -> list[int]:
+def _repeated(store: Store, shards: Sequence[str], place_N2: Place, id_N: NDArray[np.int64]) -> Rows:
     """The rows whose id occurs in an earlier row."""
-    # Only ids with equal hashes are compared: a hash table of ten million texts would take gigabytes.
-    hash_N = np.concatenate([np.fromiter(map(hash, part.to_pylist()), np.int64, len(part)) for part in ids.chunks])
-    order = np.argsort(hash_N, kind="stable")
-    alike = np.flatnonzero(hash_N[order[1:]] == hash_N[order[:-1]])
+    # Only ids with equal hashes are compared: ten million texts would take gigabytes.
+    order = np.argsort(id_N, kind="stable")
+    alike = np.flatnonzero(id_N[order[1:]] == id_N[order[:-1]])
     rows = np.unique(order[np.concatenate([alike, alike + 1])])
+    names = _read_rows(store, shards, place_N2[rows], ["id"])["id"].to_pylist()
     first: dict[str, int] = {}
-    names = zip(rows.tolist(), ids.take(pa.array(rows)).to_pylist(), strict=True)
-    return [row for row, name in names if first.setdefault(name, row) != row]
+    found = [row for row, name in zip(rows.tolist(), names, strict=True) if first.setdefault(name, row) != row]
+    return np.array(found, np.int64)
 
 
-def _group_columns(
-    table: pa.Table, among: NDArray[np.bool_]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.float64], tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The arguments of `dedup.groups` for some of the rows."""
-    names = ("content", "phash", "width", "height", "linked_work", "work", "page")
-    content, phash, width, height, linked_work, work, page = (table[name].to_numpy()[among] for name in names)
-    aspect = width / height
-    return content, phash, aspect, page_links(linked_work, work, page, phash, aspect)
+def _read_rows(store: Store, shards: Sequence[str], place_C2: Place, columns: list[str]) -> pa.Table:
+    """Columns of images/ of some rows, in their order."""
+    order = np.argsort(place_C2[:, 0], kind="stable")
+    bounds = np.searchsorted(place_C2[order, 0], np.arange(len(shards) + 1))
 
+    def read(part: tuple[int, tuple[int, int]]) -> pa.Table:
+        number, (start, end) = part
+        return read_images(store, shards[number], columns).select(columns).take(pa.array(place_C2[order[start:end], 1]))
 
-def _copy_tags(
-    store: Store, shards: Sequence[str], from_C2: NDArray[np.int32], to_C2: NDArray[np.int32], copies: dict[str, Copies]
-) -> None:
-    """Copies the tags of some rows to others. Rows are given as (number of the shard, row)."""
-    for number in np.unique(from_C2[:, 0]).tolist():
-        here = from_C2[:, 0] == number
-        table = store.read_table(f"images/{shards[number]}.parquet", TAG_COLUMNS).take(pa.array(from_C2[here, 1]))
-        for (shard, row), tags in zip(to_C2[here].tolist(), table.to_pylist(), strict=True):
-            copies[shards[shard]].tags[row] = tags
+    wanted = [part for part in enumerate(pairwise(bounds.tolist())) if part[1][0] < part[1][1]]
+    with ThreadPoolExecutor(_READERS) as readers:
+        parts = list(readers.map(read, wanted))
+    if not parts:
+        return pa.table({column: pa.array([], IMAGES.field(column).type) for column in columns})
+    table = pa.concat_tables(parts).combine_chunks()
+    return table.take(pa.array(np.argsort(order)))

@@ -1,14 +1,18 @@
-"""Groups pictures that are copies of one another, and ranks the copies. Pure functions over columns.
+"""Finds the pictures that are copies of one another, and which copy to keep. Pure functions over columns.
 
 Two rows are copies if their bytes have the same content hash; if their 64-bit perceptual hashes differ in at most four
 bits and their shapes are alike; or if a Danbooru post names the Pixiv work, the hashes differ in at most eight bits and
-no other page of the work is nearer. Groups are transitive. The result does not depend on the order of the rows.
+no other page of the work is nearer. Groups of copies are transitive, but a row is refused only if it is a copy of the
+kept row itself. The result does not depend on the order of the rows.
 
-Axes: N rows, U rows with distinct (perceptual hash, shape), P rows from Pixiv, B blocks of bits.
+Axes: N rows, C rows that have copies, U rows with distinct (perceptual hash, shape), P rows from Pixiv, B blocks of
+bits.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -35,6 +39,8 @@ _BLOCKS = 6
 _LONGEST_RUN = 1024
 _PAIRS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 1 << 18
+_THREADS = 2
+_PARTS_AHEAD = 64
 
 Rows = NDArray[np.int64]
 
@@ -66,17 +72,55 @@ def groups(
     return parent_N
 
 
-def best_first(ids: Sequence[str], pixels: Sequence[int]) -> list[int]:
-    """The rows in the order in which to keep them: most pixels, then Danbooru (its tags are better), then lowest id.
+@dataclass(frozen=True)
+class Pictures:
+    """What decides whether rows are copies. Rows with the same `variant` differ on purpose: only equal bytes make them
+    copies."""
 
-    ids are <source>:<number> or <source>:<number>_p<page>; pixels is width x height.
+    content: NDArray[np.uint64]  # any hash of the bytes
+    phash: NDArray[np.uint64]
+    aspect: NDArray[np.float64]  # width / height
+    linked_page: Rows  # number of the Pixiv page that a row is, or was taken from; -1 for none
+    variant: Rows  # number of the set of variants that a row belongs to; -1 for none
+
+    def take(self, rows: Rows) -> "Pictures":
+        return Pictures(*(getattr(self, column)[rows] for column in self.__dataclass_fields__))
+
+    def links(self) -> tuple[Rows, Rows]:
+        """Pairs of rows with the same linked page."""
+        order = np.argsort(self.linked_page, kind="stable")
+        page = self.linked_page[order]
+        same = (page[1:] == page[:-1]) & (page[1:] >= 0)
+        return order[1:][same], order[:-1][same]
+
+    def are_copies(self, left: Rows, right: Rows) -> NDArray[np.bool_]:
+        """For each pair of rows, whether they are copies of one another."""
+        bits = np.bitwise_count(self.phash[left] ^ self.phash[right])
+        near = (bits <= NEAR_BITS) & (self.phash[left] != FLAT) & (self.phash[right] != FLAT)
+        page, variant = self.linked_page, self.variant
+        near |= (bits <= LINKED_BITS) & (page[left] >= 0) & (page[left] == page[right])
+        near &= _same_shape(np.log(self.aspect), left, right)
+        near &= (variant[left] < 0) | (variant[left] != variant[right])
+        same: NDArray[np.bool_] = near | (self.content[left] == self.content[right])
+        return same
+
+
+def keepers(pictures: Pictures, best_first: Rows) -> Rows:
+    """For each row the row to keep instead of it, itself if it is kept: (C,). `best_first` are all rows, best first.
+
+    Of each group the best row is kept. Rows of the group that are not copies of it, but only of copies of it, are
+    grouped again.
     """
-
-    def rank(row: int) -> tuple[int, bool, list[int], str]:
-        source, _, number = ids[row].partition(":")
-        return -pixels[row], source != "danbooru", [int(digits) for digits in re.findall(r"\d+", number)], ids[row]
-
-    return sorted(range(len(ids)), key=rank)
+    kept_C, waiting = np.arange(len(best_first)), best_first
+    while len(waiting):
+        left = pictures.take(waiting)
+        group = groups(left.content, left.phash, left.aspect, left.links())
+        best = np.unique(group, return_index=True)[1]  # `waiting` is best first
+        keeper = waiting[best[np.searchsorted(group[best], group)]]
+        copies = pictures.are_copies(waiting, keeper) | (waiting == keeper)
+        kept_C[waiting[copies]] = keeper[copies]
+        waiting = waiting[~copies]
+    return kept_C
 
 
 def page_links(
@@ -131,23 +175,39 @@ def near_pairs(hash_U: NDArray[np.uint64]) -> Iterator[tuple[Rows, Rows]]:
 
 
 def _near_neighbours(hash_U: NDArray[np.uint64]) -> Iterator[NDArray[np.int32]]:
-    """The pairs of near_pairs in small pieces, (2, pairs)."""
-    for key, order_U in _sorted_by_two_blocks(hash_U):
-        # Parts that fit into the processor's cache are several times as fast.
-        for start in range(0, len(order_U), _ROWS_AT_ONCE):
-            place_U = order_U[start : start + _ROWS_AT_ONCE + _LONGEST_RUN]
-            part_U = hash_U[place_U]
-            key_U = part_U & key
-            left = np.arange(len(part_U))
-            for distance in range(1, _LONGEST_RUN + 1):
-                left = left[: np.searchsorted(left, len(part_U) - distance)]
-                # If the keys differ at this distance, they differ at every larger one.
-                left = left[key_U[left] == key_U[left + distance]]
-                if not len(left):
-                    break
-                near = left[np.bitwise_count(part_U[left] ^ part_U[left + distance]) <= NEAR_BITS]
-                if len(near):
-                    yield place_U[np.stack([near, near + distance])]
+    """The pairs of near_pairs in small pieces, (2, pairs).
+
+    numpy releases the interpreter lock: threads compare while this one sorts.
+    """
+    ahead: deque[Future[list[NDArray[np.int32]]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for key, order_U in _sorted_by_two_blocks(hash_U):
+            # Parts that fit into the processor's cache are several times as fast.
+            for start in range(0, len(order_U), _ROWS_AT_ONCE):
+                place_U = order_U[start : start + _ROWS_AT_ONCE + _LONGEST_RUN]
+                ahead.append(threads.submit(_compare, hash_U, place_U, key))
+                if len(ahead) > _PARTS_AHEAD:
+                    yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _compare(hash_U: NDArray[np.uint64], place_U: NDArray[np.int32], key: np.uint64) -> list[NDArray[np.int32]]:
+    """The near pairs among some rows that are sorted by the bits of the key."""
+    part_U = hash_U[place_U]
+    key_U = part_U & key
+    left = np.arange(len(part_U))
+    found = []
+    for distance in range(1, _LONGEST_RUN + 1):
+        left = left[: np.searchsorted(left, len(part_U) - distance)]
+        # If the keys differ at this distance, they differ at every larger one.
+        left = left[key_U[left] == key_U[left + distance]]
+        if not len(left):
+            break
+        near = left[np.bitwise_count(part_U[left] ^ part_U[left + distance]) <= NEAR_BITS]
+        if len(near):
+            found.append(place_U[np.stack([near, near + distance])])
+    return found
 
 
 def _sorted_by_two_blocks(hash_U: NDArray[np.uint64]) -> Iterator[tuple[np.uint64, NDArray[np.int32]]]:

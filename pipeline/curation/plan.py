@@ -4,41 +4,33 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import ShardsFailed, UsageError
-from pipeline.curation.copies import Copies, find_copies
-from pipeline.curation.quality import POST_COLUMNS, PRESETS, QualityTable, posts_of
+from pipeline.curation.copies import NO_COPIES, find_copies, saved_digests, search_digest
 from pipeline.curation.selection import Curation, ShardWork
 from pipeline.curation.stage_rules import FILES, Rules
 from pipeline.storage.fingerprints import (
     CODE_VERSION,
-    FileIdentity,
     changes,
     describe_changes,
     digest,
-    identities,
-    image_identities,
-    read_provenance,
 )
+from pipeline.storage.manifest import Catalog, Footer
 from pipeline.storage.run_record import format_counts, write_run_record
 from pipeline.storage.shards import Store
-
-# Quality borders are kept until the dataset has grown or shrunk by more than this share.
-_BORDERS_KEPT = 0.1
 
 
 @dataclass(frozen=True)
 class CurationInputs:
     """The files that a selection is made from, by shard."""
 
-    images: dict[str, FileIdentity]
-    captions: dict[str, FileIdentity]
-    scores: dict[str, dict[str, FileIdentity]]  # by scorer
+    catalog: Catalog
+    images: dict[str, Footer]
+    captions: dict[str, Footer]
+    scores: dict[str, dict[str, Footer]]  # by scorer
 
     @property
     def rows(self) -> int:
@@ -53,49 +45,52 @@ def read_inputs(
     Raises UsageError if images, captions or scores are missing, if captions are older than their images, or if one
     scorer has scores of several models.
     """
-    images = image_identities(dataset)
-    captions = identities(dataset, captions_folder, images)
+    catalog = Catalog(dataset)
+    catalog.refresh("images", captions_folder)
+    images = catalog.images()
+    captions = catalog.footers(captions_folder, images)
     root = shlex.quote(dataset.root)
     if captioned:
         if not any(footer.rows for footer in images.values()):
-            reasons = dict(tally(dataset, "rejected", images))
+            reasons = dict(tally(catalog, "rejected", images))
             raise UsageError(f"{dataset.root} has no pictures: ingest refused {reasons}; look into its rejected/")
         name = captions_folder.removeprefix("captions").removeprefix("/")
         command = f"python pipeline/caption.py --dataset {root}" + (f" --name {name}" if name else "")
         _check_complete(images, captions, captions_folder, command)
-        _check_same_images(dataset, images, captions_folder, command)
+        _check_same_images(images, captions, command)
     scores = {}
     for scorer in sorted({name.partition(".")[0] for name in rules.scores}):
-        scores[scorer] = identities(dataset, f"scores/{scorer}", images)
+        scores[scorer] = catalog.footers(f"scores/{scorer}", images)
         command = f"python pipeline/score.py --dataset {root} --model FOLDER --name {scorer}"
         _check_complete(images, scores[scorer], f"scores/{scorer}", command)
-        _check_one_model(dataset, scorer, images, command)
+        _check_one_model(scorer, scores[scorer], command)
         _check_labels(dataset, scorer, min(scores[scorer]), rules)
-    return CurationInputs(images, captions, scores)
+    return CurationInputs(catalog, images, captions, scores)
 
 
-def _check_complete(
-    images: Mapping[str, FileIdentity], others: Mapping[str, FileIdentity], folder: str, command: str
-) -> None:
+def _check_complete(images: Mapping[str, Footer], others: Mapping[str, Footer], folder: str, command: str) -> None:
     if missing := sorted(images.keys() - others.keys()):
         raise UsageError(f"{len(missing)} of {len(images)} shards have no {folder}, first {missing[0]}; run: {command}")
 
 
-def _check_same_images(dataset: Store, images: Mapping[str, FileIdentity], captions: str, command: str) -> None:
-    before = read_provenance(dataset, captions, images)
-    stale = [name for name, footer in images.items() if before[name].get("images", footer.digest) != footer.digest]
+def _check_same_images(images: Mapping[str, Footer], captions: Mapping[str, Footer], command: str) -> None:
+    stale = [
+        name
+        for name, footer in images.items()
+        if captions[name].provenance.get("images", footer.digest) != footer.digest
+    ]
     if stale:
         raise UsageError(
             f"{len(stale)} of {len(images)} shards were ingested again after their captions; run: {command}"
         )
 
 
-def _check_one_model(dataset: Store, scorer: str, images: Mapping[str, FileIdentity], command: str) -> None:
+def _check_one_model(scorer: str, scores: Mapping[str, Footer], command: str) -> None:
     """Scores of several models are not comparable. They occur when score.py was stopped while replacing a model's
     scores. Scores from elsewhere name no model."""
     first: dict[str | None, str] = {}  # model -> a shard with its scores
-    for shard, inputs in read_provenance(dataset, f"scores/{scorer}", images).items():
-        first.setdefault(inputs.get("model"), shard)
+    for shard, footer in scores.items():
+        first.setdefault(footer.provenance.get("model"), shard)
     if len(first) > 1:
         raise UsageError(
             f"scores/{scorer} has scores of {len(first)} models, for example in "
@@ -111,47 +106,9 @@ def _check_labels(dataset: Store, scorer: str, shard: str, rules: Rules) -> None
         raise UsageError(f"scores/{scorer} has no label {unknown[0]!r}; its labels are {', '.join(labels)}")
 
 
-def tally(dataset: Store, folder: str, shards: Iterable[str]) -> Counter[str]:
+def tally(catalog: Catalog, folder: str, shards: Iterable[str]) -> Counter[str]:
     """Rows by reason in these shards of a folder of REJECTED."""
-    with ThreadPoolExecutor(8) as readers:
-        counts = readers.map(lambda shard: dataset.tally(f"{folder}/{shard}.parquet", "reason"), shards)
-        return sum(counts, Counter[str]())
-
-
-def quality_table(
-    dataset: Store, folder: str, inputs: CurationInputs, preset: str, renew: bool
-) -> tuple[QualityTable, str]:
-    """The borders between quality words, and the content of the file quality.json that keeps them.
-
-    The saved borders are used again, so that new shards do not change the words of old ones. They are recomputed if
-    `renew` is set, for another preset or a new source, and if the dataset has changed in size by more than a tenth.
-    Raises UsageError if the saved file is damaged, because recomputing would silently change words.
-    """
-    file = f"{folder}/quality.json"
-    described_preset = {"name": preset, **json.loads(json.dumps(asdict(PRESETS[preset])))}
-    if not renew and dataset.exists(file):
-        try:
-            saved = dataset.read(file).decode()
-            record = json.loads(saved)
-            table, rows = QualityTable.from_json(saved), float(record["rows"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{dataset.path(file)} is damaged ({type(error).__name__}: {error}); restore it, or recompute the "
-                "borders with --new-quality"
-            ) from error
-        sources = frozenset[str]().union(*(footer.sources for footer in inputs.images.values()))
-        if (
-            record.get("preset") == described_preset
-            and abs(inputs.rows - rows) <= _BORDERS_KEPT * rows
-            and sources <= {source for source, _, _ in table.borders}
-        ):
-            return table, saved
-    with ThreadPoolExecutor(4) as readers:
-        files = [f"images/{shard}.parquet" for shard in inputs.images]
-        posts = pa.concat_tables(readers.map(lambda file: posts_of(dataset.read_table(file, POST_COLUMNS)), files))
-    table = QualityTable.compute(PRESETS[preset], posts)
-    record = {"preset": described_preset, "rows": inputs.rows} | json.loads(table.to_json())
-    return table, json.dumps(record, indent=1)
+    return sum(catalog.reasons(folder, shards).values(), Counter[str]())
 
 
 def rule_work(curation: Curation, inputs: CurationInputs) -> dict[str, ShardWork]:
@@ -173,72 +130,88 @@ def rule_work(curation: Curation, inputs: CurationInputs) -> dict[str, ShardWork
 
 
 def selection_work(
-    judging: Mapping[str, ShardWork], inputs: CurationInputs, copies: Mapping[str, Copies]
+    judging: Mapping[str, ShardWork], inputs: CurationInputs, judged: Iterable[str], copies: Mapping[str, str]
 ) -> dict[str, ShardWork]:
-    """The shards of `copies`, each with everything that its selected rows depend on."""
+    """The judged shards, each with everything that its selected rows depend on. `copies` are the digests of the copies
+    of each shard that has any."""
     work = {}
-    for shard, found in copies.items():
-        provenance = judging[shard].provenance | {"captions": inputs.captions[shard].digest, "copies": found.digest}
-        work[shard] = ShardWork(shard, judging[shard].rows, provenance, found)
+    for shard in judged:
+        found = {"captions": inputs.captions[shard].digest, "copies": copies.get(shard, NO_COPIES.digest)}
+        work[shard] = ShardWork(shard, judging[shard].rows, judging[shard].provenance | found)
     return work
 
 
-def to_do(dataset: Store, folder: str, work: Mapping[str, ShardWork], without: str = "") -> dict[str, str]:
+def to_do(catalog: Catalog, folder: str, work: Mapping[str, ShardWork], without: str = "") -> dict[str, str]:
     """The shards that must be made (again), each with the reason. The input `without` is not compared."""
 
     def compared(inputs: Mapping[str, str]) -> dict[str, str]:
         return {name: value for name, value in inputs.items() if name != without}
 
-    before = {shard: compared(inputs) for shard, inputs in read_provenance(dataset, folder, work).items()}
+    before = {shard: compared(inputs) for shard, inputs in catalog.provenance(folder, work).items()}
     return changes(before, {shard: compared(part.provenance) for shard, part in work.items()})
 
 
-def stale_files(dataset: Store, folder: str, shards: Mapping[str, object]) -> list[str]:
+def selection_folders(folder: str) -> tuple[str, str, str]:
+    """The folders with the shards of a selection."""
+    return folder, f"{folder}/judged", f"{folder}/rejected"
+
+
+def stale_files(catalog: Catalog, folder: str, shards: Mapping[str, object]) -> list[str]:
     """Files of the selection whose images are gone."""
     return [
         f"{part}/{shard}.parquet"
-        for part in (folder, f"{folder}/judged", f"{folder}/rejected")
-        for shard in dataset.shards(part)
+        for part in selection_folders(folder)
+        for shard in catalog.shards(part)
         if shard not in shards
     ]
 
 
+def _content_hash(catalog: Catalog, folder: str, shards: Iterable[str]) -> str:
+    """The hash of a selection that trainings record: of the selected rows of all shards."""
+    footers = catalog.footers(folder, shards)
+    return digest({shard: footer.metadata.get("digest") for shard, footer in footers.items()})
+
+
 def plan_lines(curation: Curation, inputs: CurationInputs) -> Iterator[str]:
     """The lines that --plan prints."""
-    dataset, judging = Store(curation.dataset), rule_work(curation, inputs)
-    why = to_do(dataset, f"{curation.folder}/judged", judging)
+    catalog, judging = inputs.catalog, rule_work(curation, inputs)
+    catalog.refresh(*selection_folders(curation.folder))
+    why = to_do(catalog, f"{curation.folder}/judged", judging)
     yield f"would do: {describe_changes('judging', why, len(judging))}"
+    made_from = search_digest({shard: part.provenance for shard, part in judging.items()})
+    copies = None if why else saved_digests(catalog.dataset, curation.folder, made_from)
     if why:  # copies are not known until the rules have been applied to all shards
-        writing = selection_work(judging, inputs, dict.fromkeys(judging, Copies()))
-        rewritten = to_do(dataset, curation.folder, writing, without="copies") | why
+        rewritten = (
+            to_do(catalog, curation.folder, selection_work(judging, inputs, judging, {}), without="copies") | why
+        )
         yield "would do: writing these shards, and shards in which other copies are found then"
     else:
-        writing = selection_work(judging, inputs, find_copies(dataset.root, curation.name, list(judging)))
-        rewritten = to_do(dataset, curation.folder, writing)
-    yield f"would do: {describe_changes('writing', rewritten, len(writing))}"
-    for file in stale_files(dataset, curation.folder, judging):
+        if copies is None:
+            found = find_copies(catalog.dataset, curation.folder, list(judging))
+            copies = {shard: each.digest for shard, each in found}
+        rewritten = to_do(catalog, curation.folder, selection_work(judging, inputs, judging, copies))
+    yield f"would do: {describe_changes('writing', rewritten, len(judging))}"
+    for file in stale_files(catalog, curation.folder, judging):
         yield f"would remove {file}: its images are gone"
 
 
 def finish(
     curation: Curation,
-    done: list[ShardWork],
+    inputs: CurationInputs,
+    done: Mapping[str, ShardWork],
     failed: dict[str, str],
     started: float,
     flags: Mapping[str, str | None],
 ) -> None:
-    """Writes run.json and, if no shard failed, selection.json.
+    """Writes run.json and, if no shard failed, selection.json; `done` are the shards that are finished.
 
     Raises ShardsFailed if shards failed, UsageError if no row is selected.
     """
-    dataset, folder = Store(curation.dataset), curation.folder
-    shards = [part.shard for part in done]
-    files = [f"{folder}/{shard}.parquet" for shard in shards]
-    with ThreadPoolExecutor(8) as readers:
-        kept = dict(zip(shards, readers.map(dataset.rows, files), strict=True))
-        metadata = dict(zip(shards, readers.map(dataset.metadata, files), strict=True))
-    reasons = tally(dataset, f"{folder}/rejected", shards)
-    rows, selected = sum(part.rows for part in done), sum(kept.values())
+    catalog, dataset, folder = inputs.catalog, Store(curation.dataset), curation.folder
+    kept = {shard: footer.rows for shard, footer in catalog.footers(folder, done).items()}
+    reasons = tally(catalog, f"{folder}/rejected", done)
+    rows, selected = sum(part.rows for part in done.values()), sum(kept.values())
+    catalog.save()
     write_run_record(dataset.path(folder), "curate", started, rows, selected, reasons, **flags, failed=failed)
     if failed:
         raise ShardsFailed(failed)
@@ -252,6 +225,6 @@ def finish(
         "selected": selected,
         "rejected": dict(sorted(reasons.items())),
         "shards": {shard: count for shard, count in kept.items() if count},
-        "hash": digest({shard: found["digest"] for shard, found in metadata.items()}),
+        "hash": _content_hash(catalog, folder, done),
     }
     dataset.write(f"{folder}/selection.json", json.dumps(record, indent=1).encode())

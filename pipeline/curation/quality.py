@@ -4,7 +4,7 @@ How popular a post becomes depends on its site, its rating and its year. Quality
 favourites (on Pixiv: bookmarks) within a cell of (source, rating, year). The borders between the words are computed
 once, saved with the selection, and applied to later posts as well.
 
-Axes: N posts, C cells, Q percentiles.
+Axes: N posts, C cells, V distinct popularities, Q percentiles.
 """
 
 import json
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Cell = tuple[str, str | None, int | None]  # source, rating (None: all of them), year (None: all of them)
 
 POST_COLUMNS: Final = ["source", "rating", "favourites", "created_at"]
+_POSTS_AT_ONCE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,22 @@ class QualityTable:
         dates = _dates(posts)
         dates = dates[~np.isnat(dates)]
         settled_before = dates.max() - np.timedelta64(young_days, "D") if dates.size else None
-        voted_N = _has_votes(posts, settled_before)
-        cells, cell_N = _cells(posts)
-        # numpy sorts 16-bit numbers in one pass.
-        cell_N = cell_N[voted_N].astype(np.min_scalar_type(len(cells)))
-        by_cell_N = _popularity(posts)[voted_N][np.argsort(cell_N, kind="stable")]
-        votes = np.split(by_cell_N, np.cumsum(np.bincount(cell_N, minlength=len(cells)))[:-1])
         borders: dict[Cell, tuple[float, ...]] = {}
+        votes = _votes(posts, settled_before)
         for known, needed in ((1, 1), (2, min_rows), (3, min_rows)):  # source; and rating; and year
-            pools: dict[Cell, list[NDArray[np.float64]]] = defaultdict(list)
-            for cell, popularity in zip(cells, votes, strict=False):  # without cells there is one empty part
+            pools: dict[Cell, list[NDArray[np.int64]]] = defaultdict(list)
+            for cell, popularity_2V in votes:
                 if None not in cell[:known]:
                     source, rating, year = cell
-                    pools[source, rating if known > 1 else None, year if known > 2 else None].append(popularity)
+                    pools[source, rating if known > 1 else None, year if known > 2 else None].append(popularity_2V)
             for pool, parts in pools.items():
-                lowest_first = np.sort(np.concatenate(parts))
-                if len(lowest_first) >= needed:
-                    places = -(-len(lowest_first) * np.array(preset.percentiles) // 100) - 1  # rounded up, in integers
-                    borders[pool] = tuple(lowest_first[places].tolist())
+                popularity_V, count_V = np.concatenate(parts, axis=1)
+                lowest_first = np.argsort(popularity_V)
+                ends_V = np.cumsum(count_V[lowest_first])
+                if ends_V[-1] >= needed:
+                    places = -(-ends_V[-1] * np.array(preset.percentiles) // 100)  # rounded up, in integers
+                    at = lowest_first[np.searchsorted(ends_V, places)]
+                    borders[pool] = tuple(popularity_V[at].astype(float).tolist())
         return cls(words=preset.words, borders=borders, settled_before=settled_before)
 
     def cell_of(self, source: str, rating: str | None, year: int | None) -> Cell | None:
@@ -157,6 +156,35 @@ def _popularity(posts: pa.Table) -> NDArray[np.float64]:
     """Favourites or bookmarks, NaN if unknown."""
     popularity: NDArray[np.float64] = posts["favourites"].cast(pa.float64()).to_numpy()
     return popularity
+
+
+def _votes(posts: pa.Table, settled_before: np.datetime64 | None) -> list[tuple[Cell, NDArray[np.int64]]]:
+    """By cell, sorted: the popularities of posts with votes and the number of posts with each, (2, V).
+
+    Counts a part of the posts at a time: as columns of 64 bits all of them would take gigabytes.
+    """
+    numbers: dict[Cell, int] = {}
+    found = [np.zeros((2, 0), np.int64)]
+    for start in range(0, len(posts), _POSTS_AT_ONCE):
+        part = posts.slice(start, _POSTS_AT_ONCE)
+        cells, cell_N = _cells(part)
+        number_C = np.array([numbers.setdefault(cell, len(numbers)) for cell in cells])
+        voted_N = _has_votes(part, settled_before)
+        popularity_N = part["favourites"].fill_null(0).to_numpy().astype(np.int64)[voted_N]
+        key_N = number_C[cell_N[voted_N]] << 32 | popularity_N + (1 << 31)
+        found.append(np.stack(np.unique(key_N, return_counts=True)))
+    key_V, count_V = np.concatenate(found, axis=1)
+    key_V, at = np.unique(key_V, return_inverse=True)
+    count_V = np.bincount(at, count_V, len(key_V)).astype(np.int64)
+    votes_2V = np.stack([(key_V & (1 << 32) - 1) - (1 << 31), count_V])
+    bounds = np.searchsorted(key_V >> 32, np.arange(len(numbers) + 1))
+    by_cell = [(cell, votes_2V[:, bounds[number] : bounds[number + 1]]) for cell, number in numbers.items()]
+    return sorted((each for each in by_cell if each[1].size), key=lambda each: _sort_key(each[0]))
+
+
+def _sort_key(cell: Cell) -> tuple[str, str, int]:
+    source, rating, year = cell
+    return source, rating or "", year or 0
 
 
 def _dates(posts: pa.Table) -> NDArray[np.datetime64]:

@@ -6,7 +6,7 @@ same picture. No pass reads pictures, and nothing here knows of Ray.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from pipeline.core.records import JUDGED, REJECTED, SELECTION, TAG_CATEGORIES
 from pipeline.curation.admission import RULE_COLUMNS, TAG_COLUMNS, checks, first_refusals
-from pipeline.curation.copies import Copies
+from pipeline.curation.copies import Copies, read_copies
 from pipeline.curation.quality import POST_COLUMNS, RATING_WORDS, QualityTable, era_words, posts_of
 from pipeline.curation.stage_rules import Rules
 from pipeline.storage.fingerprints import Provenance
+from pipeline.storage.posts import read_images
 from pipeline.storage.shards import Store
 from pipeline.tagging.tag_columns import TagColumn, remove_caption_separators, text_columns
 from pipeline.tagging.tags import TagRules, cached_reader
@@ -48,7 +49,6 @@ class ShardWork:
     shard: str
     rows: int
     provenance: Provenance
-    copies: Copies = field(default_factory=Copies)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -59,7 +59,7 @@ class ShardWork:
 def apply_rules(part: ShardWork, curation: Curation) -> None:
     """Writes judged/<shard>: for each row of images/<shard> the first rule that refuses it, or null."""
     store = Store(curation.dataset)
-    images = store.read_table(f"images/{part.shard}.parquet", ["id", *RULE_COLUMNS])
+    images = read_images(store, part.shard, ["id", *RULE_COLUMNS])
     scores = read_scores(store, part.shard, images["id"], curation.rules)
     results = checks(images, scores, curation.rules, curation.quality, cached_reader(curation.tags))
     refusals = first_refusals(results, images.num_rows)
@@ -91,19 +91,20 @@ def select_shard(part: ShardWork, curation: Curation) -> None:
     """
     store = Store(curation.dataset)
     wanted = ["id", "sha256", "score", *POST_COLUMNS, *TAG_COLUMNS]
-    images = store.read_table(f"images/{part.shard}.parquet", wanted)
+    images = read_images(store, part.shard, wanted)
     captions = store.read_table(f"{curation.captions}/{part.shard}.parquet", ["id", "caption"])
     _check_ids(captions["id"], images["id"], f"{curation.captions}/{part.shard}.parquet", "pipeline/caption.py")
     judged = store.read_table(f"{curation.folder}/judged/{part.shard}.parquet")
     reasons, details = (judged[column].to_pylist() for column in ("reason", "detail"))
-    for row, refusal in part.copies.refused.items():
+    copies = read_copies(store, curation.folder, part.shard, part.provenance["copies"])
+    for row, refusal in copies.refused.items():
         assert reasons[row] is None, (part.shard, row, reasons[row], refusal)
         reasons[row], details[row] = refusal
     out = np.array([reason is not None for reason in reasons], bool)
     kept, refused = np.flatnonzero(~out), np.flatnonzero(out)
 
-    picked = _with_danbooru_tags(images.take(pa.array(kept)), kept, part.copies)
-    bookmarks, views = _pixiv_numbers(picked, kept, part.copies)
+    picked = _with_danbooru_tags(images.take(pa.array(kept)), kept, copies)
+    bookmarks, views = _pixiv_numbers(picked, kept, copies)
     columns = {
         "id": picked["id"],
         "row": pa.array(kept, pa.int32()),

@@ -22,9 +22,10 @@ from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
 from pipeline.curation.command import curate_command
 from pipeline.curation.compare import compare
 from pipeline.curation.explain import explain
-from pipeline.curation.plan import CurationInputs, plan_lines, quality_table, read_inputs, rule_work
+from pipeline.curation.plan import CurationInputs, plan_lines, read_inputs, rule_work
 from pipeline.curation.selection import Curation, ShardWork, content_digest
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+from pipeline.curation.survey import quality_table
 from pipeline.storage import run_record
 from pipeline.storage.shards import Store
 
@@ -62,6 +63,7 @@ class Dataset:
     def __init__(self, root: Path) -> None:
         self.store = Store(str(root))
         self.done: list[str] = []  # "judging a", "writing a" ..., of the last curation
+        self.tasks: list[str] = []  # work on all rows, of the last curation
 
     def add(self, shard: str, *rows: Row) -> None:
         name = f"{shard}.parquet"
@@ -91,10 +93,10 @@ class Dataset:
 
     def curate(self, rules: Rules = RULES, name: str = "test", renew: bool = False) -> None:
         curation, inputs = self._resolved(rules, name, renew)
-        self.done = []
-        job.curate(curation, inputs, self._one_by_one, {"stage": "512"})
+        self.done, self.tasks = [], []
+        job.curate(curation, inputs, self, {"stage": "512"})
 
-    def _one_by_one(
+    def shards(
         self, work: Callable[[ShardWork], None], parts: dict[str, ShardWork], description: str
     ) -> dict[str, str]:
         failures = {}
@@ -105,6 +107,10 @@ class Dataset:
                 failures[shard] = str(error)
             self.done.append(f"{description} {shard}")
         return failures
+
+    def task(self, work: Callable[[], Any], memory: int, description: str) -> Any:
+        self.tasks.append(description)
+        return work()
 
     def rows(self, folder: str) -> dict[str, Row]:
         """The rows of all shards of a folder by id."""
@@ -362,7 +368,7 @@ def test_captions_of_another_engine_are_chosen_by_name_and_recorded(dataset: Dat
     curation = replace(dataset.curation(), captions="captions/second")
     inputs = read_inputs(dataset.store, curation.rules, captions_folder="captions/second")
     dataset.done = []
-    job.curate(curation, inputs, dataset._one_by_one, {"stage": "512"})
+    job.curate(curation, inputs, dataset, {"stage": "512"})
     assert dataset.done == ["writing 1"]
     assert dataset.store.read_table("selections/test/1.parquet")["caption"].to_pylist() == ["By another."]
     assert dataset.record()["captions"] == "captions/second"

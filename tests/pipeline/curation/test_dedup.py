@@ -1,10 +1,15 @@
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.curation.dedup import LINKED_BITS, NEAR_BITS, best_first, groups, near_pairs, page_links
+from pipeline.core.records import IMAGES
+from pipeline.curation import dedup
+from pipeline.curation.copies import NOT_ORIGINAL, ranked
+from pipeline.curation.dedup import LINKED_BITS, NEAR_BITS, Pictures, groups, near_pairs, page_links
 from pipeline.pictures.perceptual_hash import FLAT
 
 Hashes = NDArray[np.uint64]
@@ -21,21 +26,40 @@ def flipped(hashes: Hashes, bits: int, seed: int) -> Hashes:
     return hashes ^ np.array(masks, np.uint64)
 
 
+def post(name: str, **columns: Any) -> dict[str, Any]:
+    """What a picture is ranked by."""
+    return {"id": name, "width": 10, "height": 10, "parent": None, "tags_meta": []} | columns
+
+
+def ranked_ids(*posts: dict[str, Any]) -> list[str]:
+    """The ids in the order in which to keep them, whatever the order of the rows."""
+    orders = [[rows[row]["id"] for row in ranked(table_of(*rows)).tolist()] for rows in (posts, posts[::-1])]
+    assert orders[0] == orders[1]
+    return orders[0]
+
+
+def table_of(*posts: dict[str, Any]) -> pa.Table:
+    names = ("id", "width", "height", "parent", "tags_meta")
+    return pa.Table.from_pylist(list(posts), pa.schema([IMAGES.field(name) for name in names]))
+
+
 def keepers(
     ids: Sequence[str],
     content: Sequence[Hashable],
     phash: Hashes,
     pixels: NDArray[np.int64],
     aspect: NDArray[np.float64] | None = None,
+    variant: Sequence[int] = (),
 ) -> list[str | None]:
     """For each row the id of the row that is kept instead, None if the row itself is kept."""
     number: dict[Hashable, int] = {}
     numbers = np.array([number.setdefault(each, len(number)) for each in content], np.uint64)
-    group = groups(numbers, phash, np.ones(len(ids)) if aspect is None else aspect).tolist()
-    kept: dict[int, int] = {}
-    for row in best_first(ids, pixels.tolist()):
-        kept.setdefault(group[row], row)
-    return [None if kept[name] == row else ids[kept[name]] for row, name in enumerate(group)]
+    none = np.full(len(ids), -1)
+    aspect = np.ones(len(ids)) if aspect is None else aspect
+    pictures = Pictures(numbers, phash, aspect, none, np.array(variant) if len(variant) else none)
+    posts = [post(name, width=count, height=1) for name, count in zip(ids, pixels.tolist(), strict=True)]
+    kept = dedup.keepers(pictures, ranked(table_of(*posts)))
+    return [None if keeper == row else ids[keeper] for row, keeper in enumerate(kept.tolist())]
 
 
 def kept_instead(phash: Hashes) -> list[str | None]:
@@ -45,13 +69,16 @@ def kept_instead(phash: Hashes) -> list[str | None]:
 
 
 def brute_force(phash: Hashes) -> list[str | None]:
-    """The same by comparing every pair."""
-    group = list(range(len(phash)))
+    """The same by comparing every pair: a row is refused if it is near a row that is kept, the first of several."""
     near = np.bitwise_count(phash[:, None] ^ phash[None, :]) <= NEAR_BITS
-    for left, right in np.argwhere(np.triu(near, 1)).tolist():
-        low, high = sorted((group[left], group[right]))
-        group = [low if name == high else name for name in group]
-    return [None if name == row else f"danbooru:{name}" for row, name in enumerate(group)]
+    kept: list[int] = []
+    keeper: list[str | None] = []
+    for row in range(len(phash)):
+        first = next((other for other in kept if near[row, other]), None)
+        if first is None:
+            kept.append(row)
+        keeper.append(None if first is None else f"danbooru:{first}")
+    return keeper
 
 
 def test_near_duplicates_equal_those_of_comparing_all_pairs() -> None:
@@ -61,7 +88,8 @@ def test_near_duplicates_equal_those_of_comparing_all_pairs() -> None:
     phash = np.random.default_rng(1).permutation(np.concatenate([base, *planted, chained]))
     expected = brute_force(phash)
     assert kept_instead(phash) == expected
-    assert sum(kept is not None for kept in expected) == 5 * 14 + 2
+    # The far ends of the two chains are not near the rows that are kept.
+    assert sum(kept is not None for kept in expected) == 5 * 14
 
 
 def test_crowded_hashes_are_compared_as_well() -> None:
@@ -83,11 +111,14 @@ def test_pairs_with_any_four_differing_bits_are_found_and_none_with_five(bits: i
         assert (found > 0) == (bits <= NEAR_BITS)
 
 
-def test_a_chain_is_one_group() -> None:
+def test_the_end_of_a_chain_is_kept_where_it_is_no_copy_of_the_kept_row() -> None:
+    """Each row differs from the next in four bits, from the one after it in eight."""
     steps = [0, 0b1111, 0b1111_1111, 0b1111_1111_1111]
     phash = np.array([1 << 40 | step for step in steps], np.uint64)
-    assert kept_instead(phash) == [None, "danbooru:0", "danbooru:0", "danbooru:0"]
+    assert kept_instead(phash) == [None, "danbooru:0", None, "danbooru:2"]
+    assert kept_instead(phash[[1, 0, 2, 3]]) == [None, "danbooru:0", "danbooru:0", None]
     assert kept_instead(phash[[0, 2, 3]]) == [None, None, "danbooru:1"]
+    assert len(set(groups(np.arange(4, dtype=np.uint64), phash, np.ones(4)).tolist())) == 1
 
 
 def test_equal_bytes_are_duplicates_whatever_their_hash() -> None:
@@ -110,11 +141,40 @@ def test_pictures_of_different_shapes_are_no_copies() -> None:
     assert keepers(ids, ["a"] * 5, phash, pixels, aspect) == [None] + ["danbooru:0"] * 4
 
 
-def test_equal_bytes_and_near_hashes_join_one_group() -> None:
-    phash = np.array([1 << 50, 1 << 50 | 1, 1 << 20], np.uint64)
+def test_equal_bytes_and_near_hashes_are_both_copies() -> None:
+    phash = np.array([1 << 50, 1 << 50 | 1, 1 << 50], np.uint64)
     phash[2] = random_hashes(1, seed=0)[0]
-    kept = keepers(["danbooru:3", "danbooru:2", "danbooru:1"], ["a", "b", "b"], phash, np.ones(3, np.int64))
-    assert kept == ["danbooru:1", "danbooru:1", None]
+    ids = ["danbooru:3", "danbooru:2", "danbooru:1"]
+    assert keepers(ids, ["a", "b", "b"], phash, np.array([1, 2, 1])) == ["danbooru:2", None, "danbooru:2"]
+    # The row that is kept for its size has the bytes of one row and is near neither.
+    assert keepers(ids, ["a", "b", "b"], phash, np.array([1, 1, 2])) == [None, "danbooru:1", None]
+
+
+def test_variants_of_one_picture_are_copies_only_if_their_bytes_are_equal() -> None:
+    phash = np.array([1 << 50, 1 << 50 | 1, 1 << 50 | 2, 1 << 50 | 3], np.uint64)
+    ids, pixels = [f"danbooru:{row}" for row in range(4)], np.ones(4, np.int64)
+    assert keepers(ids, "abcd", phash, pixels) == [None] + ["danbooru:0"] * 3
+    assert keepers(ids, "abcd", phash, pixels, variant=[7, 7, -1, 8]) == [None, None, "danbooru:0", "danbooru:0"]
+    assert keepers(ids, "abcb", phash, pixels, variant=[7, 7, 7, 7]) == [None, None, None, "danbooru:1"]
+
+
+@pytest.mark.parametrize("tag", NOT_ORIGINAL)
+def test_a_copy_that_was_changed_is_kept_only_if_there_is_no_other(tag: str) -> None:
+    altered = post("danbooru:1", width=999, tags_meta=["highres", tag, tag])
+    assert ranked_ids(altered, post("pixiv:5_p0", tags_meta=["highres"])) == ["pixiv:5_p0", "danbooru:1"]
+    assert ranked_ids(altered, post("danbooru:2", tags_meta=[tag])) == ["danbooru:1", "danbooru:2"]
+
+
+def test_of_equal_copies_the_parent_is_kept_if_it_is_one_of_them() -> None:
+    child = post("danbooru:1", parent="danbooru:2")
+    assert ranked_ids(child, post("danbooru:2")) == ["danbooru:2", "danbooru:1"]
+    assert ranked_ids(child, post("danbooru:3")) == ["danbooru:1", "danbooru:3"]
+    assert ranked_ids(child | {"width": 11}, post("danbooru:2")) == ["danbooru:1", "danbooru:2"]
+
+
+def test_ids_without_a_number_come_last() -> None:
+    ids = ["danbooru:3", "danbooru:20", "danbooru:-4", "danbooru:99999999999999999999", "other"]
+    assert ranked_ids(*map(post, ids)) == ids
 
 
 @pytest.mark.parametrize(

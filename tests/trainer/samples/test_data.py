@@ -22,9 +22,11 @@ from pipeline import curate
 from pipeline.captions.tag_captions import ImageShard, caption_shard
 from pipeline.core.errors import JobFailed, UsageError
 from pipeline.core.records import IMAGES
-from pipeline.curation.plan import quality_table, read_inputs
+from pipeline.curation.execution import InThisProcess
+from pipeline.curation.plan import read_inputs
 from pipeline.curation.selection import Curation
 from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
+from pipeline.curation.survey import quality_table
 from pipeline.drawings.sample_posts import plan, shards
 from pipeline.ingestion import validation
 from pipeline.ingestion.commit import ingest_shard
@@ -80,16 +82,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def _curate(store: Store, name: str, rules: Rules) -> None:
-    def one_by_one(work: Callable[[Any], None], parts: dict[str, Any], description: str) -> dict[str, str]:
-        for part in parts.values():
-            work(part)
-        return {}
-
     rules = with_artists(rules)
     inputs = read_inputs(store, rules)
     quality, _ = quality_table(store, f"selections/{name}", inputs, rules.preset, renew=False)
     curation = Curation(store.root, name, rules, tag_rules(rules), quality)
-    curate.curate(curation, inputs, one_by_one, {})
+    curate.curate(curation, inputs, InThisProcess(), {})
 
 
 @pytest.fixture(autouse=True)
