@@ -7,52 +7,58 @@ has changed.
 import json
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from pipeline.core.errors import ShardsFailed
 from pipeline.core.jobs import run
 from pipeline.core.records import SCHEMA_VERSION
-from pipeline.ingestion.command import parse_args
-from pipeline.ingestion.preflight import find_raw, plan_shards
-from pipeline.ingestion.validation import downsize_shard, memory_needed, validate_shard
+from pipeline.ingestion.command import IngestJob, parse_args
+from pipeline.ingestion.preflight import IngestPlan, plan_shards
+from pipeline.storage.lease import lease
 from pipeline.storage.run_record import versions, write_run_record
 from pipeline.storage.shards import Store
 
 
 def main() -> None:
     job = parse_args(__doc__)
-    started = time.time()
-    dataset, rules = Store(job.dataset), job.rules
-    plan = plan_shards(find_raw(job.raw), job.source, job.rows_per_shard, dataset, rules)
+    if job.plan:
+        make_plan(job)
+        return
+    with lease(Store(job.dataset), "images", "ingest.py"):
+        ingest(job)
+
+
+def make_plan(job: IngestJob) -> IngestPlan:
+    dataset = Store(job.dataset)
+    plan = plan_shards(job.raw, job.source, job.rows_per_shard, dataset, job.rules, job.check_ids)
     for line in plan.lines(dataset):
         print(f"ingest: {line}", flush=True)
-    if job.plan:
-        return
+    return plan
 
+
+def ingest(job: IngestJob) -> None:
+    started = time.time()
+    plan, dataset, rules = make_plan(job), Store(job.dataset), job.rules
+    plan.save()
     failed: dict[str, str] = {}  # error by shard
     if plan.todo or plan.tiers:
         from pipeline.core.cluster import cluster  # Ray takes seconds to import
-        from pipeline.core.dataflow import map_shards
+        from pipeline.ingestion.steps import downsize_shards, ingest_shards
 
         if not dataset.exists("dataset.json"):
             about = {"schema_version": SCHEMA_VERSION, "created_by": versions()}
             dataset.write("dataset.json", json.dumps(about).encode())
         with cluster("ingest"):
-            for work, names in ((validate_shard, plan.todo), (downsize_shard, plan.tiers)):
+            for work, names in ((ingest_shards, plan.todo), (downsize_shards, plan.tiers)):
                 todo = {name: plan.shards[name] for name in sorted(names)}
                 for folder in ("images", "rejected", f"images-{rules.downsize}"):
                     dataset.remove_partial(folder, todo.keys())
-                if todo:
-                    run_one = partial(work, dataset=dataset.root, rules=rules)
-                    memory = max(map(memory_needed, todo.values()))
-                    failed |= map_shards(todo, run_one, lambda raw: raw.rows, "ingest", memory)
-    done = [raw for name, raw in plan.shards.items() if name not in failed]
-    with ThreadPoolExecutor(8) as readers:
-        kept = sum(readers.map(lambda raw: dataset.rows(f"images/{raw.shard}.parquet"), done))
-        rejected = readers.map(lambda raw: dataset.tally(f"rejected/{raw.shard}.parquet", "reason"), done)
-        reasons = sum(rejected, Counter[str]())
-    rows = sum(raw.rows for raw in done)
+                failed |= work(todo, dataset, rules) if todo else {}
+    done = {name: raw.rows for name, raw in plan.shards.items() if name not in failed}
+    plan.catalog.refresh("images", "rejected")
+    kept = sum(footer.rows for footer in plan.catalog.footers("images", done).values())
+    reasons = sum(plan.catalog.reasons("rejected", done).values(), Counter[str]())
+    plan.catalog.save()
+    rows = sum(done.values())
     not_done = plan.unreadable | {plan.shards[name].path: why for name, why in failed.items()}
     write_run_record(dataset.path("images"), "ingest", started, rows, kept, reasons, failed=not_done)
     if not_done:

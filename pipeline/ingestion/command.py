@@ -16,6 +16,7 @@ class IngestJob:
     dataset: str
     rows_per_shard: int | None
     plan: bool
+    check_ids: bool
     rules: IngestRules
 
 
@@ -51,6 +52,9 @@ def parse_args(description: str | None) -> IngestJob:
     parser.add_argument(
         "--downsize-format", choices=("JPEG", "WEBP"), default="JPEG", help="of that tier, at quality 92. Default: JPEG"
     )
+    parser.add_argument(
+        "--check-ids", action="store_true", help="count rows that repeat an id; reads the ids of all new raw files"
+    )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and write nothing")
     args = parser.parse_args()
     for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
@@ -71,6 +75,7 @@ def parse_args(description: str | None) -> IngestJob:
         dataset=args.dataset,
         rows_per_shard=args.rows_per_shard,
         plan=args.plan,
+        check_ids=args.check_ids,
         rules=rules,
     )
 

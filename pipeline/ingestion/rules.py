@@ -72,6 +72,10 @@ class IngestRules:
     def tier_fingerprint(self, raw: RawShard) -> str:
         return digest([self.fingerprint(raw), self.downsize, self.downsize_format])
 
+    def parts_fingerprint(self, raw: RawShard) -> str:
+        """Digest of everything that decides the content of the shard's partial files, which hold the tier too."""
+        return self.tier_fingerprint(raw) if self.downsize else self.fingerprint(raw)
+
 
 def tier_folder(side: int) -> str:
     """Folder of the tier with this short side, within the dataset."""

@@ -13,11 +13,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+from xml.etree import ElementTree
 
 from pipeline.core.errors import S3Refused, S3Unavailable
+
+T = TypeVar("T")
 
 # With the waits of botocore, a dead endpoint is given up after 25 seconds on average, a silent one after 130.
 _ATTEMPTS = 7
@@ -71,7 +76,34 @@ def _connect(anonymous: bool, process: int) -> Any:
     files.retries = 1  # of s3fs, on top of botocore's
     with named_errors(files.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "s3://")):
         files.connect()
+        files.s3.meta.events.register("before-parse.s3.ListObjectsV2", _parse_page)
     return files
+
+
+def _parse_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Parses a page of a listing in a tenth of botocore's time, which would otherwise be most of a listing's."""
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        page = ElementTree.fromstring(response_dict["body"])
+        values = {_name(child): child.text or "" for child in page if not len(child)}
+        found: dict[str, Any] = {"Contents": [], "CommonPrefixes": []}
+        for child in page:
+            if _name(child) in found:
+                found[_name(child)].append({_name(value): value.text or "" for value in child if not len(value)})
+        for entry in found["Contents"]:
+            entry["Size"] = int(entry["Size"])
+            entry["LastModified"] = datetime.fromisoformat(entry["LastModified"])
+    except (ElementTree.ParseError, KeyError, ValueError):
+        return  # botocore reports what is wrong
+    counts = {name: int(values[name]) for name in ("KeyCount", "MaxKeys") if values.get(name, "").isdigit()}
+    customized_response_dict |= values | counts | found | {"IsTruncated": values.get("IsTruncated") == "true"}
+    response_dict["body"] = b"<ListBucketResult/>"
+
+
+def _name(element: ElementTree.Element) -> str:
+    """The element's tag without its namespace."""
+    return element.tag.rpartition("}")[2]
 
 
 def _attempts() -> int:
@@ -105,10 +137,16 @@ def etag(path: str) -> str:
         return str(files.info(path)["ETag"])
 
 
-def entries(path: str) -> list[tuple[str, bool]]:
-    """Name of each entry of a folder, with True for folders. Raises FileNotFoundError if there is no such folder."""
+def entries(path: str) -> tuple[dict[str, tuple[int, float, str]], list[str]]:
+    """The files directly in a folder by name, as in `listing`, and the names of the folders in it.
+
+    Raises FileNotFoundError if there is no such folder. Costs one request per 1,000 entries.
+    """
     with _session(path) as files:
-        return [(PurePosixPath(e["name"]).name, e["type"] == "directory") for e in files.ls(path, detail=True)]
+        found = files.ls(path, detail=True)
+    # A key that ends with "/" marks a folder.
+    listed = {PurePosixPath(e["name"]).name: _info(e) for e in found if e["type"] == "file" and e["name"][-1] != "/"}
+    return listed, [PurePosixPath(e["name"]).name for e in found if e["type"] == "directory"]
 
 
 def listing(path: str) -> dict[str, tuple[int, float, str]]:
@@ -116,10 +154,11 @@ def listing(path: str) -> dict[str, tuple[int, float, str]]:
     name. Costs one request per 1,000 files."""
     with _session(path) as files:
         found = files.find(path, detail=True)
-    return {
-        f"s3://{name}": (info["size"], info["LastModified"].timestamp(), str(info["ETag"]))
-        for name, info in found.items()
-    }
+    return {f"s3://{name}": _info(info) for name, info in found.items() if not name.endswith("/")}
+
+
+def _info(found: Any) -> tuple[int, float, str]:
+    return found["size"], found["LastModified"].timestamp(), str(found["ETag"])
 
 
 def open_file(path: str) -> BinaryIO:
@@ -132,20 +171,35 @@ def open_file(path: str) -> BinaryIO:
     return opened
 
 
+def tail(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file, or all of a shorter file, with one request. Raises FileNotFoundError."""
+    with _session(path) as files:
+        try:
+            content: bytes = _repeated(partial(files.cat_file, path, start=-size), files)
+        except Exception as error:
+            if _answer(error)[0] == 416:  # an empty file has no last byte
+                return b""
+            raise
+    return content
+
+
 def _fetch(fetch: Callable[[int, int], bytes], path: str, files: Any, start: int, end: int) -> bytes:
-    """Reads a range, repeating the GET if its body breaks off."""
+    with named_errors(path):
+        return _repeated(partial(fetch, start, end), files)
+
+
+def _repeated(fetch: Callable[[], T], files: Any) -> T:
+    """The result of a GET, which is repeated if its body breaks off."""
     from aiobotocore.response import AioReadTimeoutError
     from aiohttp import ClientPayloadError
     from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 
-    attempts = files.config_kwargs["retries"]["total_max_attempts"]
-    with named_errors(path):
-        for attempt in range(attempts - 1):
-            try:
-                return fetch(start, end)
-            except (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError):
-                time.sleep(random.random() * min(2**attempt, 20))
-        return fetch(start, end)
+    for attempt in range(files.config_kwargs["retries"]["total_max_attempts"] - 1):
+        try:
+            return fetch()
+        except (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError):
+            time.sleep(random.random() * min(2**attempt, 20))
+    return fetch()
 
 
 def put(local: str, path: str) -> None:
@@ -168,6 +222,45 @@ def remove(path: str) -> None:
     """Removes a file if it exists."""
     with _session(path) as files:
         files.rm_file(path)
+
+
+def _whole(files: Any, body: Any) -> bytes:
+    from s3fs.core import sync
+
+    content: bytes = sync(files.loop, body.read)
+    return content
+
+
+def read_versioned(path: str) -> tuple[bytes, str, float] | None:
+    """Content, ETag and age (seconds by the server's clock) of a small file; None if there is none."""
+    with _session(path) as files:
+        bucket, key, _ = files.split_path(path)
+        try:
+            found = files.call_s3("get_object", Bucket=bucket, Key=key)
+        except FileNotFoundError:
+            return None
+        content = _whole(files, found["Body"])
+    now = found["ResponseMetadata"]["HTTPHeaders"].get("date")
+    age = (parsedate_to_datetime(now) - found["LastModified"]).total_seconds() if now else 0.0
+    return content, str(found["ETag"]), age
+
+
+def put_if(path: str, content: bytes, etag: str | None) -> str | None:
+    """Writes a small file if it still has this ETag or, for None, if it does not exist. Returns its new ETag, None if
+    the condition does not hold."""
+    condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+    with _session(path) as files:
+        bucket, key, _ = files.split_path(path)
+        try:
+            answer = files.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **condition)
+        except Exception as error:
+            if _answer(error)[0] == 501:  # a server without conditional writes
+                answer = files.call_s3("put_object", Bucket=bucket, Key=key, Body=content)
+            elif _answer(error)[0] in (404, 409, 412):  # 404: the file is gone; 409: written at the same time
+                return None
+            else:
+                raise
+    return str(answer["ETag"])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -74,18 +74,23 @@ class Store:
 
     def shards(self, folder: str = "") -> list[str]:
         """Sorted names, without `.parquet`, of the finished shards in a folder; [] if there is no such folder."""
-        return sorted(name.removesuffix(".parquet") for name, _ in self._entries(folder) if _is_shard(name))
+        return sorted(name.removesuffix(".parquet") for name in self._entries(folder)[0] if is_shard(name))
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in a folder; [] if there is no such folder."""
-        return sorted(name for name, is_folder in self._entries(folder) if is_folder)
+        return sorted(self._entries(folder)[1])
 
-    def _entries(self, folder: str) -> list[tuple[str, bool]]:
+    def files(self, folder: str = "") -> dict[str, FileInfo]:
+        """The files directly in a folder, by name; {} if there is no such folder. Costs one listing."""
+        return {name: FileInfo(*info) for name, info in self._entries(folder)[0].items()}
+
+    def _entries(self, folder: str) -> tuple[dict[str, tuple[int, float, str]], list[str]]:
+        """Files with their FileInfo, and names of folders."""
         path = self.path(folder)
         try:
-            return s3.entries(path) if self.is_remote else [(e.name, e.is_dir()) for e in os.scandir(path)]
+            return s3.entries(path) if self.is_remote else _local_entries(path)
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}, []
 
     def open(self, name: str = "") -> BinaryIO:
         """Opens a seekable file for reading."""
@@ -98,6 +103,14 @@ class Store:
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
+            return file.read()
+
+    def tail(self, name: str, size: int) -> bytes:
+        """The last `size` bytes of a file, or all of a shorter file; one request on S3."""
+        if self.is_remote:
+            return s3.tail(self.path(name), size)
+        with open(self.path(name), "rb") as file:
+            file.seek(-min(size, file.seek(0, os.SEEK_END)), os.SEEK_END)
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
@@ -233,18 +246,30 @@ def _remove_unless_locked(path: str) -> None:
         os.unlink(path)
 
 
-def _is_shard(name: str) -> bool:
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a finished shard."""
     return name.endswith(".parquet") and not name.startswith(".")
 
 
-def find_parquet(path: str) -> list[str]:
-    """Sorted paths of the parquet file at a path, or of all below a folder or s3:// prefix, without temporary files."""
-    store = Store(path)
-    if store.is_remote:
-        found = list(s3.listing(store.root))
+def list_files(path: str) -> dict[str, FileInfo]:
+    """The file at a path, or all files below a folder or s3:// prefix, by full path; {} if there are none."""
+    root = Store(path).root
+    if root.startswith("s3://"):
+        found = s3.listing(root)
     else:
-        found = [store.root] if os.path.isfile(store.root) else _files_below(store.root)
-    return sorted(entry for entry in found if _is_shard(PurePosixPath(entry).name))
+        found = {root: _file_info(os.stat(root))} if os.path.isfile(root) else _listing_below(root)
+    return {name: FileInfo(*info) for name, info in found.items()}
+
+
+def _local_entries(folder: str) -> tuple[dict[str, tuple[int, float, str]], list[str]]:
+    files, folders = {}, []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # removed by another process
+            if entry.is_dir():
+                folders.append(entry.name)
+            else:
+                files[entry.name] = _file_info(entry.stat())
+    return files, folders
 
 
 def _files_below(folder: str) -> list[str]:
@@ -255,9 +280,12 @@ def _listing_below(folder: str) -> dict[str, tuple[int, float, str]]:
     listing = {}
     for path in _files_below(folder):
         with suppress(FileNotFoundError):  # removed by another process
-            found = os.stat(path)
-            listing[path] = found.st_size, found.st_mtime, _stamp(found)
+            listing[path] = _file_info(os.stat(path))
     return listing
+
+
+def _file_info(found: os.stat_result) -> tuple[int, float, str]:
+    return found.st_size, found.st_mtime, _stamp(found)
 
 
 def _stamp(found: os.stat_result) -> str:

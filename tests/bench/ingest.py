@@ -23,9 +23,13 @@ import pyarrow.parquet as pq
 from memory import monitored
 from PIL import Image
 
+from pipeline.core.records import IMAGES
+from pipeline.core.tables import labelled
+from pipeline.ingestion.commit import row_groups
 from pipeline.ingestion.preflight import plan_shards
+from pipeline.ingestion.raw_rows import all_rows, read_raw
 from pipeline.ingestion.rules import IngestRules
-from pipeline.ingestion.validation import validate_shard
+from pipeline.ingestion.validation import check_rows
 from pipeline.storage.shards import Store
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +109,12 @@ def bare_loop(files: list[Path], dataset: Path) -> float:
 
 
 def validate_all(parts: list, dataset: str) -> None:
+    """The same checks, and each shard written once: without partial files, and lost if the process is killed."""
     for raw in parts:
-        validate_shard(raw, dataset, IngestRules())
+        with row_groups(Store(dataset), f"images/{raw.shard}.parquet", IMAGES, {}) as append:
+            for table in read_raw(raw, all_rows(raw), IngestRules()):
+                for checked in check_rows(labelled(table, raw.shard), IngestRules()):
+                    append(checked.select(IMAGES.names).cast(IMAGES))
 
 
 def run_job(files: list[Path], dataset: Path, downsize: int | None) -> tuple[float, float, int]:

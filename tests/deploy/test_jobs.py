@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ingestion.commit import ingest_shard
-from pipeline.ingestion.preflight import find_raw, plan_shards
+from pipeline.ingestion.preflight import plan_shards
 from pipeline.ingestion.rules import IngestRules
 from pipeline.storage.shards import Store
 
@@ -344,7 +344,7 @@ def raw(cluster: Cluster) -> Path:
 def images(cluster: Cluster, raw: Path) -> Path:
     """The dataset, ingested in this process without Ray."""
     store, rules = Store(str(cluster.dataset)), IngestRules()
-    plan = plan_shards(find_raw([str(raw)]), "auto", ROWS_PER_SHARD, store, rules)
+    plan = plan_shards([str(raw)], "auto", ROWS_PER_SHARD, store, rules)
     for part in plan.shards.values():
         ingest_shard(part, store.root, rules)
     return cluster.dataset

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -37,8 +37,10 @@ from transformers import (
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, scores_schema
 from pipeline.pictures.classifiers import digest, load_classifier
-from pipeline.scores.scoring import Scorer, plan_scores
-from pipeline.storage.fingerprints import image_identities
+from pipeline.core.tables import labelled as with_shard
+from pipeline.scores.commit import commit_shard, write_rows
+from pipeline.scores.scoring import ScoreShard, loading, plan_scores, prepare_rows, read_images
+from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 
 SIDE = 32  # pixels
@@ -435,15 +437,20 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
+def prepare_all(planned: ScoreShard, root: Path, classifier: Any, died: bool = False) -> Iterator[pa.Table]:
+    for images in read_images(planned, np.arange(planned.rows, dtype=np.int32), str(root)):
+        yield from prepare_rows(with_shard(images, planned.shard, died), classifier.preprocessing)
+
+
 def score_here(root: Path, model: Path, batch_size: int) -> Path:
     """Score every shard without a job or Ray; returns the folder of the scores."""
-    plan = plan_scores(image_identities(Store(str(root))), digest(model), load(model).describe())
-    scorer = Scorer(
-        model=str(model), model_digest=digest(model), dataset=str(root), folder="scores/marks", batch_size=batch_size,
-        device="cpu", threads=2,
-    )  # fmt: skip
-    for planned in plan.values():
-        scorer(planned)
+    classifier, marks = load(model), "scores/marks"
+    classify = loading(str(model), digest(model), batch_size, "cpu", threads=2)
+    for planned in plan_scores(Catalog(Store(str(root))).images(), digest(model), classifier.describe()).values():
+        for prepared in prepare_all(planned, root, classifier):
+            for scored in classify(prepared):
+                list(write_rows(scored, str(root), marks))
+        commit_shard(planned, str(root), marks, classifier.labels)
     return root / "scores" / "marks"
 
 
@@ -495,7 +502,7 @@ def test_scores_have_the_ids_of_the_images_and_broken_images_have_a_reason_inste
 
 def test_the_job_writes_what_the_scorer_writes_and_counts_every_row(scored: Scored, dataset: Path) -> None:
     assert written(scored.folder) == written(score_here(dataset, scored.model, batch_size=32))
-    assert "2 actors, each with 1 CPU" in scored.printed
+    assert "up to 1 actor, each with a CPU" in scored.printed
     record = json.loads((scored.folder / "run.json").read_text())
     (reason,) = {row["reason"] for row in pq.read_table(scored.folder / "rejected" / "a.parquet").to_pylist()}
     assert record["rejected"] == {reason: len(BROKEN_NUMBERS)}
@@ -520,7 +527,7 @@ def test_only_shards_with_another_model_or_other_images_are_scored_again(
     assert times(folder) == first
     again = succeeded(run_job(*command, "--actors", 1))
     assert "scoring 1 of 2 shards: 1 changed: images (b)" in again
-    assert "1 actors, each with" in again
+    assert "up to 1 actor, each with a CPU" in again
     second = times(folder)
     assert second[folder / "a.parquet"] == first[folder / "a.parquet"]
     assert pq.read_table(folder / "b.parquet")["id"].to_pylist() == ["danbooru:50"]

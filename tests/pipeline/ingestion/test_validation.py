@@ -18,6 +18,7 @@ from pipeline.core.records import IMAGES, TIER
 from pipeline.ingestion import commit, raw_rows
 from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import IngestPlan, plan_shards
+from pipeline.ingestion.raw_files import shard_name
 from pipeline.ingestion.rules import IngestRules
 from pipeline.ingestion.smaller_tier import downsize_shard
 from pipeline.pictures.decoder import DecodeLimits, Picture, decode
@@ -60,6 +61,12 @@ def ingest(
     return plan
 
 
+def only(dataset: Store) -> str:
+    """The name of the dataset's only shard."""
+    [shard] = dataset.shards("images")
+    return shard
+
+
 def ids(dataset: Store, folder: str = "images") -> list[str]:
     return [
         row
@@ -83,10 +90,10 @@ def test_the_layout_of_each_file_is_detected_and_printed(tmp_path: Path, dataset
     ]
     plan = plan_shards(files, "auto", None, dataset, RULES)
     assert {raw.shard: raw.layout for raw in plan.shards.values()} == {
-        "danbooru-a-flat": "danbooru, flat image column, 1 tag categories, text ratings",
-        "danbooru-a-numbers": "danbooru, flat jpg column, uncategorised tags, number ratings",
-        "pixiv-a-app": "pixiv, HF image struct, app API, tags as list",
-        "pixiv-a-web": "pixiv, HF image struct, web API, tags as text",
+        shard_name(files[0], "danbooru"): "danbooru, flat image column, 1 tag categories, text ratings",
+        shard_name(files[1], "danbooru"): "danbooru, flat jpg column, uncategorised tags, number ratings",
+        shard_name(files[2], "pixiv"): "pixiv, HF image struct, app API, tags as list",
+        shard_name(files[3], "pixiv"): "pixiv, HF image struct, web API, tags as text",
     }
     printed = "\n".join(plan.lines(dataset))
     assert "4 raw shards, 4 rows" in printed
@@ -99,11 +106,12 @@ def test_ids_repeated_in_another_file_are_reported_before_any_work(tmp_path: Pat
         write_raw(tmp_path / "r" / "one.parquet", posts(range(10))),
         write_raw(tmp_path / "r" / "two.parquet", posts(range(7, 12))),
     ]
-    plan = plan_shards(files, "auto", None, dataset, RULES)
+    assert plan_shards(files, "auto", None, dataset, RULES).repeated is None, "not asked for"
+    plan = plan_shards(files, "auto", None, dataset, RULES, check_ids=True)
     assert plan.repeated == 3
     assert plan.example.endswith(f"of {files[0]} and {files[1]}")
     assert plan.example.split(" ")[0] in {"danbooru:7", "danbooru:8", "danbooru:9"}
-    assert plan_shards(files[:1], "auto", None, dataset, RULES).repeated == 0
+    assert plan_shards(files[:1], "auto", None, dataset, RULES, check_ids=True).repeated == 0
 
 
 def test_a_pixiv_page_without_a_column_is_read_from_the_file_name(tmp_path: Path, dataset: Store) -> None:
@@ -112,8 +120,9 @@ def test_a_pixiv_page_without_a_column_is_read_from_the_file_name(tmp_path: Path
         {"id": 9, "image": {"bytes": png(seed=number), "path": name}, "tags": "x", "x_restrict": 0}
         for number, name in enumerate(names)
     ]
-    plan = ingest([write_raw(tmp_path / "r" / "one.parquet", rows)], dataset)
-    assert plan.repeated == 0
+    file = write_raw(tmp_path / "r" / "one.parquet", rows)
+    assert plan_shards([file], "auto", None, dataset, RULES, check_ids=True).repeated == 0
+    ingest([file], dataset)
     assert ids(dataset) == ["pixiv:9_p0", "pixiv:9_p1", "pixiv:9_p12"]
 
 
@@ -130,7 +139,7 @@ def test_mapped_columns_are_read_as_the_given_fields(tmp_path: Path, dataset: St
         plan_shards([file], "auto", None, dataset, RULES)
     names = {"nr": "id", "picture": "image", "labels": "tag_string", "likes": "fav_count"}
     ingest([file], dataset, replace(RULES, renamed=tuple(names.items())))
-    [row] = dataset.read_table("images/danbooru-r-one.parquet").to_pylist()
+    [row] = dataset.read_table(f"images/{only(dataset)}.parquet").to_pylist()
     assert (row["id"], row["image"], row["tags_general"], row["favourites"]) == ("danbooru:1", png(), ["a", "b"], 7)
 
 
@@ -140,29 +149,21 @@ def test_mapped_columns_are_read_as_the_given_fields(tmp_path: Path, dataset: St
 def test_finished_shards_are_skipped_and_changed_ones_are_redone(tmp_path: Path, dataset: Store) -> None:
     path = tmp_path / "r" / "one.parquet"
     file, other = write_raw(path, posts(range(4))), write_raw(tmp_path / "r" / "two.parquet", posts(range(4, 8)))
-    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "new", "danbooru-r-two": "new"}
+    one, two = shard_name(file, "danbooru"), shard_name(other, "danbooru")
+    assert ingest([file, other], dataset).todo == {one: "new", two: "new"}
     assert ingest([file, other], dataset).todo == {}
     write_raw(path, posts(range(5)))
-    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed"}
+    assert ingest([file, other], dataset).todo == {one: "the raw file has changed"}
     assert len(ids(dataset)) == 9
     write_raw(path, [row | {"rating": "q"} for row in posts(range(5))])
-    assert ingest([file, other], dataset).todo == {"danbooru-r-one": "the raw file has changed"}
-    assert dataset.tally("images/danbooru-r-one.parquet", "rating") == {"questionable": 5}
+    assert ingest([file, other], dataset).todo == {one: "the raw file has changed"}
+    assert dataset.tally(f"images/{one}.parquet", "rating") == {"questionable": 5}
     untouched = replace(RULES, admit=("made by AI",))
     assert ingest([file, other], dataset, untouched).todo == {}, "a reason of Pixiv does not affect Danbooru"
     strict = replace(RULES, limits=DecodeLimits(min_side=41))
     [why] = set(ingest([file, other], dataset, strict).todo.values())
     assert "other settings: limits was {" in why
     assert ids(dataset) == []
-
-
-def test_a_shard_is_never_replaced_by_another_file(tmp_path: Path, dataset: Store) -> None:
-    ingest([write_raw(tmp_path / "a" / "r" / "one.parquet", posts(range(2)))], dataset)
-    moved = write_raw(tmp_path / "b" / "r" / "one.parquet", posts(range(2)))
-    assert ingest([moved], dataset).todo == {}, "the same file in another folder"
-    other = write_raw(tmp_path / "c" / "r" / "one.parquet", posts(range(3)))
-    with pytest.raises(UsageError, match="danbooru-r-one, which already exists, made from"):
-        ingest([other], dataset)
 
 
 def test_a_file_split_into_shards_gives_the_same_rows_and_never_twice(tmp_path: Path, dataset: Store) -> None:
@@ -178,7 +179,7 @@ def test_a_file_split_into_shards_gives_the_same_rows_and_never_twice(tmp_path: 
     refused = [
         row for name in dataset.shards("rejected") for row in dataset.read_table(f"rejected/{name}.parquet").to_pylist()
     ]
-    assert refused == whole.read_table("rejected/danbooru-r-one.parquet").to_pylist()
+    assert refused == whole.read_table(f"rejected/{only(whole)}.parquet").to_pylist()
     for other, cut in ((dataset, None), (dataset, 10), (whole, 5)):
         with pytest.raises(UsageError, match="split differently"):
             plan_shards([file], "auto", cut, other, RULES)
@@ -193,7 +194,7 @@ def test_row_groups_are_bounded_in_bytes_independently_of_the_raw_file(
     monkeypatch.setattr(commit, "_GROUP_BYTES", 10_000)
     monkeypatch.setattr(raw_rows, "_READ_BYTES", 10_000)
     ingest([write_raw(tmp_path / "r" / "one.parquet", posts(range(30)))], dataset)
-    with dataset.open("images/danbooru-r-one.parquet") as file:
+    with dataset.open(f"images/{only(dataset)}.parquet") as file:
         groups = pq.ParquetFile(file)
         sizes = [
             sum(map(len, groups.read_row_group(group, ["image"])["image"].to_pylist()))
@@ -209,7 +210,7 @@ def test_the_smaller_tier_is_the_same_whether_written_with_the_images_or_later(t
     rows[1]["image"], rows[2]["image"] = png(90, 60), b"broken"
     file, rules = write_raw(tmp_path / "r" / "one.parquet", rows), replace(RULES, downsize=48)
     ingest([file], dataset, rules)
-    tier = dataset.read_table("images-48/danbooru-r-one.parquet").to_pylist()
+    tier = dataset.read_table(f"images-48/{only(dataset)}.parquet").to_pylist()
     assert [row["id"] for row in tier] == ids(dataset) == ["danbooru:0", "danbooru:1"]
     assert tier[0] | {"image": None} == {"id": "danbooru:0", "image": None, "format": "PNG", "width": 40, "height": 40}
     assert tier[0]["image"] == png(seed=0), "small images are kept as delivered"
@@ -221,8 +222,8 @@ def test_the_smaller_tier_is_the_same_whether_written_with_the_images_or_later(t
     later = Store(str(tmp_path / "later"))
     ingest([file], later)
     plan = ingest([file], later, rules)
-    assert (plan.todo, plan.tiers) == ({}, {"danbooru-r-one": "images-48 from images"})
-    assert later.read("images-48/danbooru-r-one.parquet") == dataset.read("images-48/danbooru-r-one.parquet")
+    assert (plan.todo, plan.tiers) == ({}, {only(later): "images-48 from images"})
+    assert later.read(f"images-48/{only(later)}.parquet") == dataset.read(f"images-48/{only(dataset)}.parquet")
     assert ingest([file], later, rules).tiers == {}
     assert ingest([file], later, replace(rules, downsize_format="WEBP")).tiers != {}
     ingest([file], later, replace(RULES, limits=DecodeLimits(min_side=50)))
@@ -236,7 +237,7 @@ def test_an_admitted_reason_rejects_no_row(tmp_path: Path, dataset: Store) -> No
     assert ids(dataset) == []
     ingest([file], dataset, replace(RULES, admit=("banned",)))
     assert ids(dataset) == ["danbooru:1"]
-    assert dataset.tally("rejected/danbooru-r-one.parquet", "reason") == {"deleted": 1}
+    assert dataset.tally(f"rejected/{only(dataset)}.parquet", "reason") == {"deleted": 1}
 
 
 def test_a_row_with_an_unreadable_value_is_rejected_alone(tmp_path: Path, dataset: Store) -> None:
@@ -249,7 +250,7 @@ def test_a_row_with_an_unreadable_value_is_rejected_alone(tmp_path: Path, datase
     pq.write_table(table, path)
     ingest([str(path)], dataset)
     assert ids(dataset) == ["danbooru:0"]
-    refused = dataset.read_table("rejected/danbooru-r-one.parquet").to_pylist()
+    refused = dataset.read_table(f"rejected/{only(dataset)}.parquet").to_pylist()
     assert [(row["key"], row["reason"]) for row in refused] == [(f"{path}#{n}", "unreadable row") for n in (1, 2)]
 
 
@@ -275,7 +276,7 @@ def test_faults_tolerated_by_the_decoder_are_noted_in_the_row(tmp_path: Path, da
         [write_raw(tmp_path / "r" / "one.parquet", [*posts(range(1)), *posts(range(1, 2), image=buffer.getvalue())])],
         dataset,
     )
-    notes = dataset.read_table("images/danbooru-r-one.parquet", ["notes"])["notes"].to_pylist()
+    notes = dataset.read_table(f"images/{only(dataset)}.parquet", ["notes"])["notes"].to_pylist()
     assert notes[0] is None
     assert "profile" in notes[1]
 
@@ -283,7 +284,7 @@ def test_faults_tolerated_by_the_decoder_are_noted_in_the_row(tmp_path: Path, da
 def test_files_carry_the_name_of_their_format_and_the_settings(tmp_path: Path, dataset: Store) -> None:
     ingest([write_raw(tmp_path / "r" / "one.parquet", posts(range(1)))], dataset, replace(RULES, downsize=16))
     for folder, schema in (("images", IMAGES), ("images-16", TIER)):
-        metadata = dataset.metadata(f"{folder}/danbooru-r-one.parquet")
+        metadata = dataset.metadata(f"{folder}/{only(dataset)}.parquet")
         assert len(metadata["fingerprint"]) == 64
         assert metadata["hdm.format"] == schema.metadata[b"hdm.format"].decode()
     assert json.loads(metadata["hdm.version"]) == 1

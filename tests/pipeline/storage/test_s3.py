@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.core.errors import S3Refused, S3Unavailable
 from pipeline.storage import s3
-from pipeline.storage.shards import Store, find_parquet
+from pipeline.storage.shards import Store, list_files
 
 RunJob = Callable[..., CompletedProcess[str]]
 
@@ -72,7 +72,7 @@ def test_files_written_and_read_through_faults_equal_local_ones(
         store.write("gone.json", b"{}")
         store.remove("gone.json")
         assert store.shards("images") == ["one"]
-        assert find_parquet(store.root) == [store.path("images/one.parquet")]
+        assert sorted(list_files(store.root)) == [store.path("images/one.parquet"), store.path("large")]
         assert store.read("images/one.parquet") == direct.read("images/one.parquet")
         assert store.read_table("images/one.parquet").equals(direct.read_table("images/one.parquet"))
         assert store.read("large") == LARGE
@@ -185,7 +185,7 @@ def test_files_of_other_processes_are_seen_at_once(store: Store) -> None:
     assert store.exists("images/two.parquet")
     assert store.shards("images") == ["one", "two"]
     other.rm(store.path("images/one.parquet"))
-    assert find_parquet(store.root) == [store.path("images/two.parquet")]
+    assert list(list_files(store.root)) == [store.path("images/two.parquet")]
 
 
 def test_transfer_files_of_a_killed_process_are_removed_by_the_next_but_not_those_in_use(

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import S3Refused
-from pipeline.storage.shards import Store, find_parquet
+from pipeline.storage.shards import Store, list_files
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary())])
 ROWS = pa.Table.from_pylist([{"id": "a", "image": b"1"}, {"id": "b", "image": b"2"}], SCHEMA)
@@ -29,7 +29,7 @@ def test_a_table_is_read_back_unchanged(root: str) -> None:
     assert store.folders("") == ["images"]
     assert store.folders("images") == store.folders("nowhere") == []
     assert store.tally("images/one.parquet", "id") == {"a": 1, "b": 1}
-    assert find_parquet(root) == [store.path("images/one.parquet")]
+    assert list(list_files(root)) == [store.path("images/one.parquet")]
 
 
 def test_a_listing_has_the_files_below_a_folder_but_not_of_a_folder_with_the_same_prefix(root: str) -> None:
@@ -65,7 +65,7 @@ def test_only_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> 
 
 def test_parquet_is_found_in_a_folder_named_like_a_file(tmp_path: Path) -> None:
     Store(str(tmp_path)).write_table("all.parquet/part-0.parquet", ROWS, SCHEMA)
-    assert find_parquet(str(tmp_path / "all.parquet")) == [str(tmp_path / "all.parquet" / "part-0.parquet")]
+    assert list(list_files(str(tmp_path / "all.parquet"))) == [str(tmp_path / "all.parquet" / "part-0.parquet")]
 
 
 def test_other_url_schemes_are_refused() -> None:
@@ -118,4 +118,4 @@ def test_images_are_not_compressed_again(tmp_path: Path) -> None:
 
 def test_a_missing_folder_has_no_shards(tmp_path: Path) -> None:
     assert Store(str(tmp_path)).shards("images") == []
-    assert find_parquet(str(tmp_path / "nowhere")) == []
+    assert list_files(str(tmp_path / "nowhere")) == {}
