@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data.context import AutoscalingConfig
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
@@ -42,6 +43,7 @@ _RETRIES: Final = 1  # of a task whose process or node died, before its rows are
 _BLOCK_BYTES: Final = 16 << 20  # of the tables between steps
 _READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for one that reads, also on two cores
+_COMMIT_BYTES: Final = 300 << 20  # memory of a commit: two row groups of images, twice, and the process
 _POLL_SECONDS: Final = 1.0
 _REPORT_SECONDS: Final = 3.0
 _LOST_SECONDS: Final = 60.0  # without any node that an actor could run on, before the job fails
@@ -63,6 +65,10 @@ class Meter(Protocol):
 
     def add(self, report: str) -> None: ...
 
+    def commit(self, outcomes: Mapping[str, int]) -> None:
+        """Takes what the commit of a shard returned."""
+        ...
+
     def progress(self, rows: int) -> Progress: ...
 
 
@@ -78,6 +84,11 @@ class Actors:
     resources: Mapping[str, float] = field(default_factory=dict)
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs(self) -> set[str]:
+        """Names of the resources without which no actor can run."""
+        return {*self.resources} | ({"GPU"} if self.gpus else set())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -87,7 +98,9 @@ class Step:
     work: Work | Actors
     cpus: float = 1
     memory: int = 0  # bytes
+    most: int | None = None  # tasks at a time; None: as many as the cluster has room for
     rows: int | None = None  # gather at least this many rows for one call, except at the end; None: any table
+    split: bool = False  # larger tables, so that each call gets exactly `rows`; costs a CPU for a moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +119,7 @@ def stream_rows(
     commit: Callable[[T], Mapping[str, int]],
     *,
     read_memory: int = 0,
+    most_reads: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, str]:
     """Runs the pipeline over the pending rows of all shards, by name, and commits each complete shard.
@@ -114,10 +128,12 @@ def stream_rows(
     shard that could not be finished; its rows so far stay in partial files. Raises JobStopped if no other shard could
     be finished either: the disk is full, S3 refuses or does not answer, no node is left for the actors, a step says so,
     or many shards in a row fail for the same reason.
+
+    `most_reads` shards are read at a time: where few rows of many shards are in work, their partial files are small.
     """
     rows = sum(len(pending.rows) for pending in todo.values())
-    reading = Step(name="read", work=partial(_read, read), cpus=_READ_CPUS, memory=read_memory)
-    needs = [step.work for step in steps if isinstance(step.work, Actors)]
+    reading = Step(name="read", work=partial(_read, read), cpus=_READ_CPUS, memory=read_memory, most=most_reads)
+    needs = {"CPU"}.union(*(step.work.needs for step in steps if isinstance(step.work, Actors)))
     with progress_bar(iter(()), rows, job, "rows") as bar, JobMetrics(job, bar) as metrics:
         state = _State(todo, commit, bar, metrics, meter)
         for isolated, died in ((False, False), (True, False), (True, True)):
@@ -126,7 +142,7 @@ def stream_rows(
                     # Passing the number of retries is deprecated in 2.60, which has no other way to set it yet.
                     warnings.simplefilter("ignore", RayDeprecationWarning)
                     tables = _dataset(job, items, [reading, *steps], isolated)
-                for table in _consume(tables, [actors.resources for actors in needs]):
+                for table in _consume(tables, needs):
                     state.update(table)
         state.finish()
     return state.failures
@@ -139,9 +155,13 @@ def _dataset(job: str, items: list[dict[str, Any]], steps: Sequence[Step], isola
     # Rows that are lost with their process are found by their numbers, and run again.
     dataset.context.max_errored_blocks = -1
     dataset.context.target_max_block_size = 1 if isolated else _BLOCK_BYTES
+    # More actors as soon as all calls are taken, and never fewer: their work may take minutes to make.
+    dataset.context.autoscaling_config = AutoscalingConfig(1.0, actor_pool_util_downscaling_threshold=-1.0)
     for step in steps:
+        if step.split and not isolated:
+            dataset = dataset.repartition(target_num_rows_per_block=step.rows, strict=True)
         shared = {
-            "batch_size": None if isolated else step.rows,
+            "batch_size": None if isolated or step.split else step.rows,
             "batch_format": "pyarrow",
             "num_cpus": step.cpus,
             "memory": at_most_a_node(step.memory) or None,
@@ -155,6 +175,7 @@ def _dataset(job: str, items: list[dict[str, Any]], steps: Sequence[Step], isola
                     min_size=actors.least,
                     max_size=actors.most,
                     max_concurrent_calls_per_actor=actors.calls,
+                    max_tasks_in_flight_per_actor=actors.calls + max(1, actors.calls // 4),  # tables on their way
                     enable_true_multi_threading=actors.calls > 1,
                 ),
                 num_gpus=actors.gpus or None,
@@ -165,10 +186,19 @@ def _dataset(job: str, items: list[dict[str, Any]], steps: Sequence[Step], isola
                 **shared,
             )
         else:
-            work = partial(_run, step.work)
-            work.__name__ = step.name  # type: ignore[attr-defined]  # the operator's name in the dashboard
-            dataset = dataset.map_batches(work, max_retries=_RETRIES, **shared)
+            tasks = ray.data.TaskPoolStrategy(step.most)
+            dataset = dataset.map_batches(_named(step.name, step.work), compute=tasks, max_retries=_RETRIES, **shared)
     return dataset
+
+
+def _named(name: str, work: Work) -> Work:
+    """A function that runs the step and has the name that the dashboard shows for its operator."""
+
+    def step(table: pa.Table) -> Iterator[pa.Table]:
+        yield from _run(work, table)
+
+    step.__name__ = name
+    return step
 
 
 class _ActorStep:
@@ -235,7 +265,10 @@ class _State:
         self._todo, self._bar, self._metrics, self._meter = todo, bar, metrics, meter
         self._missing = {name: set(pending.rows.tolist()) for name, pending in todo.items()}
         self._commit = ray.put(commit)
-        self._call = ray.remote(num_cpus=0, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_call)
+        self._call = ray.remote(
+            num_cpus=_READ_CPUS, memory=at_most_a_node(_COMMIT_BYTES), max_retries=_RETRIES,
+            scheduling_strategy="SPREAD",
+        )(_call)  # fmt: skip
         self._most_commits = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
         self._ready = deque(name for name, missing in self._missing.items() if not missing)
         self._committing: dict[Any, str] = {}
@@ -282,7 +315,6 @@ class _State:
             self._show(self._meter)
 
     def _account(self, table: pa.Table) -> None:
-        before = self._bar.n
         rows = table[ROW].to_numpy()
         names = table[SHARD].combine_chunks().dictionary_encode()
         for number, name in enumerate(names.dictionary.to_pylist()):
@@ -292,7 +324,6 @@ class _State:
             self._bar.update(len(done))
             if done and not missing and name not in self.failures:
                 self._ready.append(name)
-        assert self._bar.n >= before
 
     def _fail(self, name: str, reason: str, fatal: bool) -> None:
         if fatal:
@@ -325,7 +356,9 @@ class _State:
                 self._fail(name, f"the process that committed it died: {_reason(error, False)}", False)
             else:
                 self._same = ("", 0)
-                if not self._meter:
+                if self._meter:
+                    self._meter.commit(outcomes)
+                else:
                     self._metrics.add("", outcomes)
 
     def _show(self, meter: Meter) -> None:
@@ -340,7 +373,7 @@ def _call(commit: Callable[[Any], Mapping[str, int]], shard: Any) -> Mapping[str
     return commit(shard)
 
 
-def _consume(dataset: ray.data.Dataset, needs: Sequence[Mapping[str, float]]) -> Iterator[pa.Table | None]:
+def _consume(dataset: ray.data.Dataset, needs: Set[str]) -> Iterator[pa.Table | None]:
     """Tables of the last step, and None every second without one. Raises JobFailed if Ray gives up, and JobStopped if
     for a minute no node has offered the resources that actors need: Ray Data would wait for ever."""
     tables: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -380,14 +413,18 @@ def _consume(dataset: ray.data.Dataset, needs: Sequence[Mapping[str, float]]) ->
         yield found
 
 
-def _missing_resource(needs: Sequence[Mapping[str, float]]) -> str:
-    """A resource that actors need and that no living node has, "" if there is none."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {name for resources in needs for name in resources} | {"CPU"}
-    return next((name for name in sorted(wanted) if not any(node.get(name) for node in nodes)), "")
+def _missing_resource(needs: Set[str]) -> str:
+    """A resource that is needed and that no living node has, "" if there is none."""
+    nodes = living_nodes()
+    return next((name for name in sorted(needs) if not any(node.get(name) for node in nodes)), "")
 
 
 def at_most_a_node(memory: int) -> int:
     """The bytes, or those of the largest node: a task that asks for more would wait for ever."""
-    most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    most = max((node.get("memory", 0) for node in living_nodes()), default=0)
     return int(min(memory, most))
+
+
+def living_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is part of the cluster now."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
