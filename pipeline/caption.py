@@ -1,45 +1,71 @@
 """JOB: writes one caption per image, in shards beside those of the images.
 
---engine tags needs no model. --engine vllm runs Pixtral on the GPUs of this machine or cluster, or on a CPU (install it
-with: make captioner). --engine openai asks a server; set its key in OPENAI_API_KEY. Run the same command again to
-continue: only shards that are unfinished or were made otherwise are captioned.
+Pixtral makes them if --model or HDM_CAPTION_MODEL names it and a node with a GPU has vLLM (make captioner). Otherwise
+they are made from tags, and a line says why. --engine vllm insists on the model and also uses a CPU. --engine openai
+asks a server; set its key in OPENAI_API_KEY. The same command again captions what is missing or was made otherwise.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
 from typing import Any
 
 from pipeline.captions.command import CaptionJob, parse_args
+from pipeline.captions.engine_choice import CAPTIONER, VllmPlace, choose_engine, make_task
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.core.jobs import run
-from pipeline.storage.fingerprints import FileIdentity, changes, image_identities, read_provenance
+from pipeline.storage.fingerprints import changes
+from pipeline.storage.lease import lease
+from pipeline.storage.manifest import Catalog, Footer
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
 
 
 def main() -> None:
     job = parse_args(str(__doc__))
-    started = time.time()
     dataset = Store(job.dataset)
-    images = image_identities(dataset)
-    if job.trial:
-        from pipeline.captions.trial import run_trial
+    catalog = Catalog(dataset)
+    catalog.refresh("images", job.folder)
+    images = catalog.images()
+    with ExitStack() as session:
 
-        rows_of = {shard: file.rows for shard, file in images.items()}
-        run_trial(job.task(dataset), rows_of, job.trial, job.engines or 1, job.dollars_per_hour)
-        return
-    failed, details = caption(job, dataset, images)
+        @cache  # called where Ray is needed, it connects once
+        def connect() -> None:
+            from pipeline.core.cluster import cluster  # Ray takes seconds to import
+
+            session.enter_context(cluster("caption"))
+
+        job, place = choose_engine(job, connect)
+        if job.trial:
+            from pipeline.captions.trial import run_trial
+
+            rows_of = {shard: file.rows for shard, file in images.items()}
+            task = make_task(job, place, dataset.root)
+            trial = partial(run_trial, task, rows_of, job.trial, job.engines or 1, job.dollars_per_hour)
+            place.run(trial, connect, job.tensor_parallel)
+            return
+        with lease(dataset, job.folder, "caption.py"):
+            caption(job, place, catalog, images, connect)
+
+
+def caption(
+    job: CaptionJob, place: VllmPlace, catalog: Catalog, images: dict[str, Footer], connect: Callable[[], object]
+) -> None:
+    """Captions what is missing and writes the run record. Raises ShardsFailed."""
+    started = time.time()
+    failed, details = caption_missing(job, place, catalog, images, connect)
+    dataset = catalog.dataset
+    catalog.refresh(job.folder)
     done = {shard: file.rows for shard, file in images.items() if shard not in failed}
-    reasons = sum(count_reasons(dataset, job.folder, done).values(), Counter[str]())
+    reasons = sum(catalog.reasons(job.folder, done).values(), Counter[str]())
     total = sum(done.values())
     write_run_record(
         dataset.path(job.folder), "caption", started, total, total - reasons.total(), reasons,
         engine=job.engine, failed=failed, **details,
     )  # fmt: skip
+    catalog.save()
     if reasons["truncated"] * 2 > total:
         print("caption: most answers were cut off: give a higher --max-tokens, or a model that was trained to describe")
     if failed:
@@ -50,52 +76,52 @@ def main() -> None:
         check_engine(details["this_job"])
 
 
-def caption(job: CaptionJob, dataset: Store, images: dict[str, FileIdentity]) -> tuple[dict[str, str], dict[str, Any]]:
+def caption_missing(
+    job: CaptionJob, place: VllmPlace, catalog: Catalog, images: dict[str, Footer], connect: Callable[[], object]
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Failed shards with the reason, and details for the run record."""
-    task = None if job.engine == "tags" else job.task(dataset)
-    before = read_provenance(dataset, job.folder, images)
+    dataset = catalog.dataset
+    task = None if job.engine == "tags" else make_task(job, place, dataset.root)
+    before = catalog.provenance(job.folder, images)
     models = [made["model"] for _, made in sorted(before.items()) if "engine" in made]
     if task is None and models:  # captions of a model are too expensive to be replaced
         folder = dataset.path(job.folder)
-        raise UsageError(f"{folder} has captions of {models[0]}; give --name tags to keep them, or remove them first")
+        keep = "give --name tags to keep them, caption with a model, or remove them first"
+        raise UsageError(f"{folder} has captions of {models[0]}; {keep}")
     now = {s: task.settings.provenance(file.digest) if task else {"images": file.digest} for s, file in images.items()}
     todo = changes(before, now)
     if job.retry_rejected:
         from captioner.captioning import MODEL_FAILURES
 
-        reasons = count_reasons(dataset, job.folder, images.keys() - todo.keys())
+        reasons = catalog.reasons(job.folder, images.keys() - todo.keys())
         todo |= {shard: "rejected rows" for shard, counts in reasons.items() if MODEL_FAILURES & counts.keys()}
+    catalog.save()
     print(f"caption: {len(images)} image shards, {len(images) - len(todo)} already captioned", flush=True)
     details: dict[str, Any] = {"model": task.settings.model} if task else {}
     if not todo:
         return {}, details
-    # Imported here, because importing Ray takes seconds.
     from pipeline.captions.tag_captions import ImageShard, caption_shard
-    from pipeline.core.cluster import cluster
-    from pipeline.core.dataflow import map_shards, map_shards_with, plan_engines
+    from pipeline.core.cluster import nodes_of
+    from pipeline.core.dataflow import map_shards
 
-    parts = {shard: ImageShard(shard, images[shard].rows, images[shard].digest) for shard in sorted(todo)}
-    with cluster("caption"):
-        if task is None:
-            work = partial(caption_shard, dataset=dataset.root, folder=job.folder)
-            return map_shards(parts, work, lambda part: part.rows, "caption"), details
-        from pipeline.captions.model_captions import CaptionWorker
-        from pipeline.captions.stats import CaptionMeter
+    found = {shard: images[shard] for shard in sorted(todo)}
+    parts = {shard: ImageShard(shard, file.rows, file.digest, file.largest_group) for shard, file in found.items()}
+    connect()
+    if task is None:
+        work = partial(caption_shard, dataset=dataset.root, folder=job.folder)
+        return map_shards(parts, work, lambda part: part.rows, "caption"), details
+    from pipeline.captions.engine_pool import plan_pool
+    from pipeline.captions.steps import caption_shards, new_meter, pending_shards
 
-        pool = plan_engines(job.engines, job.tensor_parallel, len(todo), use_gpus=job.engine == "vllm")
-        print(f"caption: {job.engine} {task.settings.model}; {pool}", flush=True)
-        meter = CaptionMeter(sum(part.rows for part in parts.values()), pool.actors, job.dollars_per_hour)
-        make_worker = partial(CaptionWorker, replace(task, threads=pool.cpus))
-        failed = map_shards_with(make_worker, parts, lambda part: part.rows, "caption", pool, meter)
+    pool = plan_pool(
+        job.engines, job.tensor_parallel, nodes_of(CAPTIONER), use_gpus=job.engine == "vllm",
+        resources=place.resources, runtime_env=place.runtime_env,
+    )  # fmt: skip
+    print(f"caption: {job.engine} {task.settings.model}; {pool}", flush=True)
+    pending = pending_shards(task, parts.values())
+    meter = new_meter(pending, job.dollars_per_hour)
+    failed = caption_shards(task, pending, pool, meter)
     return failed, details | {"this_job": meter.record()}
-
-
-def count_reasons(dataset: Store, folder: str, shards: Iterable[str]) -> dict[str, Counter[str]]:
-    """Rows by reason of each shard, read by threads because S3 takes most of the time."""
-    names = sorted(shards)
-    with ThreadPoolExecutor(8) as pool:
-        counts = pool.map(lambda name: dataset.tally(f"{folder}/{name}.parquet", "reason"), names)
-        return dict(zip(names, counts, strict=True))
 
 
 if __name__ == "__main__":

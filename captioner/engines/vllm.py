@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _MAX_LOOP_TOKENS: Final = 40
 _LOOP_REPEATS: Final = 5
 _BATCHED_TOKENS: Final = 8192  # per step. A picture is never split, and the largest, 1024x1024, has 4,160
-_GPU_MEMORY: Final = 0.9  # share of the card's memory for weights and KV cache
 # Key in `image.info` of a picture's id in vLLM's caches, equal for each attempt and engine. Without an id, vLLM would
 # hash all pixels.
 _IMAGE_ID: Final = "vllm"
@@ -41,6 +40,8 @@ class VllmSettings:
     tensor_parallel: int = 1  # GPUs that share the weights of one engine
     max_model_len: int = 8192  # tokens of picture, prompt and answer
     max_num_seqs: int = 128  # answers that are generated at the same time
+    gpu_memory: float = 0.9  # share of the card's memory for weights and KV cache
+    kv_cache: str = "auto"  # data type of the KV cache, auto (that of the weights) or fp8
     cpu_kv_cache_gib: float = 1.0  # without a GPU
 
 
@@ -180,7 +181,9 @@ def _engine_args(settings: VllmSettings, layout: PromptLayout) -> "AsyncEngineAr
     from vllm.platforms import current_platform
 
     modes = ("tokenizer_mode", "config_format", "load_format")
-    by_device: dict[str, Any] = {"gpu_memory_utilization": _GPU_MEMORY, "max_num_batched_tokens": _BATCHED_TOKENS}
+    by_device: dict[str, Any] = {
+        "gpu_memory_utilization": settings.gpu_memory, "max_num_batched_tokens": _BATCHED_TOKENS
+    }  # fmt: skip
     if current_platform.is_cpu():
         by_device = {
             "dtype": "float32",
@@ -198,6 +201,7 @@ def _engine_args(settings: VllmSettings, layout: PromptLayout) -> "AsyncEngineAr
         tensor_parallel_size=settings.tensor_parallel,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        kv_cache_dtype=settings.kv_cache,
         limit_mm_per_prompt={"image": 1},
         mm_processor_cache_gb=0,  # every picture is new
         enable_prefix_caching=True,  # the instructions are not

@@ -1,7 +1,6 @@
 """Which engine a caption job asks, and everything that decides its captions."""
 
 import asyncio
-import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
@@ -15,12 +14,13 @@ from pipeline.storage.fingerprints import Provenance, digest
 
 # Version of this code. Raise it with any change that makes another caption of the same answer.
 CAPTIONING_VERSION = "1"
+ResolvedModel = tuple["EngineConfig", str]
 _MAX_PAUSE = 60.0  # seconds between two tries of a request to a server
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How an engine is started. Only the model changes captions."""
+    """How an engine is started. Only the model and the KV cache's data type change captions."""
 
     engine: str  # vllm or openai
     model: str  # vllm: folder or hub name; openai: the server's name
@@ -29,6 +29,9 @@ class EngineConfig:
     concurrency: int = 128  # requests at a time
     timeout: float = 180.0  # seconds for one answer
     tries: int = 5  # of one request to a server
+    max_model_len: int = 8192  # vllm: tokens of picture, prompt and answer
+    gpu_memory: float = 0.9  # vllm: share of a card's memory
+    kv_cache: str = "auto"  # vllm: data type of the KV cache, auto or fp8
     revision: str = ""  # commit of a hub name, after `resolve_model`; "" for a folder
     # Read where the job starts, because Ray's workers on other machines have other environments.
     key: str = field(default_factory=lambda: os.environ.get(API_KEY_VARIABLE, ""), repr=False)
@@ -58,7 +61,8 @@ class EngineConfig:
 
             settings = VllmSettings(
                 model=self.model, revision=self.revision, tensor_parallel=self.tensor_parallel,
-                max_num_seqs=self.concurrency,
+                max_num_seqs=self.concurrency, max_model_len=self.max_model_len, gpu_memory=self.gpu_memory,
+                kv_cache=self.kv_cache,
             )  # fmt: skip
             return await asyncio.to_thread(VllmEngine, settings)
         except ValueError as error:  # such as a folder that this machine does not have
@@ -74,10 +78,11 @@ class CaptionSettings:
     prompt_version: str
     sampling: Sampling
     max_side: int  # pixels: longer side of the picture that the model sees
+    kv_cache: str = "auto"  # data type
 
     def provenance(self, images: str) -> Provenance:
         """What a shard of captions is made from. `images` is the digest of the image shard's footer."""
-        return {
+        made_from = {
             "images": images,
             "engine": self.engine,
             "model": self.model,
@@ -86,9 +91,11 @@ class CaptionSettings:
             "max side": str(self.max_side),
             "code": CAPTIONING_VERSION,
         }
+        # Captions made before there was a choice do not have this.
+        return made_from if self.kv_cache == "auto" else made_from | {"kv cache": self.kv_cache}
 
 
-def resolve_model(config: EngineConfig) -> tuple[EngineConfig, str]:
+def resolve_model(config: EngineConfig) -> ResolvedModel:
     """The config with an absolute folder, or with the commit of a hub name, so that all workers load the same weights;
     and the identity of the weights: NAME@HASH for a folder, wherever it lies (a hash of its configuration and of the
     names and sizes of its files), NAME@COMMIT for a hub name, the name on a server.
@@ -106,11 +113,6 @@ def resolve_model(config: EngineConfig) -> tuple[EngineConfig, str]:
             check_weights(folder)
     except (ValueError, EngineUnusable) as error:
         raise UsageError(str(error)) from None
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError(
-            "vLLM is not installed in this environment; run: make captioner, and then the job with "
-            ".venv-captioner/bin/python"
-        )
     if folder.is_dir():
         # Workers may have another working directory.
         return replace(config, model=str(folder.absolute())), f"{folder.resolve().name}@{_folder_digest(folder)[:12]}"
@@ -126,9 +128,9 @@ async def _served_model(config: EngineConfig) -> str:
 
 def _hub_commit(model: str) -> str:
     """The newest commit of a hub name, or the one in the cache if the hub cannot be reached."""
-    from huggingface_hub import snapshot_download  # installed with vLLM
-
     try:
+        from huggingface_hub import snapshot_download  # installed with vLLM and with the trainer
+
         return Path(snapshot_download(model, allow_patterns=["config.json", "params.json"])).name
     except Exception as error:  # a dozen kinds, from a gated model to a refusal of a proxy, with the same remedy
         why = " ".join(str(error).split())[:200]

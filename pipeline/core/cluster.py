@@ -80,7 +80,7 @@ def _connect(address: str | None, dashboard: bool) -> Any:
         except AuthenticationError as error:
             line = str(error).partition(". ")[0]
             raise UsageError(f"{line}; {_TOKEN}") from error
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"no Ray cluster accepts this job at RAY_ADDRESS={address} (HOST:PORT, or auto): {_START_IT}; or it "
                 f"requires its token: {_TOKEN}"
@@ -110,8 +110,9 @@ def start_local(**options: Any) -> Any:
         ray.shutdown()
         _end(_child_processes() - others)
         if start < _STARTS:
-            seconds = time.monotonic() - began
-            print(f"Ray did not start within {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
+            print(
+                f"Ray did not start within {time.monotonic() - began:.0f} s; trying again", file=sys.stderr, flush=True
+            )
     raise JobFailed(
         f"Ray did not start on this machine in {_STARTS} attempts ({failure}): end other work on it, or look into the "
         f"newest folder {tempfile.gettempdir()}/ray/session_*/logs, then run the same command again"
@@ -179,6 +180,8 @@ def run_on_node(
     task = ray.remote(num_cpus=0, num_gpus=gpus, resources=dict(resources), runtime_env=dict(runtime_env) or None)(run)
     result, started = task.remote(), time.monotonic()
     while not ray.wait([result], timeout=_REPORT_SECONDS)[0]:
+        if lost := [kind for kind in resources if not node_resources(kind)]:
+            raise JobFailed(f"{description}: the last node that offers {lost[0]} is gone; start it and run this again")
         minutes = (time.monotonic() - started) / 60
         print(f"{description}: no result after {minutes:.0f} min", file=sys.stderr, flush=True)
     try:

@@ -437,8 +437,13 @@ def one_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--engine", "tags", "--model", "x"), "--engine vllm"),
+        (("--engine", "tags", "--model", "x"), "--model needs a model, which --engine tags does not use"),
+        (("--url", "http://127.0.0.1:1"), "give --engine openai"),
         (("--engine", "vllm"), "--model FOLDER"),
+        (("--try", 3), "--try needs a model, and none can run: no model is given by --model or HDM_CAPTION_MODEL"),
+        (("--retry-rejected",), "--retry-rejected needs a model"),
+        (("--gpu-memory", 1.5), "--gpu-memory above 0 and at most 1"),
+        (("--max-model-len", 2048), "too short for a picture of 768 pixels"),
         (("--engine", "openai"), "--url"),
         (("--engine", "openai", "--url", "http://127.0.0.1:1", "--tensor-parallel", 2), "--tensor-parallel"),
         (("--engine", "openai", "--url", "127.0.0.1"), "not the address of a server"),
@@ -482,8 +487,10 @@ def test_a_model_folder_that_lacks_something_is_refused_before_anything_starts(
     said: str,
     trial: tuple[object, ...],
 ) -> None:
-    """Without vLLM, so that it cannot be what refuses."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # vLLM cannot be what refuses
+    python = None if without == "nothing" else Path("python of another environment")
+    monkeypatch.setattr("pipeline.captions.engine_choice._other_python", lambda: python)
     config = {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": "pixtral"}}
     tokens = [{"id": number, "content": token} for number, token in enumerate(("<s>", "[INST]", "[/INST]", "[IMG]"))]
     files = {

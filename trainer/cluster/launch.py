@@ -13,6 +13,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.core.cluster import node_resources, nodes_of
 from pipeline.core.errors import JobFailed, UsageError
 from trainer.cluster.control_actor import ControlActor
 from trainer.cluster.loader_actors import cpus_per_worker, loader_source
@@ -82,8 +83,11 @@ def _data(training: Training) -> TrainingData:
 
 
 def _scaling(training: Training) -> ScalingConfig:
-    """Resources of each worker: a GPU if the cluster has any, and CPUs, of which some are left to the loaders."""
-    cpus, gpus = (float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+    """Resources of each worker: a GPU if there are any, and CPUs, of which some are left to the loaders. Workers run
+    on nodes that offer `trainer`, if any does, and then count only their GPUs: those of captioner nodes are not free
+    for them."""
+    gpus = sum(node.get("GPU", 0.0) for node in nodes_of("trainer"))
+    cpus = float(ray.cluster_resources().get("CPU", 0))
     check_device(training, int(gpus))
     if cpus < 2:
         raise UsageError(
@@ -91,7 +95,7 @@ def _scaling(training: Training) -> ScalingConfig:
         )
     if 0 < gpus < training.workers:
         raise UsageError(f"--workers {training.workers} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
-    resources = {"CPU": cpus_per_worker(training.workers)}
+    resources = {"CPU": cpus_per_worker(training.workers)} | node_resources("trainer")
     return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources)
 
 
