@@ -33,14 +33,13 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline.core.errors import JobFailed, JobStopped, S3Refused, S3Unavailable
 from pipeline.core.metrics import JobMetrics
 from pipeline.core.progress import Progress, progress_bar
-from pipeline.core.tables import DIED, REPORT, ROW, SHARD
+from pipeline.core.tables import DIED, REPORT, ROW, SHARD, TABLE_BYTES
 
 # Columns of rows that tell of a failure.
 _FAILURE: Final = "hdm_failure"  # why the rest of the shard cannot be done
 _FATAL: Final = "hdm_fatal"  # True if no other shard could be done either
 
 _RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
-_BLOCK_BYTES: Final = 16 << 20  # of the tables between steps
 _READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for one that reads, also on two cores
 _COMMIT_BYTES: Final = 300 << 20  # memory of a commit: two row groups of images, twice, and the process
@@ -154,7 +153,7 @@ def _dataset(job: str, items: list[dict[str, Any]], steps: Sequence[Step], isola
     dataset.set_name(job)
     # Rows that are lost with their process are found by their numbers, and run again.
     dataset.context.max_errored_blocks = -1
-    dataset.context.target_max_block_size = 1 if isolated else _BLOCK_BYTES
+    dataset.context.target_max_block_size = 1 if isolated else TABLE_BYTES
     # More actors as soon as all calls are taken, and never fewer: their work may take minutes to make.
     dataset.context.autoscaling_config = AutoscalingConfig(1.0, actor_pool_util_downscaling_threshold=-1.0)
     for step in steps:

@@ -10,6 +10,8 @@ ROW: Final = "hdm_row"  # number of the row in the shard, int32
 DIED: Final = "hdm_died"  # True if the row ended its process each time: its picture must not be touched
 REPORT: Final = "hdm_report"  # in the last step's table: JSON for the job's Meter, or null
 
+TABLE_BYTES: Final = 16 << 20  # between steps; a larger table is cut into several, unless it is a single row
+
 
 def with_constants(table: pa.Table, values: Mapping[str, str]) -> pa.Table:
     """The table with more columns, each of which has the same text in every row."""

@@ -71,6 +71,14 @@ class PartialShard:
             assert loaded[1] is not None
             yield row_N[start:end], loaded[1].drop_columns([_ROW]).take(pa.array(place_N[start:end]))
 
+    def contents(self, kind: str) -> Iterator[tuple[NDArray[np.int32], pa.Table]]:
+        """The files of a kind, in no order, each read once, as numbers (N) and a table (N). A row that was run twice
+        is in several."""
+        for file in self.store.shards(self.path):
+            if file.startswith(f"{kind}-"):
+                table = self.store.read_table(f"{self.path}/{file}.parquet")
+                yield table[_ROW].to_numpy(), table.drop_columns([_ROW])
+
     def _numbers(self, name: str) -> NDArray[np.int32]:
         found: NDArray[np.int32] = self.store.read_table(name, [_ROW])[_ROW].to_numpy()
         return found

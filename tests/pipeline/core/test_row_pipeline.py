@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ray import cloudpickle
 
 from pipeline.core.errors import JobStopped
+from pipeline.core.progress import Progress
 from pipeline.core.row_pipeline import Actors, Pending, Step, stream_rows
-from pipeline.core.tables import DIED, ROW, SHARD
+from pipeline.core.tables import DIED, REPORT, ROW, SHARD
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
 
@@ -77,6 +78,38 @@ def test_every_row_passes_through_tasks_and_actors_once_and_each_shard_is_commit
     assert stream(recorder, Actors(make=make, most=1, calls=2)) == {}
     for shard in SHARDS:
         assert recorder.rows(shard) == [[row, f"{shard} {row}".upper()] for row in range(40)]
+
+
+class Counting:
+    """A meter that counts."""
+
+    def __init__(self) -> None:
+        self.reports: Counter[str] = Counter()
+        self.committed: Counter[str] = Counter()
+
+    def add(self, report: str) -> None:
+        self.reports[report] += 1
+
+    def commit(self, outcomes: Mapping[str, int]) -> None:
+        self.committed += Counter(outcomes)
+
+    def progress(self, rows: int) -> Progress:
+        return Progress(rows, "line", {})
+
+
+def test_tables_are_split_and_a_meter_gets_every_report_and_commit(ray_address: str, recorder: Recorder) -> None:
+    def write(table: pa.Table) -> Iterator[pa.Table]:
+        for written in recorder.write(table):
+            reports = [f"a table of {table.num_rows}", *[None] * (table.num_rows - 1)]
+            yield written.append_column(REPORT, pa.array(reports, pa.string()))
+
+    meter = Counting()
+    steps = [Step(name="write", work=write, cpus=0.5, rows=10, split=True)]
+    assert stream_rows("test", SHARDS, read, steps, recorder.commit, most_reads=1, meter=meter) == {}
+    assert meter.reports == {"a table of 10": 12}
+    assert meter.committed == {"done": 120}
+    for shard in SHARDS:
+        assert recorder.rows(shard) == [[row, f"{shard} {row}"] for row in range(40)]
 
 
 def test_only_pending_rows_are_read_and_a_shard_without_any_is_committed(ray_address: str, recorder: Recorder) -> None:
