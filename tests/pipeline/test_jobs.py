@@ -23,6 +23,7 @@ import pytest
 
 from pipeline.core.progress import StallDetector
 from pipeline.drawings.sample_posts import plan
+from pipeline.ingestion.raw_files import shard_name
 from pipeline.storage.shards import Store
 
 Finished = CompletedProcess[str]
@@ -274,7 +275,8 @@ def test_broken_parquet_files_are_listed_and_all_others_are_done(run_job: RunJob
     for name, why in counted["failed"].items():
         assert f"{name} ({why})" in line
     assert counted["rows_in"] == 20
-    assert Store(str(root)).shards("images") == ["danbooru-c-whole", "danbooru-d-whole"]
+    whole_files = (folder / "c-whole.parquet", folder / "d-whole.parquet")
+    assert Store(str(root)).shards("images") == [shard_name(str(path), "danbooru") for path in whole_files]
 
 
 def test_ingest_killed_twice_writes_the_files_of_an_undisturbed_one(
