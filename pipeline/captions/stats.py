@@ -1,126 +1,166 @@
-"""Counts of the caption workers, and what follows from them: the progress line, run.json and metrics."""
+"""Counts of caption actors, and what follows from them: the progress line, run.json and metrics."""
 
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
 
-from captioner.captioning import ENGINE_FAILURES
+from captioner.captioning import ENGINE_FAILURES, Outcome
 from pipeline.core.errors import JobFailed
 from pipeline.core.progress import Progress
 
 _MAX_FAILED_SHARE = 0.2  # of the rows: more engine failures than this fail the job,
 _MIN_FAILED = 10  # unless they are fewer than this
+_RUNNING_SECONDS: Final = 600.0  # an actor whose last report is older is taken for ended; answers may take minutes
 
 
-@dataclass
-class CaptionStats:
-    """What one worker, or all of them, have done in this job."""
+@dataclass(kw_only=True)
+class RowCounts:
+    """What rows have cost, and which have a caption from their tags."""
 
-    rows: int = 0  # finished, also by earlier jobs
-    kept: int = 0  # of these, finished by earlier jobs
+    rows: int = 0
     attempts: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     rejected: Counter[str] = field(default_factory=Counter)  # rows with a caption from tags, by reason
-    waited_for_pictures: float = 0.0  # seconds: the engine had a free slot, but no picture was ready
-    waited_for_engine: float = 0.0  # seconds: a picture was ready, but the engine was full or starting
-    engines_started: int = 0
-    seconds_starting: float = 0.0  # of engines
-
-    @property
-    def answered(self) -> int:
-        """Rows finished in this job."""
-        return self.rows - self.kept
 
     @classmethod
-    def total(cls, parts: Sequence["CaptionStats"]) -> "CaptionStats":
-        """The sum of all workers' counts and seconds."""
-        total = cls()
-        for part in parts:
-            for name, value in vars(part).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+    def of(cls, outcomes: Sequence[Outcome], previous_attempts: Sequence[int]) -> "RowCounts":
+        """The counts of these outcomes. `previous_attempts` are those of earlier jobs, by row."""
+        reasons = (outcome.answer.reason for outcome in outcomes)
+        return cls(
+            rows=len(outcomes),
+            attempts=sum(max(0, o.attempts - before) for o, before in zip(outcomes, previous_attempts, strict=True)),
+            tokens_in=sum(outcome.tokens_in for outcome in outcomes),
+            tokens_out=sum(outcome.tokens_out for outcome in outcomes),
+            rejected=Counter(str(reason) for reason in reasons if reason),
+        )
+
+    def add(self, other: "RowCounts") -> None:
+        for column in fields(self):
+            setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineTimes:
+    """Seconds of one actor since it started, or of all actors."""
+
+    seconds: float = 0.0  # what is paid for
+    waited_for_pictures: float = 0.0  # the engine had a free slot, but no picture was ready
+    waited_for_engine: float = 0.0  # a picture was ready, but the engine was full or starting
+    starting: float = 0.0
+    engines_started: int = 0  # a number, not a time
+
+
+def report(worker: str, counts: RowCounts, times: EngineTimes) -> str:
+    """JSON for CaptionMeter.add: what a table of rows has cost, and all times of the actor so far."""
+    return json.dumps({"worker": worker, "rows": vars(counts), "times": vars(times)})
 
 
 class CaptionMeter:
-    """Turns the workers' counts into rates, time left and dollars, which are those of the engines' hours."""
+    """Turns the actors' reports into rates, time left and dollars, which are those of the engines' hours. `rows` are
+    those without a caption, `kept` those that earlier jobs have captioned in the same shards."""
 
-    def __init__(self, rows: int, engines: int, dollars_per_hour: float | None) -> None:
-        self._rows, self._engines, self._dollars_per_hour = rows, engines, dollars_per_hour
+    def __init__(self, rows: int, kept: int, dollars_per_hour: float | None) -> None:
+        self._rows, self._kept, self._dollars_per_hour = rows, kept, dollars_per_hour
         self._started = time.monotonic()
         # Time and number of the first answers. Before that, the engines load.
         self._first: tuple[float, int] | None = None
-        self._last = self._started  # time of the last finished rows, as closing the engines takes seconds too
-        self._now = CaptionStats()
+        self._last = self._started  # time of the last finished rows, as ending the engines takes seconds too
+        self._now = RowCounts()
+        self._times: dict[str, tuple[float, EngineTimes]] = {}  # by actor: time and content of its last report
 
-    def __call__(self, parts: Sequence[CaptionStats]) -> Progress:
-        before, self._now = self._now.answered, CaptionStats.total(parts)
-        now = self._now
-        if now.answered > before:
-            self._last = time.monotonic()
-            self._first = self._first or (self._last, now.answered)
+    def add(self, report: str) -> None:
+        """Takes the report of a table whose rows are finished."""
+        found, now = json.loads(report), time.monotonic()
+        counts = RowCounts(**found["rows"] | {"rejected": Counter(found["rows"]["rejected"])})
+        self._now.add(counts)
+        times = EngineTimes(**found["times"])
+        _, before = self._times.get(found["worker"], (0.0, EngineTimes()))
+        self._times[found["worker"]] = now, max(before, times, key=lambda times: times.seconds)
+        self._last = now
+        self._first = self._first or (now, self._now.rows)
+
+    def commit(self, outcomes: Mapping[str, int]) -> None:
+        """Takes the rows by reason that a whole shard showed to be unusable."""
+        self._now.rejected += Counter(outcomes)
+
+    def progress(self, rows: int) -> Progress:
+        """`rows` are finished in this job."""
+        now, times = self._now, self._total
         counts: dict[str, dict[str, float]] = {
-            "hdm_caption_rows": {"captioned": now.answered - now.rejected.total(), **now.rejected},
+            "hdm_caption_rows": {"captioned": now.rows - now.rejected.total(), **now.rejected},
             "hdm_caption_tokens": {"in": now.tokens_in, "out": now.tokens_out},
-            "hdm_caption_waiting_seconds": {"pictures": now.waited_for_pictures, "engine": now.waited_for_engine},
+            "hdm_caption_waiting_seconds": {"pictures": times.waited_for_pictures, "engine": times.waited_for_engine},
         }
         gauges = {"hdm_caption_engines": float(self._engines)}
         if not self._is_starting():
             gauges["hdm_caption_hours_left"] = self._seconds_left() / 3600
-        if (dollars := self._dollars(self._seconds)) is not None:
+        if (dollars := self._dollars(times.seconds)) is not None:
             gauges["hdm_caption_dollars"] = dollars
-        # A restarted worker counts rows as kept that it had already counted as answered.
-        return Progress(min(now.rows, self._rows), self._line(), counts, gauges)
+        return Progress(rows, self._line(), counts, gauges)
 
     def record(self) -> dict[str, Any]:
         """For run.json."""
-        now, seconds = self._now, self._seconds
+        now, times = self._now, self._total
         return {
-            "engines": self._engines,
-            "seconds": round(seconds, 1),
-            "rows_answered": now.answered,
-            "rows_kept": now.kept,
+            "engines": len(self._times),
+            "seconds": round(self._seconds, 1),
+            "rows_answered": now.rows,
+            "rows_kept": self._kept,
             "images_per_second": round(self._rate(), 3),
             "attempts": now.attempts,
             "tokens_in": now.tokens_in,
             "tokens_out": now.tokens_out,
             "rejected": dict(sorted(now.rejected.items())),
-            "seconds_waiting_for_pictures": round(now.waited_for_pictures, 1),
-            "seconds_waiting_for_engine": round(now.waited_for_engine, 1),
-            "engines_started": now.engines_started,
-            "dollars": self._dollars(seconds),
+            "seconds_waiting_for_pictures": round(times.waited_for_pictures, 1),
+            "seconds_waiting_for_engine": round(times.waited_for_engine, 1),
+            "engines_started": times.engines_started,
+            "dollars": self._dollars(times.seconds),
         }
 
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._started
 
+    @property
+    def _total(self) -> EngineTimes:
+        """The sum over all actors, also those that have ended."""
+        reports = [times for _, times in self._times.values()]
+        return EngineTimes(**{f.name: sum(getattr(times, f.name) for times in reports) for f in fields(EngineTimes)})
+
+    @property
+    def _engines(self) -> int:
+        """Actors that are running."""
+        now = time.monotonic()
+        return sum(now - reported < _RUNNING_SECONDS for reported, _ in self._times.values())
+
     def _rate(self) -> float:
         """Rows per second of all engines, measured from the first answers on if others followed."""
         since, before = self._first or (self._started, 0)
-        if self._now.answered == before:
+        if self._now.rows == before:
             since, before = self._started, 0
-        return (self._now.answered - before) / max(self._last - since, 1e-3)
+        return (self._now.rows - before) / max(self._last - since, 1e-3)
 
     def _is_starting(self) -> bool:
         """True until answers follow the first ones, whose time includes loading."""
         now = self._now
-        return not now.answered or bool(self._first and now.answered == self._first[1] and now.rows < self._rows)
+        return not now.rows or bool(self._first and now.rows == self._first[1] and now.rows < self._rows)
 
     def _seconds_left(self) -> float:
-        return max(0, self._rows - self._now.rows) / self._rate()  # rows may be counted twice, see __call__
+        return max(0, self._rows - self._now.rows) / self._rate()  # rows that were lost are counted twice
 
     def _dollars(self, seconds: float) -> float | None:
         if self._dollars_per_hour is None:
             return None
-        return round(self._engines * self._dollars_per_hour * seconds / 3600, 2)
+        return round(self._dollars_per_hour * seconds / 3600, 2)
 
     def _line(self) -> str:
-        now = self._now
+        now, times = self._now, self._total
         if self._is_starting():
-            return "first answers" if now.answered else "engine starts"
+            return "first answers" if now.rows else "engine starts"
         rate, seconds, left = self._rate(), max(self._seconds, 1e-3), self._seconds_left()
         parts = [
             f"{rate:.2f} images/s",
@@ -128,8 +168,11 @@ class CaptionMeter:
             f"{clock(left)} left",
         ]
         if self._dollars_per_hour is not None:
-            parts.append(f"${self._dollars(seconds)} of ${self._dollars(seconds + left)}")
-        parts.append(f"waited {now.waited_for_pictures:.0f} s for pictures, {now.waited_for_engine:.0f} s for engine")
+            all = self._dollars(times.seconds + left * self._engines)
+            parts.append(f"${self._dollars(times.seconds)} of ${all}")
+        parts.append(
+            f"waited {times.waited_for_pictures:.0f} s for pictures, {times.waited_for_engine:.0f} s for engine"
+        )
         if now.rejected:
             reasons = ", ".join(f"{count} {reason}" for reason, count in now.rejected.most_common(3))
             parts.append(f"{now.rejected.total()} rejected ({reasons}{' ...' if len(now.rejected) > 3 else ''})")

@@ -29,6 +29,7 @@ class ImageShard:
     shard: str
     rows: int
     digest: str  # of its footer
+    largest_group: int = 0  # bytes of the largest row group, uncompressed
 
 
 def caption_shard(part: ImageShard, dataset: str, folder: str) -> Counter[str]:

@@ -12,14 +12,17 @@ from itertools import accumulate
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
 from captioner.captioning import Outcome
 from captioner.requests import CaptionRequest
-from pipeline.captions.model_captions import CaptionTask, CaptionWorker, PendingRow, read_pending
-from pipeline.captions.stats import CaptionStats, clock
+from pipeline.captions.caption_rows import prepare
+from pipeline.captions.model_captions import Captioner, CaptionTask, PendingRow
+from pipeline.captions.stats import RowCounts, clock
 from pipeline.captions.tag_captions import TAG_COLUMNS, request_from_row
 from pipeline.core.records import Rating
 from pipeline.pictures.crops import thumbnail_uri
+from pipeline.storage.row_reader import open_parquet, read_rows
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
 
@@ -39,8 +42,8 @@ class TrialRow:
 @dataclass(frozen=True)
 class Trial:
     rows: list[TrialRow]
-    stats: CaptionStats
-    seconds: float  # without the engine's start
+    counts: RowCounts
+    seconds: float  # of the engine, without its start: pictures are decoded before
 
 
 def run_trial(
@@ -54,7 +57,7 @@ def run_trial(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    rejected = trial.stats.rejected
+    rejected = trial.counts.rejected
     page = environment.get_template("trial.html").render(
         dataset=task.dataset, date=time.strftime("%Y-%m-%d %H:%M"), settings=task.settings, estimate=lines,
         rejected=rejected.most_common(), rows=trial.rows,
@@ -79,40 +82,48 @@ def spread(rows_of: Mapping[str, int], count: int) -> dict[str, list[int]]:
 
 def caption_sample(task: CaptionTask, store: Store, chosen: Mapping[str, list[int]]) -> Trial:
     """Caption these rows, given by shard and row number."""
-    worker = CaptionWorker(task)
-    rows: dict[str, PendingRow] = {}  # by id
-    blurred: set[str] = set()
-
-    def pending() -> Iterator[PendingRow]:
-        reader = TagReader()
-        for shard, numbers in chosen.items():
-            posts = store.read_table(f"images/{shard}.parquet", [*TAG_COLUMNS, "rating"]).take(numbers).to_pylist()
-            requests = {number: request_from_row(post, reader) for number, post in zip(numbers, posts, strict=True)}
-            blurred.update(post["id"] for post in posts if post["rating"] in (Rating.QUESTIONABLE, Rating.EXPLICIT))
-            for row in read_pending(store, shard, requests, {}):
-                rows[row.request.id] = row
-                yield row
-
-    outcomes: dict[str, Outcome] = {}
+    sample = [row for shard, numbers in chosen.items() for row in _read_sample(store, shard, numbers)]
+    rows = [PendingRow(row.request, prepare(row.picture, task.settings.max_side)) for row in sample]
+    captioner = Captioner(task)
     started = time.monotonic()
     try:
-        worker.caption_rows(pending(), lambda outcome: outcomes.update({outcome.answer.id: outcome}))
+        outcomes = captioner.caption(rows)
         seconds = time.monotonic() - started
-        stats = worker.report()
+        starting = captioner.times().starting
     finally:
-        worker.close()
-    shown = [TrialRow(row.request, thumbnail_uri(row.picture), id in blurred, outcomes[id]) for id, row in rows.items()]
-    return Trial(shown, stats, seconds - stats.seconds_starting)
+        captioner.close()
+    shown = [
+        TrialRow(row.request, thumbnail_uri(row.picture), row.blurred, outcome)
+        for row, outcome in zip(sample, outcomes, strict=True)
+    ]
+    return Trial(shown, RowCounts.of(outcomes, [0] * len(outcomes)), seconds - starting)
+
+
+@dataclass(frozen=True)
+class _SampleRow:
+    request: CaptionRequest
+    picture: bytes
+    blurred: bool
+
+
+def _read_sample(store: Store, shard: str, numbers: list[int]) -> Iterator[_SampleRow]:
+    reader = TagReader()
+    with open_parquet(store.path(f"images/{shard}.parquet")) as parquet:
+        for _, batch in read_rows(parquet, np.array(numbers, np.int32), [*TAG_COLUMNS, "rating", "image"]):
+            for row in batch.to_pylist():
+                blurred = row["rating"] in (Rating.QUESTIONABLE, Rating.EXPLICIT)
+                yield _SampleRow(request_from_row(row, reader), row["image"], blurred)
 
 
 def estimate(trial: Trial, rows: int, engines: int, concurrency: int, dollars_per_hour: float | None) -> list[str]:
     """What it takes to caption the whole dataset, in sentences."""
-    tried, stats = max(1, len(trial.rows)), trial.stats
+    tried, counts = max(1, len(trial.rows)), trial.counts
     rate = tried / max(trial.seconds, 1e-3)
     hours = rows / (rate * engines) / 3600
     price = "" if dollars_per_hour is None else f", ${hours * engines * dollars_per_hour:,.2f}"
+    tokens_in, tokens_out = counts.tokens_in / tried, counts.tokens_out / tried
     lines = [
-        f"{rate:.2f} images/s; per image {stats.tokens_in / tried:.0f} tokens in, {stats.tokens_out / tried:.0f} out.",
+        f"{rate:.2f} images/s; per image {tokens_in:.0f} tokens in, {tokens_out:.0f} out.",
         f"All {rows:,} images with {engines} engine{'s' if engines > 1 else ''}: {clock(hours * 3600)}{price}.",
     ]
     if tried < 2 * concurrency:

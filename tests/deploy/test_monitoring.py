@@ -24,7 +24,7 @@ import ray.dashboard.modules.metrics.dashboards as rays_dashboards
 import yaml
 from prometheus_client import CollectorRegistry
 
-from pipeline.captions.stats import CaptionMeter, CaptionStats
+from pipeline.captions.stats import CaptionMeter, EngineTimes, RowCounts, report
 from pipeline.core.progress import StallDetector
 from pipeline.reporting.dataset_metrics import DatasetMetrics
 from pipeline.storage.shards import Store
@@ -101,9 +101,10 @@ def test_every_query_uses_metrics_that_jobs_the_exporter_or_ray_export(tmp_path:
     metrics.scan()
     registry = CollectorRegistry()
     registry.register(metrics)
-    meter = CaptionMeter(rows=10, engines=1, dollars_per_hour=1.0)
-    meter([CaptionStats(rows=1)])
-    standing = meter([CaptionStats(rows=9)])
+    meter = CaptionMeter(10, kept=0, dollars_per_hour=1.0)
+    for count in (1, 8):
+        meter.add(report("actor", RowCounts(rows=count), EngineTimes()))
+    standing = meter.progress(9)
     jobs = "".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
     rows = {task for task in ("ingest", "caption", "judging", "writing", "score") if f'"{task}"' in jobs}
     known = (

@@ -1,11 +1,11 @@
-"""The progress line and the record: rates, hours and dollars from the workers' counts."""
+"""The progress line and the record: rates, hours and dollars from the actors' reports."""
 
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from pipeline.captions.stats import CaptionMeter, CaptionStats, check_engine, clock
+from pipeline.captions.stats import CaptionMeter, EngineTimes, RowCounts, check_engine, clock, report
 from pipeline.core.errors import JobFailed
 
 
@@ -17,19 +17,27 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return time
 
 
+def table(worker: str, times: EngineTimes, **counts: Any) -> str:
+    return report(worker, RowCounts(**counts), times)
+
+
 def test_the_line_has_rate_tokens_time_left_dollars_waiting_and_rejected_rows(now: list[float]) -> None:
-    meter = CaptionMeter(rows=1000, engines=2, dollars_per_hour=1.8)
-    assert meter([CaptionStats()]).line == "engine starts"
+    meter = CaptionMeter(960, kept=40, dollars_per_hour=1.8)
+    assert meter.progress(0).line == "engine starts"
     now[0] = 100.0
-    assert meter([CaptionStats(rows=60, kept=40), CaptionStats()]).line == "first answers"
+    meter.add(table("one", EngineTimes(seconds=95), rows=20))
+    assert meter.progress(20).line == "first answers"
     now[0] = 200.0
-    first = CaptionStats(
-        rows=200, kept=40, tokens_in=30_000, tokens_out=6_000, rejected=Counter({"refusal": 3}), waited_for_engine=90.0
+    first = EngineTimes(seconds=195, waited_for_engine=90.0)
+    second = EngineTimes(seconds=205, waited_for_pictures=7.0)
+    meter.add(table("one", first, rows=140, tokens_in=30_000, tokens_out=6_000, rejected=Counter({"refusal": 3})))
+    meter.add(
+        table("two", second, rows=60, tokens_in=10_000, tokens_out=2_000)
     )
-    second = CaptionStats(rows=60, tokens_in=10_000, tokens_out=2_000, waited_for_pictures=7.0)
-    standing = meter([first, second])
-    assert standing.rows == 260
-    # 200 more rows in 100 s; 740 left; 2 engines for 200 s and for 570 s.
+    meter.add(table("one", EngineTimes(seconds=190, waited_for_engine=80.0)))  # arrives late
+    standing = meter.progress(220)
+    assert standing.rows == 220
+    # 200 more rows in 100 s; 740 left; 2 engines for 200 s each and for 370 s more.
     assert standing.line == (
         "2.00 images/s; 200 tokens/s in, 40 out; 0:06:10 left; $0.2 of $0.57; "
         "waited 7 s for pictures, 90 s for engine; 3 rejected (3 refusal)"
@@ -42,19 +50,30 @@ def test_the_line_has_rate_tokens_time_left_dollars_waiting_and_rejected_rows(no
         "hdm_caption_hours_left": pytest.approx(370 / 3600),
         "hdm_caption_dollars": 0.2,
     }
+    meter.commit({"same caption for many images": 2})
     record = meter.record()
     assert (record["rows_answered"], record["rows_kept"], record["dollars"]) == (220, 40, 0.2)
     assert record["images_per_second"] == 2.0
+    assert record["rejected"] == {"refusal": 3, "same caption for many images": 2}
 
 
-def test_rows_counted_twice_by_a_restarted_worker_give_no_negative_time_left(now: list[float]) -> None:
-    meter = CaptionMeter(rows=1000, engines=1, dollars_per_hour=None)
+def test_an_actor_that_was_lost_is_paid_for_and_no_longer_counted_as_running(now: list[float]) -> None:
+    meter = CaptionMeter(100, kept=0, dollars_per_hour=1.0)
+    meter.add(table("lost", EngineTimes(seconds=3600), rows=10))
+    now[0] = 1000.0
+    meter.add(table("restarted", EngineTimes(seconds=900), rows=10))
+    standing = meter.progress(20)
+    assert standing.gauges["hdm_caption_engines"] == 1
+    assert standing.gauges["hdm_caption_dollars"] == 1.25
+
+
+def test_rows_answered_twice_give_no_negative_time_left(now: list[float]) -> None:
+    meter = CaptionMeter(1000, kept=0, dollars_per_hour=None)
     now[0] = 10.0
-    meter([CaptionStats(rows=10)])
+    meter.add(table("one", EngineTimes(), rows=10))
     now[0] = 910.0
-    standing = meter([CaptionStats(rows=900), CaptionStats(rows=788, kept=768)])
-    assert standing.rows == 1000
-    assert "; 0:00:00 left;" in standing.line
+    meter.add(table("two", EngineTimes(), rows=1020))
+    assert "; 0:00:00 left;" in meter.progress(1000).line
 
 
 def record(failed: int, answered: int) -> dict[str, Any]:
