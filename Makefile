@@ -27,8 +27,8 @@ demo: setup
 	@sh deploy/demo.sh
 
 test: setup lint
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
-	@.venv/bin/python -m pytest -m cluster
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2
+	@PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -m cluster
 	@if $(MAKE) --no-print-directory captioner; then \
 		.venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py tests/pipeline/test_caption_vllm.py; \
 	else \

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,26 +36,39 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
-# `pytest -n 2` gives each process whole files. These share a trained run, which takes a minute to make.
-_WITH_TRAINED_RUN = tuple(
-    f"tests/trainer/{name}"
-    for name in (
-        "test_resume.py",
-        "test_run.py",
-        "training/",
-        "runs/test_lora.py",
-        "recipe/test_resolve.py",
-        "samples/",
-    )
-)
+# `pytest -n 2` gives each process whole files. Files that share what takes long to make stay together.
+_TOGETHER = {
+    "trained run": (
+        "tests/trainer/test_resume.py",
+        "tests/trainer/test_run.py",
+        "tests/trainer/training/test_worker.py",
+        "tests/trainer/runs/test_lora.py",
+        "tests/trainer/evaluation/test_evaluate.py",
+        "tests/trainer/evaluation/test_rows.py",
+    ),
+    "served page": ("tests/trainer/test_serve.py", "tests/trainer/web/"),
+}
 # Files that take longest are started first, so that both processes end at about the same time.
 _LONGEST = (
-    *_WITH_TRAINED_RUN,
-    "tests/pipeline/test_",
+    *_TOGETHER["trained run"],
+    "tests/pipeline/test_jobs.py",
+    *_TOGETHER["served page"],
     "tests/pipeline/core/",
-    "tests/trainer/web/",
-    "tests/trainer/model",
+    "tests/pipeline/test_caption.py",
+    "tests/pipeline/test_score.py",
+    "tests/pipeline/storage/test_s3.py",
+    "tests/trainer/cluster/",
+    "tests/trainer/runs/",
+    "tests/trainer/model/",
+    "tests/trainer/training/",
+    "tests/trainer/test_export.py",
+    "tests/trainer/evaluation/",
 )
+
+
+def pytest_configure() -> None:
+    # With Ray's default of 15, the workers of one test would starve while another test, or other work, computes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,7 +83,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             path = super()._split_scope(nodeid)
-            return "trained run" if path.startswith(_WITH_TRAINED_RUN) else path
+            return next((name for name, paths in _TOGETHER.items() if path.startswith(paths)), path)
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -266,9 +279,43 @@ def run_job(ray_address: str) -> RunJob:
 
     def run(script: str, *arguments: object, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> object:
         job = _job(ray_address, script, arguments, environment)
-        return subprocess.run(**job, capture_output=True, timeout=240, cwd=cwd, check=False)
+        return subprocess.run(**job, capture_output=True, timeout=480, cwd=cwd, check=False)
 
     return run  # type: ignore[return-value]
+
+
+@contextmanager
+def _on_ray_of_this_process() -> Iterator[None]:
+    """Jobs that are run in this process use its Ray, whose workers are already running."""
+    import ray.data
+
+    import pipeline.core.cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ray", "ray.data"):  # as in `cluster`: off the terminal
+            patch.setattr(logging.getLogger(name), "handlers", [logging.NullHandler()])
+        patch.setattr(ray.data.DataContext.get_current(), "enable_progress_bars", False)
+        patch.setattr(pipeline.core.cluster, "cluster", lambda *_, **__: nullcontext(""))
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_with_job(ray_address: str) -> Callable[..., None]:
+    """make_with_job("pipeline/ingest.py", "--raw", ...): runs a job in this process and asserts success.
+
+    For data that tests only read: it saves starting the job, connecting it and starting workers for it, seconds each.
+    """
+
+    def make(script: str, *arguments: object) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        with _on_ray_of_this_process(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            with pytest.raises(SystemExit) as left:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        signal.signal(signal.SIGTERM, handler)
+        assert left.value.code == 0, f"{script} exits with {left.value.code}"
+
+    return make
 
 
 @pytest.fixture
@@ -286,6 +333,13 @@ def call_job(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     handler = signal.getsignal(signal.SIGTERM)
     yield call  # type: ignore[misc]
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def call_job_with_ray(ray_address: str, call_job: RunJob) -> Iterator[RunJob]:
+    """Like call_job, for commands that use Ray: on the Ray of this process."""
+    with _on_ray_of_this_process():
+        yield call_job
 
 
 @pytest.fixture

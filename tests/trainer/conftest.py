@@ -30,7 +30,7 @@ def training(dataset: Path, run: Path, *more: object) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="session")
-def dataset(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(make_with_job: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn, and curated for the demo stage."""
     folder = tmp_path_factory.mktemp("dataset")
     for job in (
@@ -39,17 +39,31 @@ def dataset(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("pipeline/caption.py", "--dataset", folder / "dataset"),
         ("pipeline/curate.py", "--dataset", folder / "dataset"),
     ):
-        done = run_job(*job)
-        assert done.returncode == 0, done.stderr[-2000:]
+        make_with_job(*job)
     return folder / "dataset"
 
 
 @pytest.fixture(scope="session")
-def whole(run_job: RunJob, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two workers, which communicate over gloo. The job starts Ray itself, as on a laptop."""
+def undisturbed(
+    dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
+    """The folder and the job of a run of two workers, which communicate over gloo. The job starts Ray itself, as on a
+    laptop. It may still run, so that other jobs can be tested meanwhile."""
     run = tmp_path_factory.mktemp("runs") / "two workers"
-    done = run_job(*training(dataset, run), environment={"RAY_ADDRESS": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [sys.executable, *map(str, training(dataset, run))]
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    with (run.parent / "printed").open("w") as printed:
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed, text=True)
+    yield run, job
+    job.terminate()  # Ray ends with it
+    job.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def whole(undisturbed: tuple[Path, "subprocess.Popen[str]"]) -> Path:
+    """The undisturbed run, finished."""
+    run, job = undisturbed
+    assert job.wait(timeout=300) == 0, (run.parent / "printed").read_text()[-2000:]
     return run
 
 
@@ -113,7 +127,7 @@ def served(random_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         yield replace(page, url=_address(server, log))
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0, log.read_text()
+        assert server.wait(timeout=180) == 0, log.read_text()
         assert "Traceback" not in log.read_text()
     finally:
         server.kill()
@@ -122,7 +136,7 @@ def served(random_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def _address(server: "subprocess.Popen[bytes]", log: Path) -> str:
     """As soon as the page answers there."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and server.poll() is None:
         if found := re.search(r"http://127.0.0.1:\d+/", log.read_text()):
             with urllib.request.urlopen(found[0], timeout=60):

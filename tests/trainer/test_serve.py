@@ -149,7 +149,7 @@ def test_a_full_queue_refuses_with_a_message_and_a_closed_tab_leaves_it(served: 
             assert late.figures()["hdm_page_queue_length"] == 1
             assert "the queue is full: 1 being drawn and 1 waiting" in late.message()
     # Both have left, and 2,000 steps would take minutes. The server notices at the next sign of life that it sends.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not late.message(steps=2).startswith("64 × 48") and time.monotonic() < deadline:
         time.sleep(0.2)
     after = late.figures()

@@ -271,7 +271,7 @@ def test_other_json_is_not_a_completion(answer: Any) -> None:
 
 
 def test_concurrent_requests_are_not_limited(server: Server) -> None:
-    meet = threading.Barrier(150, timeout=20)
+    meet = threading.Barrier(150, timeout=120)
     answered: Callable[..., None] = _Handler._send
 
     class Waiting(_Handler):
@@ -283,7 +283,7 @@ def test_concurrent_requests_are_not_limited(server: Server) -> None:
     server.RequestHandlerClass = Waiting
 
     async def all_at_once() -> list[Completion]:
-        engine = await OpenAIEngine.connect(ServerSettings(url=server.url, tries=1, timeout=30))
+        engine = await OpenAIEngine.connect(ServerSettings(url=server.url, tries=1, timeout=120))
         try:
             return await asyncio.gather(*(engine.complete(PROMPT, PICTURE, PARAMS) for _ in range(150)))
         finally:

@@ -75,7 +75,7 @@ def test_a_replica_is_free_again_when_nobody_follows_it(replicas: Any) -> None:
         last = [what async for what in replicas.draw(read_form(FORM, LIMITS))]
         assert isinstance(last[-1], DrawnPicture)
 
-    asyncio.run(asyncio.wait_for(check(), 60))
+    asyncio.run(asyncio.wait_for(check(), 180))
 
 
 def test_what_the_model_refuses_keeps_its_words(replicas: Any) -> None:

@@ -321,16 +321,19 @@ def test_latents_that_do_not_split_into_patches_are_refused(shape: tuple[int, ..
 
 @every_option
 def test_one_batch_is_memorised(overrides: dict[str, Any]) -> None:
-    """The loss of a repeated batch falls below 5% of its start."""
+    """The loss of a repeated batch falls below 5% of its start within 120 steps."""
     model = fresh_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0, **overrides)
     batch = inputs(batch=4, side=4)
     target = torch.randn(4, 4, 4, 4, generator=seeded(5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    for _ in range(120):
+    for _ in range(121):
+        loss = (model(**batch) - target).square().mean()
+        if loss < 0.05 * target.square().mean():
+            return
         optimizer.zero_grad()
-        (model(**batch) - target).square().mean().backward()
+        loss.backward()
         optimizer.step()
-    assert (model(**batch) - target).square().mean() < 0.05 * target.square().mean()
+    pytest.fail(f"after 120 steps the loss is {loss / target.square().mean():.2f} of its start")
 
 
 @every_option

@@ -1,6 +1,6 @@
 """The training step: independent of how a batch is split, robust to non-finite numbers, bit-exact when resumed.
 
-Run as a script this file is one of several workers: test_loop.py RANK WORKERS FOLDER.
+Run as a script this file is several workers: test_loop.py WORKERS FOLDER.
 """
 
 import functools
@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.training.loop
@@ -133,13 +134,11 @@ def three_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Te
     """The tensors of three processes after `_work_together`. With two, a sum would have no order."""
     folder = tmp_path_factory.mktemp("three workers")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}  # loopback
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(rank), "3", str(folder)], env=environment) for rank in range(3)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    subprocess.run([sys.executable, __file__, "3", str(folder)], env=environment, timeout=300, check=True)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(3)]
 
 
-def _work_together(rank: int, workers: int, folder: Path) -> None:
+def _work_together(rank: int, workers: int, folder: str) -> None:
     """With each optimizer: three steps, one with a NaN on the last worker, then two, which are repeated resumed."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
@@ -167,7 +166,7 @@ def _work_together(rank: int, workers: int, folder: Path) -> None:
             keep(f"{kind}/{moment}", each)
     with pytest.raises(ValueError, match="13 does not divide into equal shares of 3 workers"):
         new_loop(batch_size=13)
-    save_file(saved, folder / f"{rank}.safetensors")
+    save_file(saved, f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
@@ -423,4 +422,5 @@ def test_the_evaluation_model_has_the_averaged_weights_and_no_gradients() -> Non
 
 
 if __name__ == "__main__":
-    _work_together(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # torch is imported once: importing it takes longer than the steps.
+    start_processes(_work_together, (int(sys.argv[1]), sys.argv[2]), int(sys.argv[1]), start_method="fork")
