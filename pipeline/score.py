@@ -6,13 +6,14 @@ pipeline/pictures/classifiers.py. Nothing is downloaded.
 
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.core.jobs import run
 from pipeline.scores.command import parse_args
-from pipeline.storage.fingerprints import changes, describe_changes, image_identities, read_provenance
+from pipeline.storage.fingerprints import changes, describe_changes
+from pipeline.storage.lease import lease
+from pipeline.storage.manifest import Catalog
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
 
@@ -21,18 +22,20 @@ def main() -> None:
     job = parse_args(__doc__)
     started = time.time()
     dataset, folder, model = Store(job.dataset), f"scores/{job.name}", Path(job.model)
-    images = image_identities(dataset)
+    catalog = Catalog(dataset)
+    catalog.refresh("images", folder)
+    images = catalog.images()
     # These imports take seconds, which --help and a mistyped path should not cost.
     from pipeline.pictures.classifiers import digest, load_classifier, uses_gpu
-    from pipeline.scores.scoring import Scorer, plan_scores
+    from pipeline.scores.scoring import plan_scores
 
     # Loaded here as well, so that an unusable folder is refused in one line before Ray starts.
     classifier = load_classifier(model, device="cpu", threads=1)
-    labels, preprocessing = classifier.labels, classifier.describe()
+    labels, preprocessing, described = classifier.labels, classifier.preprocessing, classifier.describe()
     del classifier
     model_digest = digest(model)
-    plan = plan_scores(images, model_digest, preprocessing)
-    before = read_provenance(dataset, folder, plan)
+    plan = plan_scores(images, model_digest, described)
+    before = catalog.provenance(folder, plan)
     if not job.replace and any(provenance.get("model") != model_digest for provenance in before.values()):
         raise UsageError(
             f"{dataset.path(folder)} has scores of another model. Give --name {job.name} to replace them, or another "
@@ -42,31 +45,38 @@ def main() -> None:
     print(f"score: {'would do: ' if job.plan else ''}{describe_changes('scoring', why, len(plan))}", flush=True)
     if job.plan:
         return
-    failed: dict[str, str] = {}
-    if why:
-        from pipeline.core.cluster import cluster
-        from pipeline.core.dataflow import map_shards_with, plan_pool
+    catalog.save()
+    with lease(dataset, folder, "score.py"):
+        failed: dict[str, str] = {}
+        if why:
+            from pipeline.core.cluster import cluster
+            from pipeline.scores.steps import ClassifierModel, plan_classifiers, score_shards
 
-        with cluster("score"):
-            pool = plan_pool(job.actors, len(why), uses_gpu(model))
-            print(f"score: {len(labels)} labels; {pool}", flush=True)
-            scorer = partial(
-                Scorer, model=job.model, model_digest=model_digest, dataset=dataset.root, folder=folder,
-                batch_size=job.batch_size, device="cuda" if pool.gpus else "cpu", threads=pool.cpus,
-            )  # fmt: skip
             todo = {shard: plan[shard] for shard in why}
-            failed = map_shards_with(scorer, todo, lambda planned: planned.rows, "score", pool)
+            for written in (folder, f"{folder}/rejected"):
+                dataset.remove_partial(written, todo.keys())
+            used = ClassifierModel(
+                folder=job.model, digest=model_digest, labels=labels, preprocessing=preprocessing,
+                batch_size=job.batch_size,
+            )  # fmt: skip
+            with cluster("score"):
+                rows = sum(planned.rows for planned in todo.values())
+                actors = plan_classifiers(job.actors, rows, job.batch_size, uses_gpu(model))
+                print(f"score: {len(labels)} labels; {actors}", flush=True)
+                failed = score_shards(todo, dataset, folder, used, actors)
 
-    done = [planned for shard, planned in plan.items() if shard not in failed]
-    rejected = (dataset.tally(f"{folder}/rejected/{planned.shard}.parquet", "reason") for planned in done)
-    reasons = sum(rejected, Counter[str]())
-    total = sum(planned.rows for planned in done)
-    write_run_record(
-        dataset.path(folder), "score", started, total, total - reasons.total(), reasons,
-        model=model_digest, preprocessing=preprocessing, failed=failed,
-    )  # fmt: skip
-    if failed:
-        raise ShardsFailed(failed)
+        done = {shard: planned.rows for shard, planned in plan.items() if shard not in failed}
+        catalog.refresh(folder, f"{folder}/rejected")
+        reasons = sum(catalog.reasons(f"{folder}/rejected", done).values(), Counter[str]())
+        total = sum(done.values())
+        write_run_record(
+            dataset.path(folder), "score", started, total, total - reasons.total(), reasons,
+            model=model_digest, preprocessing=described, failed=failed,
+        )  # fmt: skip
+        catalog.footers(folder, done)
+        catalog.save()
+        if failed:
+            raise ShardsFailed(failed)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def parse_args(description: str | None) -> ScoreJob:
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per forward pass. Default: 32")
     parser.add_argument(
-        "--actors", type=int, metavar="N", help="copies of the model. Default: one per GPU, or per CPU without GPUs"
+        "--actors",
+        type=int,
+        metavar="N",
+        help="copies of the model. Default: one per GPU or, without GPUs, for three of four CPUs, because the others "
+        "decode",
     )
     parser.add_argument("--plan", action="store_true", help="print what would be scored and why, and write nothing")
     args = parser.parse_args()

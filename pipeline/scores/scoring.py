@@ -1,30 +1,46 @@
-"""One shard of images -> one shard of scores. Runs in a Ray actor but does not import Ray.
+"""Rows of images -> pixels of the classifier's size -> scores. Runs in Ray's processes but does not import Ray.
 
 Axes: N images, L labels, H rows, W columns, C channels.
 """
 
 import json
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.core.records import REJECTED, Rejected, scores_schema
-from pipeline.pictures.classifiers import digest, load_classifier
-from pipeline.pictures.decoder import Refused, decode
-from pipeline.storage.fingerprints import FileIdentity, Provenance
+from pipeline.core.tables import DIED, ROW, SHARD, TABLE_BYTES, with_constants
+from pipeline.pictures.classifiers import Classifier, digest, load_classifier
+from pipeline.pictures.containers import RejectReason
+from pipeline.pictures.decoder import DEFAULT_LIMITS, Refused, decode
+from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
+from pipeline.pictures.preprocessing import Preprocessing
+from pipeline.storage.fingerprints import Provenance
+from pipeline.storage.manifest import Footer
+from pipeline.storage.row_reader import open_parquet, read_rows
 from pipeline.storage.shards import Store
 
 SCORER_VERSION = "1"  # raise it with every change of this code that changes a score
+MADE_FROM: Final = "hdm_made_from"  # ScoreShard.made_from, in every row
 
-Prepared = NDArray[np.uint8] | Refused  # pixels (H, W, C) of the model's size, or the reason for having none
+_PROCESS_BYTES: Final = 300 << 20
+
+_WHICH: Final = (
+    pa.field(SHARD, pa.string()),
+    pa.field(ROW, pa.int32()),
+    pa.field(MADE_FROM, pa.string()),
+    pa.field("id", pa.string()),
+    pa.field("sha256", pa.string()),
+    pa.field("reason", pa.string()),  # for having no scores, as `detail`; null if there are some
+    pa.field("detail", pa.string()),
+)
+PREPARED: Final = pa.schema([*_WHICH, pa.field("pixels", pa.binary())])  # uint8 (H, W, C); null with a reason
+SCORED: Final = pa.schema([*_WHICH, pa.field("scores", pa.list_(pa.float32()))])  # (L); null with a reason
 
 
 @dataclass(frozen=True)
@@ -32,72 +48,98 @@ class ScoreShard:
     shard: str
     rows: int
     provenance: Provenance
+    largest_group: int  # bytes of the largest row group of the images
+
+    @property
+    def made_from(self) -> str:
+        return json.dumps(self.provenance, sort_keys=True)
 
 
-def plan_scores(images: Mapping[str, FileIdentity], model: str, preprocessing: str) -> dict[str, ScoreShard]:
+def plan_scores(images: Mapping[str, Footer], model: str, preprocessing: str) -> dict[str, ScoreShard]:
     """The provenance that the scores of each image shard should have. `model` is the digest of the model's folder."""
     common = {"model": model, "preprocessing": preprocessing, "scorer_version": SCORER_VERSION}
-    return {shard: ScoreShard(shard, file.rows, common | {"images": file.digest}) for shard, file in images.items()}
+    return {
+        shard: ScoreShard(shard, file.rows, common | {"images": file.digest}, file.largest_group)
+        for shard, file in images.items()
+    }
 
 
-class Scorer:
-    """Scores shards with a classifier that is loaded once; `threads` decode images."""
+def read_memory(planned: ScoreShard) -> int:
+    """Bytes that reading images may take: a row group read and unpacked, the table of its rows, the process."""
+    return 3 * planned.largest_group + _PROCESS_BYTES
 
-    def __init__(self, *, model: str, model_digest: str, dataset: str, folder: str, batch_size: int, device: str,
-                 threads: int) -> None:  # fmt: skip
-        if digest(Path(model)) != model_digest:
-            raise ValueError(f"{model} holds other files on this machine than on the one that started the job")
-        self.classifier = load_classifier(Path(model), device, threads)
-        self.store, self.folder, self.batch_size = Store(dataset), folder, batch_size
-        self.pool = ThreadPoolExecutor(threads)
 
-    def __call__(self, planned: ScoreShard) -> None:
-        """Write <folder>/<shard> with the rows of images/<shard>, and <folder>/rejected/<shard> with undecodable ones.
+def prepare_memory() -> int:
+    """Bytes to reserve for preparing a table of rows: the rows thrice, a picture that is not large, the process."""
+    return 3 * TABLE_BYTES + decoding_memory() + _PROCESS_BYTES
 
-        The scores are committed last, so that a finished shard has both files. Holds one row group of images (at most
-        64 MB), two batches, and one full-size image per thread.
-        """
-        schema = scores_schema(self.classifier.labels)
-        rejected: list[dict[str, Any]] = []
-        made_from = json.dumps(planned.provenance, sort_keys=True)
-        scores = self.store.writing_table(f"{self.folder}/{planned.shard}.parquet", schema, made_from=made_from)
-        with scores as write, self.store.open(f"images/{planned.shard}.parquet") as file:
-            images = pq.ParquetFile(file)
-            for group in range(images.num_row_groups):
-                rows = images.read_row_group(group, columns=["id", "image", "sha256"]).to_pylist()
-                scores_NL = self._score(rows, rejected)
-                # NaN becomes null; a classifier never outputs NaN.
-                columns = [pa.array(scores_N, pa.float32(), from_pandas=True) for scores_N in scores_NL.T]
-                ids = pa.array([row["id"] for row in rows], pa.string())
-                write(pa.Table.from_arrays([ids, *columns], schema=schema))
-            refusals = pa.RecordBatch.from_pylist(rejected, REJECTED)
-            self.store.write_table(f"{self.folder}/rejected/{planned.shard}.parquet", refusals, REJECTED)
 
-    def _score(self, rows: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> NDArray[np.float32]:
-        """Scores (N, L), NaN for undecodable images, which are appended to `rejected` as rows of REJECTED."""
-        scores_NL = np.full((len(rows), len(self.classifier.labels)), np.nan, np.float32)
-        start = 0
-        for batch in self._batches([row["image"] for row in rows]):
-            good = {n: prepared for n, prepared in enumerate(batch, start) if not isinstance(prepared, Refused)}
-            if good:
-                scores_NL[list(good)] = self.classifier.scores(np.stack(list(good.values())))
-            for row, prepared in zip(rows[start:], batch, strict=False):
-                if isinstance(prepared, Refused):
-                    reason = Rejected(row["id"], prepared.reason.value, prepared.detail)
-                    rejected.append(asdict(reason) | {"sha256": row["sha256"]})
-            start += len(batch)
-        return scores_NL
+def prepare_limit() -> int:
+    """Bytes that preparing may take for the largest picture of a dataset."""
+    return 3 * TABLE_BYTES + PIXEL_BYTES * DEFAULT_LIMITS.max_pixels + _PROCESS_BYTES
 
-    def _batches(self, images: list[bytes]) -> Iterator[list[Prepared]]:
-        """Prepared images in order. The next batch is prepared while the caller uses one."""
-        ahead: deque[list[Future[Prepared]]] = deque()
-        for start in range(0, len(images), self.batch_size):
-            ahead.append([self.pool.submit(self._prepare, data) for data in images[start : start + self.batch_size]])
-            if len(ahead) == 2:
-                yield [future.result() for future in ahead.popleft()]
-        for futures in ahead:
-            yield [future.result() for future in futures]
 
-    def _prepare(self, data: bytes) -> Prepared:
-        picture = decode(data)
-        return picture if isinstance(picture, Refused) else self.classifier.preprocessing.resized(picture.image)
+def read_images(planned: ScoreShard, wanted: NDArray[np.int32], dataset: str) -> Iterator[pa.Table]:
+    """The wanted rows of a shard of images, a few megabytes at a time: id, image, sha256, ROW and MADE_FROM."""
+    with open_parquet(Store(dataset).path(f"images/{planned.shard}.parquet")) as parquet:
+        for number, batch in read_rows(parquet, wanted, ["id", "image", "sha256"]):
+            table = with_constants(pa.Table.from_batches([batch]), {MADE_FROM: planned.made_from})
+            yield table.append_column(ROW, pa.array(number, pa.int32()))
+
+
+def prepare_rows(table: pa.Table, preprocessing: Preprocessing, most: int = 0) -> Iterator[pa.Table]:
+    """The rows of a table from `read_images` as PREPARED. A picture that needs more than `most` bytes has a reason
+    instead of pixels, as has one that ended its process; 0 sets no limit."""
+    with memory_limit(most):
+        prepared = [_prepared(row, preprocessing) for row in table.select(["image", DIED]).to_pylist()]
+    table = table.drop_columns(["image", DIED])
+    for name in ("reason", "detail", "pixels"):
+        column = pa.array([row.get(name) for row in prepared], PREPARED.field(name).type)
+        table = table.append_column(name, column)
+    yield table.select(PREPARED.names).cast(PREPARED)
+
+
+def _prepared(row: Mapping[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
+    if row[DIED]:
+        why = "its process ended each time (signal or out of memory)"
+        return {"reason": RejectReason.DECODER_DIED.value, "detail": why}
+    picture = decode(row["image"])
+    if isinstance(picture, Refused):
+        return {"reason": picture.reason.value, "detail": picture.detail}
+    return {"pixels": preprocessing.resized(picture.image).tobytes()}
+
+
+def loading(
+    model: str, model_digest: str, batch_size: int, device: str, threads: int = 1
+) -> Callable[[pa.Table], Iterator[pa.Table]]:
+    """Loads a classifier and returns the function that makes SCORED of a table of PREPARED.
+
+    `device` is torch's name, "cpu" or "cuda"; `threads` is the number of CPU threads. Raises ValueError if the folder
+    `model` has another digest on this machine.
+    """
+    if digest(Path(model)) != model_digest:
+        raise ValueError(f"{model} holds other files on this machine than on the one that started the job")
+    classifier = load_classifier(Path(model), device, threads)
+    # Which rows meet in a batch differs from run to run. A GPU may compute the last bits of a batch of another size
+    # differently, and CPUs those of a single picture.
+    least = batch_size if device == "cuda" else min(2, batch_size)
+
+    def classify(table: pa.Table) -> Iterator[pa.Table]:
+        for start in range(0, table.num_rows, batch_size):
+            yield _scored(table.slice(start, batch_size).combine_chunks(), classifier, least)
+
+    return classify
+
+
+def _scored(table: pa.Table, classifier: Classifier, least: int) -> pa.Table:
+    """A batch of PREPARED as SCORED, computed in a batch of at least `least` pictures."""
+    found = pc.is_valid(table["pixels"]).to_numpy()
+    scores: list[NDArray[np.float32] | None] = [None] * table.num_rows
+    if found.any():
+        shape = (*classifier.preprocessing.size, 3)
+        pictures = [np.frombuffer(data, np.uint8).reshape(shape) for data in table["pixels"].drop_null().to_pylist()]
+        filled = pictures + pictures[-1:] * (least - len(pictures))
+        for number, scores_L in zip(np.flatnonzero(found), classifier.scores(np.stack(filled)), strict=False):
+            scores[number] = scores_L
+    column = pa.array(scores, pa.list_(pa.float32()))
+    return table.drop_columns(["pixels"]).append_column("scores", column).cast(SCORED)

@@ -36,8 +36,8 @@ from transformers import (
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, scores_schema
-from pipeline.pictures.classifiers import digest, load_classifier
 from pipeline.core.tables import labelled as with_shard
+from pipeline.pictures.classifiers import digest, load_classifier
 from pipeline.scores.commit import commit_shard, write_rows
 from pipeline.scores.scoring import ScoreShard, loading, plan_scores, prepare_rows, read_images
 from pipeline.storage.manifest import Catalog
