@@ -16,6 +16,9 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIME
 # Ray's default of 15 is for machines with a user at the desk.
 export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+# Seconds that Ray waits for parts of itself. Its default of 30 is too short for a busy machine.
+export RAY_raylet_start_wait_time_s="${RAY_raylet_start_wait_time_s:-60}"
+export RAY_gcs_server_port_wait_time_s="${RAY_gcs_server_port_wait_time_s:-120}"
 
 role=${1:-}
 case $role in

@@ -12,6 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
+from captioner.prompt_layout import detect_layout
+
 Definition = Callable[[str], jsonschema.Draft7Validator]
 
 ROOT = Path(__file__).parents[2]
@@ -142,8 +144,11 @@ def test_the_dockerfile_has_the_images_and_their_user() -> None:
 
 @pytest.mark.parametrize("name", [name for name in CLUSTERS if name != "raycluster"])
 def test_a_temporary_cluster_has_the_groups_of_the_permanent_one(name: str) -> None:
-    shared = _groups("raycluster")
-    for group, settings in _groups(name).items():
+    shared, groups = _groups("raycluster"), _groups(name)
+    here, there = (found.pop("head")["template"]["spec"] for found in (groups, shared))
+    assert _environment(here).items() <= _environment(there).items()  # a job has no settings of other jobs
+    assert here["containers"][0]["resources"] == there["containers"][0]["resources"]
+    for group, settings in groups.items():
         different = {key for key in settings if settings[key] != shared[group].get(key)}
         assert different <= {"replicas"}, group
 
@@ -159,20 +164,42 @@ def test_the_entry_point_is_the_documented_command(name: str, command: str) -> N
     assert _spec(name)["entrypoint"] == command
 
 
-@pytest.mark.parametrize(("name", "group"), [("rayjob-caption-vllm", "captioner"), ("rayjob-train", "trainer")])
-def test_the_driver_runs_in_its_group(name: str, group: str) -> None:
-    wanted = yaml.safe_load(_spec(name)["entrypointResources"])
-    assert list(wanted) == [group]
+@pytest.mark.parametrize(
+    ("name", "group", "script"),
+    [("rayjob-caption-vllm", "captioner", "pipeline/caption.py"), ("rayjob-train", "trainer", "trainer/run.py")],
+)
+def test_the_group_offers_the_resource_that_the_job_asks_for(name: str, group: str, script: str) -> None:
+    assert script in _spec(name)["entrypoint"]
+    assert "entrypointResources" not in _spec(name)  # the driver runs on the head
     # KubeRay puts the value into a shell command, in which the JSON must be one word.
     [offered] = shlex.split(_groups(name)[group]["rayStartParams"]["resources"])
     assert yaml.safe_load(offered) == {group: 1}
-    assert 0 < wanted[group] <= 1
     assert _groups(name)[group]["replicas"] >= 1
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob-caption-vllm"])
+def test_the_driver_knows_a_model_with_fp8_weights(name: str) -> None:
+    model = _environment(_groups(name)["head"]["template"]["spec"])["HDM_CAPTION_MODEL"]
+    assert "fp8" in model.lower()
+    assert detect_layout(model).kind == "hf"
+    settings = (ROOT / ".env.example").read_text().splitlines()
+    assert f"HDM_CAPTION_MODEL={model}" in settings
 
 
 def test_a_job_for_the_permanent_cluster_names_it() -> None:
     [cluster] = _documents("raycluster")
     assert _spec("rayjob-caption")["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob-train"])
+def test_driver_and_workers_of_a_training_share_the_run_folder(name: str) -> None:
+    head, trainer = (_groups(name)[group]["template"]["spec"] for group in ("head", "trainer"))
+    assert head["volumes"] == trainer["volumes"]
+    assert head["containers"][0]["volumeMounts"] == trainer["containers"][0]["volumeMounts"]
+    shared = {"HDM_RUN", "HDM_WORKERS", "HF_HOME"}
+    assert all(_environment(head)[variable] == _environment(trainer)[variable] for variable in shared)
+    [claim] = (claim for claim in _documents("namespace") if claim["metadata"]["name"] == "hdm-run")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob-train"])
@@ -242,7 +269,7 @@ def test_the_namespace_admits_no_root_and_no_traffic_from_outside() -> None:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_manifest_holds_a_secret(path: Path) -> None:
     """S3 settings and the token come from Secrets; only these environment variables have values."""
-    plain = {"RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_START_TIMEOUT_SECONDS", "HF_HOME", "HDM_RUN", "HDM_WORKERS"}
+    plain = {"RAY_JOB_STOP_WAIT_TIME_S", "HDM_CAPTION_MODEL", "HF_HOME", "HDM_RUN", "HDM_WORKERS"}
     documents = list(yaml.safe_load_all(path.read_text()))
     assert all(document["kind"] != "Secret" for document in documents)
     for pod in (pod for _, name in RAY_FILES if name == path.stem for _, pod in _pods(name)):
