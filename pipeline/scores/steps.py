@@ -26,7 +26,8 @@ from pipeline.storage.shards import Store
 _CLASSIFY_CPUS = 1
 _PREPARE_CPUS = 0.8
 _WRITE_CPUS = 0.1
-_WRITTEN_ROWS = 256  # in a partial file, at least
+_WRITTEN_ROWS = 256  # gathered for partial files
+_LEAST_READS = 4  # shards at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,4 +102,5 @@ def score_shards(
         ],
         partial(commit_shard, dataset=dataset.root, folder=folder, labels=model.labels),
         read_memory=max(map(read_memory, shards.values())),
+        most_reads=max(_LEAST_READS, 2 * classifiers.most),
     )
