@@ -259,7 +259,9 @@ def ray_address(bucket: str) -> Iterator[str]:
     """
     import ray
 
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    from pipeline.core.cluster import start_local
+
+    start_local(num_cpus=3, include_dashboard=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -111,7 +112,10 @@ def _find_vllm(job: CaptionJob, connect: Callable[[], object]) -> VllmPlace | st
             if job.engine == "vllm" and importlib.util.find_spec("vllm"):
                 return VllmPlace()
             return f"no node of this Ray offers the resource {CAPTIONER}; start one: {_START_NODE}"
-    if job.engine == "auto" and not _has_gpu():
+        has_gpu = any(node.get("GPU") for node in nodes())
+    else:
+        has_gpu = _has_gpu()
+    if job.engine == "auto" and not has_gpu:
         return (
             "this machine has no GPU; give --engine vllm to use its CPU, or --engine openai --url ADDRESS for a server"
             + (f", or start a node with one: {_START_NODE}" if connected else "")
@@ -146,7 +150,10 @@ def _resolve_with_vllm(config: EngineConfig) -> ResolvedModel:
             f"the node that offers {CAPTIONER} has no vLLM in its environment ({sys.prefix}): start it in "
             f"{_ENVIRONMENT}, which make captioner sets up"
         )
-    return resolve_model(config)
+    try:
+        return resolve_model(config)
+    except UsageError as error:
+        raise UsageError(f"on the {CAPTIONER} node {socket.gethostname()}: {error}") from None
 
 
 def _printed(work: Callable[[], None]) -> str:

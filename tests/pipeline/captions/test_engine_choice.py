@@ -154,6 +154,8 @@ def test_a_cluster_of_one_machine_is_treated_like_that_machine(
     monkeypatch.setenv("HDM_CAPTION_MODEL", "pixtral")
     cluster_of({"CPU": 8, "GPU": 4})
     assert choose() == ("vllm", "pixtral", VllmPlace(runtime_env=WITH_OTHER))
+    cluster_of({"CPU": 8})  # its GPUs are not for Ray
+    assert choose()[0] == "tags"
 
 
 def test_flags_of_the_card_reach_the_engine_and_only_the_kv_cache_changes_captions(
