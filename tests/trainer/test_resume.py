@@ -31,8 +31,6 @@ ROOT = Path(__file__).parents[2]
 _SHARED = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 STEPS, SETTINGS, training = _SHARED["STEPS"], _SHARED["SETTINGS"], _SHARED["training"]
 
-StartJob = Callable[..., "subprocess.Popen[str]"]
-
 
 class Silent:
     """A Reporter that drops everything and never requests a stop."""
@@ -65,7 +63,7 @@ def saved(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "demo" / "checkpoints").glob("step-*"))
 
 
-def wait_until(is_true: Callable[[], bool], job: "subprocess.Popen[str]", seconds: float = 300) -> None:
+def wait_until(is_true: Callable[[], bool], job: "subprocess.Popen[str]", seconds: float = 480) -> None:
     until = time.monotonic() + seconds
     while not is_true():
         assert job.poll() is None, f"the job ended with {job.returncode}"
@@ -218,7 +216,7 @@ def two_nodes() -> Iterator[Any]:
 
 @pytest.mark.cluster
 def test_a_lost_worker_and_a_lost_node_lose_no_step(
-    two_nodes: Any, start_job: StartJob, dataset: Path, whole: Path, tmp_path: Path
+    dataset: Path, two_nodes: Any, undisturbed: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     cluster, nodes = two_nodes
     raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes}
@@ -226,12 +224,13 @@ def test_a_lost_worker_and_a_lost_node_lose_no_step(
     def workers(node: Any) -> list[int]:
         return [pid for pid in descendants(raylets[node]) if is_train_worker(pid)]
 
-    job = start_job(*training(dataset, tmp_path), environment={"RAY_ADDRESS": cluster.address})
-    wait_until(lambda: max(losses(tmp_path), default=0) >= 5 and bool(saved(tmp_path)), job, 300)
-    os.kill(next(pid for node in nodes for pid in workers(node)), signal.SIGKILL)
-    wait_until(lambda: max(losses(tmp_path)) >= 9 and 8 in saved(tmp_path), job, 300)
-    cluster.remove_node(next(node for node in nodes if workers(node)), allow_graceful=False)
-    assert job.wait(timeout=480) == 0
+    with started(dataset, tmp_path, os.environ | {"RAY_ADDRESS": cluster.address}, subprocess.DEVNULL) as job:
+        wait_until(lambda: max(losses(tmp_path), default=0) >= 5 and bool(saved(tmp_path)), job)
+        os.kill(next(pid for node in nodes for pid in workers(node)), signal.SIGKILL)
+        wait_until(lambda: max(losses(tmp_path)) >= 9 and 8 in saved(tmp_path), job)
+        cluster.remove_node(next(node for node in nodes if workers(node)), allow_graceful=False)
+        assert job.wait(timeout=480) == 0
+    whole = request.getfixturevalue("whole")  # meanwhile it has finished too
     assert ids(tmp_path) == ids(whole)
     assert losses(tmp_path) == losses(whole)
     taken = [json.loads(line)["step"] for line in (tmp_path / "audit").read_text().splitlines()]

@@ -15,13 +15,17 @@ from trainer.drawing.picture_model import PictureModel
 from trainer.web.form import RequestLimits, read_form
 from trainer.web.stream import DrawingStep, DrawnPicture
 
-pytest.importorskip("ray.serve", reason='no Ray Serve: pip install -c deploy/constraints.txt "ray[serve]"')
-
 FORM: dict[str, Any] = {
     "prompt": "red star", "negative": "", "width": 64, "height": 64, "steps": 2, "guidance": 3, "sampler": "euler",
     "seed": 7, "x_shift": 0.25, "y_shift": 0, "zoom": 1.5,
 }  # fmt: skip
 LIMITS = RequestLimits(largest_side=4096, most_steps=1000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_serve() -> None:
+    """Imported here, because it takes a second, also of processes that only collect this file."""
+    pytest.importorskip("ray.serve", reason='no Ray Serve: pip install -c deploy/constraints.txt "ray[serve]"')
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Who may see the page, and how often they may log in."""
+"""Who may see the page, and how often they may log in.
+
+The tests import the server themselves: gradio takes seconds, also of processes that only collect this file.
+"""
 
 import asyncio
 from pathlib import Path
@@ -11,13 +14,14 @@ from trainer.web.drawing_queue import DrawingQueue
 from trainer.web.form import RequestLimits
 from trainer.web.page_metrics import PageMetrics
 from trainer.web.picture_events import PageContext
-from trainer.web.server import LoginLimiter, page_app
 from trainer.web.stream import ModelInfo, stream_picture
 
 
 def test_a_page_with_passwords_shows_nothing_before_login_and_limits_logins(
     model: PictureModel, tmp_path: Path
 ) -> None:
+    from trainer.web.server import page_app
+
     queue = DrawingQueue(1, 1)
     context = PageContext(
         info=ModelInfo.of(model),
@@ -52,6 +56,8 @@ def test_a_page_with_passwords_shows_nothing_before_login_and_limits_logins(
 
 
 def test_an_address_may_log_in_ten_times_a_minute() -> None:
+    from trainer.web.server import LoginLimiter
+
     now = 100.0
     logins = LoginLimiter(lambda: now)
     assert [logins.allow("a") for _ in range(12)] == [True] * 10 + [False] * 2
