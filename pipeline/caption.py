@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.captions.command import CaptionJob, parse_args
 from pipeline.captions.engine_choice import CAPTIONER, VllmPlace, choose_engine, make_task
+from pipeline.captions.tag_captions import caption_shard, image_shards
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.core.jobs import run
 from pipeline.storage.fingerprints import changes
@@ -27,7 +28,7 @@ def main() -> None:
     job = parse_args(str(__doc__))
     dataset = Store(job.dataset)
     catalog = Catalog(dataset)
-    catalog.refresh("images", job.folder)
+    catalog.refresh("images", "posts", job.folder)
     images = catalog.images()
     with ExitStack() as session:
 
@@ -88,7 +89,8 @@ def caption_missing(
         folder = dataset.path(job.folder)
         keep = "give --name tags to keep them, caption with a model, or remove them first"
         raise UsageError(f"{folder} has captions of {models[0]}; {keep}")
-    now = {s: task.settings.provenance(file.digest) if task else {"images": file.digest} for s, file in images.items()}
+    whole = image_shards(catalog, images)
+    now = {s: task.settings.provenance(part.digest) if task else part.tag_provenance for s, part in whole.items()}
     todo = changes(before, now)
     if job.retry_rejected:
         from captioner.captioning import MODEL_FAILURES
@@ -100,12 +102,10 @@ def caption_missing(
     details: dict[str, Any] = {"model": task.settings.model} if task else {}
     if not todo:
         return {}, details
-    from pipeline.captions.tag_captions import ImageShard, caption_shard
     from pipeline.core.cluster import nodes_of
     from pipeline.core.dataflow import map_shards
 
-    found = {shard: images[shard] for shard in sorted(todo)}
-    parts = {shard: ImageShard(shard, file.rows, file.digest, file.largest_group) for shard, file in found.items()}
+    parts = {shard: whole[shard] for shard in sorted(todo)}
     connect()
     if task is None:
         work = partial(caption_shard, dataset=dataset.root, folder=job.folder)

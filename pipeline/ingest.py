@@ -20,6 +20,11 @@ from pipeline.storage.shards import Store
 
 def main() -> None:
     job = parse_args(__doc__)
+    if job.refresh:
+        from pipeline.ingestion.refresh import run_refresh
+
+        run_refresh(job)
+        return
     if job.plan:
         make_plan(job)
         return

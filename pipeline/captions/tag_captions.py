@@ -5,6 +5,7 @@ Knows nothing of Ray.
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from captioner.requests import CaptionRequest
 from pipeline.captions.engine_config import CaptionSettings
 from pipeline.core.records import CAPTIONS, TAG_CATEGORIES
 from pipeline.storage.fingerprints import Provenance
+from pipeline.storage.manifest import Catalog, Footer
+from pipeline.storage.posts import posts_digests, read_images
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
 
@@ -30,6 +33,21 @@ class ImageShard:
     rows: int
     digest: str  # of its footer
     largest_group: int = 0  # bytes of the largest row group, uncompressed
+    posts: str = ""  # digest of posts/<shard>, "" if there is none
+
+    @property
+    def tag_provenance(self) -> Provenance:
+        """What captions from tags are made from."""
+        return {"images": self.digest} | ({"posts": self.posts} if self.posts else {})
+
+
+def image_shards(catalog: Catalog, images: Mapping[str, Footer]) -> dict[str, ImageShard]:
+    """All image shards by name. Raises UsageError as `posts_digests`."""
+    posts = posts_digests(catalog, images)
+    return {
+        shard: ImageShard(shard, file.rows, file.digest, file.largest_group, posts.get(shard, ""))
+        for shard, file in images.items()
+    }
 
 
 def caption_shard(part: ImageShard, dataset: str, folder: str) -> Counter[str]:
@@ -37,14 +55,14 @@ def caption_shard(part: ImageShard, dataset: str, folder: str) -> Counter[str]:
     none. Returns the number of rows that are "captioned", and of others by reason."""
     store = Store(dataset)
     rows = [caption_row(Outcome(caption_from_tags(request))) for request in read_requests(store, part.shard)]
-    write_captions(store, f"{folder}/{part.shard}.parquet", rows, {"images": part.digest})
+    write_captions(store, f"{folder}/{part.shard}.parquet", rows, part.tag_provenance)
     return Counter(row["reason"] or "captioned" for row in rows)
 
 
 def read_requests(store: Store, shard: str) -> list[CaptionRequest]:
-    """The requests for all rows of an image shard."""
+    """The requests for all rows of an image shard, with the tags that ingest.py --refresh has brought up to date."""
     reader = TagReader()
-    rows = store.read_table(f"images/{shard}.parquet", TAG_COLUMNS).to_pylist()
+    rows = read_images(store, shard, TAG_COLUMNS).to_pylist()
     return [request_from_row(row, reader) for row in rows]
 
 

@@ -12,6 +12,7 @@ from pipeline.curation.admission import RULE_COLUMNS, checks
 from pipeline.curation.command import curate_command
 from pipeline.curation.quality import POST_COLUMNS, QualityTable
 from pipeline.curation.selection import Curation, read_scores
+from pipeline.storage.posts import read_images
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
 
@@ -56,7 +57,7 @@ def _places(
 
 
 def _explained(store: Store, curation: Curation, name: str, shard: str, row: int) -> Iterator[str]:
-    images = store.read_table(f"images/{shard}.parquet", ["id", *RULE_COLUMNS])
+    images = read_images(store, shard, ["id", *RULE_COLUMNS])
     scores = read_scores(store, shard, images["id"], curation.rules)
     image, own = images.slice(row, 1), {label: values[row : row + 1] for label, values in scores.items()}
     results = list(checks(image, own, curation.rules, curation.quality, TagReader(curation.tags)))

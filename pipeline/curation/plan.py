@@ -19,6 +19,7 @@ from pipeline.storage.fingerprints import (
     digest,
 )
 from pipeline.storage.manifest import Catalog, Footer
+from pipeline.storage.posts import posts_digests
 from pipeline.storage.run_record import format_counts, write_run_record
 from pipeline.storage.shards import Store
 
@@ -31,6 +32,7 @@ class CurationInputs:
     images: dict[str, Footer]
     captions: dict[str, Footer]
     scores: dict[str, dict[str, Footer]]  # by scorer
+    posts: dict[str, str]  # digests, of shards that ingest.py --refresh has updated
 
     @property
     def rows(self) -> int:
@@ -46,7 +48,7 @@ def read_inputs(
     scorer has scores of several models.
     """
     catalog = Catalog(dataset)
-    catalog.refresh("images", captions_folder)
+    catalog.refresh("images", captions_folder, "posts")
     images = catalog.images()
     captions = catalog.footers(captions_folder, images)
     root = shlex.quote(dataset.root)
@@ -65,7 +67,7 @@ def read_inputs(
         _check_complete(images, scores[scorer], f"scores/{scorer}", command)
         _check_one_model(scorer, scores[scorer], command)
         _check_labels(dataset, scorer, min(scores[scorer]), rules)
-    return CurationInputs(catalog, images, captions, scores)
+    return CurationInputs(catalog, images, captions, scores, posts_digests(catalog, images))
 
 
 def _check_complete(images: Mapping[str, Footer], others: Mapping[str, Footer], folder: str, command: str) -> None:
@@ -123,6 +125,8 @@ def rule_work(curation: Curation, inputs: CurationInputs) -> dict[str, ShardWork
     work = {}
     for shard, footer in inputs.images.items():
         provenance = common | {"images": footer.digest}
+        if shard in inputs.posts:
+            provenance["posts"] = inputs.posts[shard]
         if inputs.scores:
             provenance["scores"] = digest([scores[shard].digest for scores in inputs.scores.values()])
         work[shard] = ShardWork(shard, footer.rows, provenance)

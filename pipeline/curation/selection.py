@@ -4,10 +4,8 @@ The rules come before the search for copies (copies.py), so that a refused row n
 same picture. No pass reads pictures, and nothing here knows of Ray.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +17,7 @@ from pipeline.curation.admission import RULE_COLUMNS, TAG_COLUMNS, checks, first
 from pipeline.curation.copies import Copies, read_copies
 from pipeline.curation.quality import POST_COLUMNS, RATING_WORDS, QualityTable, era_words, posts_of
 from pipeline.curation.stage_rules import Rules
+from pipeline.storage.content import content_digest
 from pipeline.storage.fingerprints import Provenance
 from pipeline.storage.posts import read_images
 from pipeline.storage.shards import Store
@@ -169,30 +168,3 @@ def _pixiv_numbers(images: pa.Table, kept: NDArray[np.int64], copies: Copies) ->
         pc.if_else(of_pixiv, images[own], pa.array([numbers[at] for numbers in copied], pa.int32()))
         for at, own in enumerate(("favourites", "score"))
     ]
-
-
-def content_digest(table: pa.Table) -> str:
-    """SHA-256 of the rows in their order. Independent of chunks, offsets and the file that the rows come from."""
-    hashed = hashlib.sha256()
-    for name in table.column_names:
-        hashed.update(name.encode())
-        _hash_column(hashed, table[name])
-    return hashed.hexdigest()
-
-
-def _hash_column(hashed: Any, column: pa.ChunkedArray) -> None:
-    """Hashes the lengths of lists and texts (-1: null) or the validity of numbers, then the values."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_list(array.type):
-        hashed.update(pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-        _hash_column(hashed, array.flatten())
-    elif pa.types.is_string(array.type):
-        hashed.update(pc.binary_length(array).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-        array = array.fill_null("")
-        _, offsets, values = array.buffers()
-        if len(array):
-            ends = np.frombuffer(offsets, np.int32)[[array.offset, array.offset + len(array)]]
-            hashed.update(memoryview(values)[ends[0] : ends[1]] if values else b"")
-    else:
-        hashed.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
-        hashed.update(array.fill_null(0).to_numpy(zero_copy_only=False).tobytes())

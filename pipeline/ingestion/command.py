@@ -12,6 +12,7 @@ from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
 @dataclass(frozen=True, kw_only=True)
 class IngestJob:
     raw: list[str]  # files, folders or s3:// prefixes
+    refresh: list[str]  # likewise, of metadata; empty if raw is not
     source: str  # danbooru | pixiv | auto
     dataset: str
     rows_per_shard: int | None
@@ -22,7 +23,13 @@ class IngestJob:
 
 def parse_args(description: str | None) -> IngestJob:
     parser = Parser(prog="ingest.py", description=description)
-    parser.add_argument("--raw", nargs="+", required=True, metavar="PATH", help="raw parquet files or folders of them")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--raw", nargs="+", default=[], metavar="PATH", help="raw parquet files or folders of them")
+    inputs.add_argument(
+        "--refresh", nargs="+", default=[], metavar="PATH",
+        help="parquet files of metadata, or folders of them: bring favourites, scores, tags, ratings and deletions of "
+        "finished images up to date, in posts/; pictures are not touched",
+    )  # fmt: skip
     parser.add_argument(
         "--source", choices=(*SOURCES, "auto"), default="auto", help="layout of the files. Default: detected per file"
     )
@@ -60,6 +67,8 @@ def parse_args(description: str | None) -> IngestJob:
     for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1: got {value}")
+    if args.refresh and (args.rows_per_shard or args.downsize or args.check_ids):
+        raise UsageError("--refresh reads no pictures: leave out --rows-per-shard, --downsize and --check-ids")
     if not 0 < args.max_megapixels <= 100:  # the trainer has the same limit
         raise UsageError(f"--max-megapixels must be above 0 and at most 100: got {args.max_megapixels:g}")
     rules = IngestRules(
@@ -71,6 +80,7 @@ def parse_args(description: str | None) -> IngestJob:
     )
     return IngestJob(
         raw=args.raw,
+        refresh=args.refresh,
         source=args.source,
         dataset=args.dataset,
         rows_per_shard=args.rows_per_shard,

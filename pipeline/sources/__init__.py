@@ -1,6 +1,6 @@
 """Raw rows of Danbooru and Pixiv -> `records.Post`. Field names and rules are those of the sites' APIs.
 
-SITES has one module per site, with the same functions: row_id, read_row and variant.
+SITES has one module per site, with the same functions: row_id, named_page, read_row, removal, refreshes and variant.
 """
 
 from collections.abc import Collection
@@ -41,6 +41,21 @@ def recognise(columns: Collection[str], source: str = "auto", unread: Collection
     if lacking := missing[source]:
         raise ValueError(
             f"not {source}'s layout: missing {lacking}, found {listed}. Name them with --map column=field."
+        )
+    return source
+
+
+def recognise_metadata(columns: Collection[str], source: str = "auto") -> str:
+    """The source of a file without pictures that has these columns. Raises ValueError if it is neither or has no id."""
+    found = set(columns)
+    matches = {name: len(found & site.TELLTALE_COLUMNS) for name, site in SITES.items()}
+    if source == "auto":
+        source = max(matches, key=lambda name: matches[name])
+    if "id" not in found or not matches[source]:
+        telltale = {name: sorted(site.TELLTALE_COLUMNS) for name, site in SITES.items()}
+        raise ValueError(
+            f"not the metadata of {' or '.join(SITES)}: it needs the column id and some of {telltale}; found "
+            f"{sorted(found)}. Name them with --map column=field."
         )
     return source
 

@@ -42,6 +42,8 @@ _RATINGS = {
     "e": Rating.EXPLICIT, "3": Rating.EXPLICIT, "explicit": Rating.EXPLICIT,
 }  # fmt: skip
 
+_REMOVAL_FLAGS = ("is_deleted", "is_banned")
+
 # Videos, Flash and ugoira archives are not still images.
 _UNUSABLE_FILES = {"mp4", "webm", "swf", "zip"}
 
@@ -64,13 +66,37 @@ def row_id(row: Mapping[str, Any]) -> str:
     return f"danbooru:{post}"
 
 
+def named_page(row: Mapping[str, Any]) -> int | None:
+    """The page that the row names: none, a post is one picture."""
+    return None
+
+
+def removal(row: Mapping[str, Any]) -> str:
+    """Why the site no longer shows the post: "deleted", "banned", or "" if it does."""
+    return next((flag.removeprefix("is_") for flag in _REMOVAL_FLAGS if parse_flag(row.get(flag))), "")
+
+
+def refreshes(columns: Collection[str]) -> frozenset[str]:
+    """The columns of POSTS that a file with these columns has values for. Uncategorised tags do not count: they would
+    replace categorised ones."""
+    found = set(columns)
+    told_by = {
+        "rating": {"rating"},
+        "score": {"score"},
+        "favourites": {"fav_count"},
+        "deleted": set(_REMOVAL_FLAGS),
+        **{f"tags_{category}": set(names) for category, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)},
+    }
+    return frozenset(column for column, fields in told_by.items() if fields & found)
+
+
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
     """The row as a Post, or the reason why it has no usable image. `admit` lists reasons of ADMISSIBLE to ignore.
 
     Raises ValueError if the row has no id.
     """
     key = row_id(row)
-    for flag in ("is_deleted", "is_banned"):
+    for flag in _REMOVAL_FLAGS:
         reason = flag.removeprefix("is_")
         if parse_flag(row.get(flag)) and reason not in admit:
             return Rejected(key, reason, f"{flag} is set")

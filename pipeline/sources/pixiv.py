@@ -14,6 +14,7 @@ from pipeline.sources.fields import (
     image_path,
     parse_code,
     parse_count,
+    parse_flag,
     parse_int,
     parse_time,
 )
@@ -30,7 +31,7 @@ _WEB_API = {"xRestrict", "aiType", "bookmarkCount", "viewCount", "createDate", "
 REQUIRED = (("id",), ("tags",), IMAGE_COLUMNS)  # alternatives of each
 ID_COLUMNS = ("id", "page", "image.path")  # what row_id reads
 ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")  # reasons that --admit may lift
-FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", *_APP_API, *_WEB_API})
+FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", "visible", *_APP_API, *_WEB_API})
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. A sanity_level above 2 marks all-ages works that are suggestive.
 _RATINGS = {"0": Rating.GENERAL, "1": Rating.EXPLICIT, "2": Rating.EXPLICIT}
@@ -58,15 +59,39 @@ def row_id(row: Mapping[str, Any]) -> str:
     return f"pixiv:{work}_p{_page(row)}"
 
 
-def _page(row: Mapping[str, Any]) -> int:
-    """Page of the work from its column, else from the file name, else 0."""
+def named_page(row: Mapping[str, Any]) -> int | None:
+    """Page of the work from its column, else from the file name; None if the row is about the whole work. Raises
+    ValueError if the page is out of range."""
     page = parse_int(row.get("page"))
-    if page is None:
-        named = _PAGE_IN_NAME.search(image_path(row))
-        page = int(named[1]) if named else 0
-    if not 0 <= page < 2**31:
+    if page is None and (named := _PAGE_IN_NAME.search(image_path(row))):
+        page = int(named[1])
+    if page is not None and not 0 <= page < 2**31:
         raise ValueError(f"page is {page}")
     return page
+
+
+def _page(row: Mapping[str, Any]) -> int:
+    return named_page(row) or 0
+
+
+def removal(row: Mapping[str, Any]) -> str:
+    """Why the site no longer shows the work: "deleted", also if its artist hid it, or "" if it does."""
+    visible = row.get("visible")
+    return "deleted" if visible is not None and not parse_flag(visible) else ""
+
+
+def refreshes(columns: Collection[str]) -> frozenset[str]:
+    """The columns of POSTS that a file with these columns has values for."""
+    found = set(columns)
+    told_by = {
+        "rating": {"x_restrict", "xRestrict"},
+        "score": {"total_view", "viewCount"},
+        "favourites": {"total_bookmarks", "bookmarkCount"},
+        "deleted": {"visible"},
+        "tags_general": {"tags"},
+        "tags_artist": {"user", "userName", "user_name"},
+    }
+    return frozenset(column for column, fields in told_by.items() if fields & found)
 
 
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:

@@ -4,14 +4,33 @@ What changes on a site after a picture was posted (favourites, score, tags, rati
 so that it can be refreshed without writing the pictures again.
 """
 
+import shlex
+from collections.abc import Mapping
 from typing import Final
 
 import pyarrow as pa
 
+from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, POSTS
+from pipeline.storage.manifest import Catalog, Footer
 from pipeline.storage.shards import Store
 
 REFRESHED: Final = frozenset(POSTS.names) & frozenset(IMAGES.names) - {"id"}  # columns of IMAGES that POSTS replaces
+
+
+def posts_digests(catalog: Catalog, images: Mapping[str, Footer]) -> dict[str, str]:
+    """The digest of the values in posts/<shard>, for each shard that has one.
+
+    Raises UsageError if posts are of other images than those that the dataset has now.
+    """
+    posts = catalog.footers("posts", images)
+    stale = [shard for shard, footer in posts.items() if footer.provenance.get("images") != images[shard].digest]
+    if stale:
+        raise UsageError(
+            f"{len(stale)} of {len(images)} shards were ingested again after their posts, first {stale[0]}; run: "
+            f"python pipeline/ingest.py --refresh PATH --dataset {shlex.quote(catalog.dataset.root)}"
+        )
+    return {shard: footer.metadata["digest"] for shard, footer in posts.items()}
 
 
 def read_images(store: Store, shard: str, columns: list[str]) -> pa.Table:

@@ -18,15 +18,17 @@ import pytest
 
 from pipeline import curate as job
 from pipeline.core.errors import ShardsFailed, UsageError
-from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, TAG_CATEGORIES
+from pipeline.core.records import CAPTIONS, IMAGES, POSTS, REJECTED, TAG_CATEGORIES
 from pipeline.curation.command import curate_command
 from pipeline.curation.compare import compare
 from pipeline.curation.explain import explain
 from pipeline.curation.plan import CurationInputs, plan_lines, read_inputs, rule_work
-from pipeline.curation.selection import Curation, ShardWork, content_digest
+from pipeline.curation.selection import Curation, ShardWork
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
 from pipeline.curation.survey import quality_table
 from pipeline.storage import run_record
+from pipeline.storage.content import content_digest
+from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 
 RULES = Rules(min_side=100)
@@ -587,3 +589,113 @@ def test_the_provenance_of_a_shard_names_every_input(dataset: Dataset) -> None:
     curation = dataset.curation()
     work = rule_work(curation, read_inputs(dataset.store, RULES))
     assert work["a"].provenance.items() <= made.items()
+
+
+# --- What has changed on the site since -------------------------------------------------------------------------------
+
+
+def refresh(dataset: Dataset, shard: str, *rows: Row) -> None:
+    """Writes posts/<shard>: the rows of its images with some columns changed."""
+    columns = [name for name in POSTS.names if name != "deleted"]
+    images = dataset.store.read_table(f"images/{shard}.parquet", columns).to_pylist()
+    posts = pa.Table.from_pylist([{"deleted": False} | old | new for old, new in zip(images, rows, strict=True)], POSTS)
+    about = {"made_from": json.dumps({"images": identity(dataset, shard)}), "digest": content_digest(posts)}
+    dataset.store.write_table(f"posts/{shard}.parquet", posts, POSTS, **about)
+
+
+def identity(dataset: Dataset, shard: str) -> str:
+    return Catalog(dataset.store).images()[shard].digest
+
+
+def test_refreshed_posts_replace_what_ingest_read_and_deleted_ones_are_refused(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"), image("danbooru:2"), image("danbooru:3"))
+    dataset.add("b", image("danbooru:4"))
+    dataset.curate(replace(RULES, implied="keep"))
+    before = dataset.selected()
+    refresh(dataset, "a", {"rating": "explicit", "tags_general": ["night"]}, {"deleted": True}, {"tags_meta": ["scan"]})
+    dataset.curate(replace(RULES, implied="keep"))
+    assert dataset.done == ["judging a", "writing a"]
+    assert dataset.reasons() == {"danbooru:2": "deleted"}
+    changed = {"danbooru:1": {"rating": "explicit, nsfw", "general": ["night"]}, "danbooru:3": {"meta": ["scan"]}}
+    expected = {name: row | changed.get(name, {}) for name, row in before.items() if name != "danbooru:2"}
+    assert dataset.selected() == expected
+    lines = explained(dataset, "danbooru:2")
+    assert "refuses deleted: yes" in lines
+    assert "deleted" not in explained(dataset, "danbooru:4")
+
+    refresh(dataset, "a", {"tags_general": ["comic"]}, {}, {})
+    dataset.curate(replace(RULES, excluded=("comic",), ratings=("general",), implied="keep"))
+    assert dataset.reasons() == {"danbooru:1": "tag comic"}
+
+
+def test_refreshed_favourites_decide_quality_words_and_pixivs_numbers(dataset: Dataset) -> None:
+    page = image("pixiv:7_p0", favourites=1)
+    dataset.add("a", *(image(f"danbooru:{number}", favourites=number) for number in range(1, 100)))
+    dataset.add("b", page, image("danbooru:100", phash=page["phash"], width=300, height=300))
+    dataset.add("c", image("danbooru:101", created_at=datetime(2020, 1, 1, tzinfo=UTC)))  # the others are settled
+    dataset.curate(renew=True)
+    refresh(dataset, "a", *({"favourites": 1000 - number} for number in range(1, 100)))
+    refresh(dataset, "b", {"favourites": 900, "score": 8000}, {})
+    dataset.curate(renew=True)
+    selected = dataset.selected()
+    assert [selected[f"danbooru:{number}"]["quality"] for number in (1, 99)] == ["masterpiece", "worst quality"]
+    assert (selected["danbooru:100"]["bookmarks"], selected["danbooru:100"]["views"]) == (900, 8000)
+
+
+def test_a_refresh_that_changes_nothing_remakes_nothing_but_one_that_does_not_fit_is_refused(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    refresh(dataset, "a", {"favourites": 6})
+    dataset.curate()
+    refresh(dataset, "a", {"favourites": 6})
+    dataset.curate()
+    assert dataset.done == []
+    dataset.add("a", image("danbooru:2"))
+    with pytest.raises(
+        UsageError, match=r"ingested again after their posts, first a; run: .*ingest\.py --refresh PATH"
+    ):
+        dataset.curate()
+
+
+# --- Work on all rows -------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_searched_again_only_if_rows_or_rules_have_changed(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1"))
+    dataset.add("b", image("danbooru:2", phash=image("danbooru:1")["phash"]))
+    dataset.curate()
+    assert dataset.tasks == ["looking for copies"]
+    captions = dataset.store.read_table("captions/b.parquet").to_pylist()
+    changed = pa.Table.from_pylist([row | {"caption": "Another."} for row in captions], CAPTIONS)
+    dataset.store.write_table("captions/b.parquet", changed, CAPTIONS)
+    dataset.curate()
+    assert (dataset.done, dataset.tasks) == (["writing b"], [])
+    dataset.add("c", image("danbooru:3"))
+    dataset.curate()
+    assert (dataset.done, dataset.tasks) == (["judging c", "writing c"], ["looking for copies"])
+    assert dataset.store.shards("selections/test/copies") == ["b"]
+    dataset.store.remove("selections/test/copies/b.parquet")
+    dataset.curate()
+    assert (dataset.done, dataset.tasks) == ([], ["looking for copies"])
+    dataset.store.remove("images/b.parquet")
+    dataset.curate()
+    assert dataset.store.shards("selections/test/copies") == []
+
+
+def test_the_original_is_kept_and_not_its_enlarged_copy(dataset: Dataset) -> None:
+    small = image("danbooru:2", tags_meta=["highres"])
+    big = image("danbooru:1", width=800, height=800, tags_meta=["upscaled"]) | {"phash": small["phash"]}
+    dataset.add("a", big, small, image("danbooru:3", tags_meta=["upscaled"]))
+    dataset.curate()
+    assert dataset.selected().keys() == {"danbooru:2", "danbooru:3"}
+    assert dataset.rows("selections/test/rejected")["danbooru:1"]["detail"] == "of danbooru:2"
+
+
+def test_variants_of_one_post_are_kept_and_the_end_of_a_chain_as_well(dataset: Dataset) -> None:
+    first = image("danbooru:1", phash=1 << 40, tags_meta=["variant_set"])
+    variant = image("danbooru:2", phash=1 << 40 | 1, tags_meta=["variant_set"], parent="danbooru:1")
+    copy = image("danbooru:3", phash=1 << 40 | 1 << 1)
+    chained = image("danbooru:4", phash=1 << 40 | 0b111111 << 1)
+    dataset.add("a", first, variant, copy, chained)
+    dataset.curate()
+    assert dataset.selected().keys() == {"danbooru:1", "danbooru:2", "danbooru:4"}
+    assert dataset.rows("selections/test/rejected")["danbooru:3"]["detail"] == "of danbooru:1"
