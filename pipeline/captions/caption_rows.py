@@ -25,6 +25,7 @@ from pipeline.pictures.containers import RejectReason
 from pipeline.pictures.decoder import Refused, decode
 from pipeline.pictures.memory_limit import memory_limit
 from pipeline.storage.partial import PartialShard
+from pipeline.storage.posts import read_images
 from pipeline.storage.row_reader import open_parquet, read_rows
 from pipeline.storage.shards import Store
 from pipeline.tagging.tags import TagReader
@@ -68,19 +69,22 @@ class CaptionShard(ImageShard):
     attempts: Mapping[int, int] = field(default_factory=dict)  # of the finished shard, by row; only those above 0
 
 
-def read_images(shard: CaptionShard, wanted: NDArray[np.int32], dataset: str) -> Iterator[pa.Table]:
-    """Rows of an image shard with ids, tags and pictures."""
-    with open_parquet(Store(dataset).path(f"images/{shard.shard}.parquet")) as parquet:
-        for number, batch in read_rows(parquet, wanted, [*TAG_COLUMNS, "image"]):
-            table = with_constants(pa.Table.from_batches([batch]), {MADE_FROM: shard.made_from})
+def read_pictures(shard: CaptionShard, wanted: NDArray[np.int32], dataset: str) -> Iterator[pa.Table]:
+    """Rows of an image shard with ids, tags as of posts/<shard>, and pictures."""
+    store = Store(dataset)
+    tags = read_images(store, shard.shard, TAG_COLUMNS).select(TAG_COLUMNS)
+    with open_parquet(store.path(f"images/{shard.shard}.parquet")) as parquet:
+        for number, batch in read_rows(parquet, wanted, ["image"]):
+            table = tags.take(pa.array(number)).append_column("image", batch["image"])
+            table = with_constants(table, {MADE_FROM: shard.made_from})
             attempts = [shard.attempts.get(row, 0) for row in number.tolist()]
             table = table.append_column(ATTEMPTS, pa.array(attempts, pa.int32()))
             yield table.append_column(ROW, pa.array(number, pa.int32()))
 
 
 def decode_rows(table: pa.Table, max_side: int, most: int = 0) -> Iterator[pa.Table]:
-    """Rows of `read_images` as _DECODED: with the picture that the model sees, or the reason for refusing it. A picture
-    that needs more than `most` bytes is refused; 0 sets no limit."""
+    """Rows of `read_pictures` as _DECODED: with the picture that the model sees, or the reason for refusing it, such as
+    that it needs more than `most` bytes; 0 sets no limit."""
     reader = TagReader()
     with memory_limit(most):
         rows = [_decoded(row, reader, max_side) for row in table.to_pylist()]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 
-from pipeline.captions.caption_rows import CaptionRows, CaptionShard, decode_rows, read_images, write_rows
+from pipeline.captions.caption_rows import CaptionRows, CaptionShard, decode_rows, read_pictures, write_rows
 from pipeline.captions.commit import commit_shard, unfinished_rows
 from pipeline.captions.engine_pool import EnginePool, calls, table_rows
 from pipeline.captions.model_captions import CaptionTask
@@ -51,7 +51,7 @@ def caption_shards(
     return stream_rows(
         "caption",
         todo,
-        partial(read_images, dataset=task.dataset),
+        partial(read_pictures, dataset=task.dataset),
         [
             Step(
                 name="decode", work=partial(decode_rows, max_side=task.settings.max_side, most=most),

@@ -49,6 +49,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Runs a job's `main` and exits with its exit code. Unexpected exceptions keep their traceback."""
     # Treat SIGTERM as Ctrl-C: the job unwinds and stops the Ray that it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ray must not join or start another cluster by itself, as in a thread that outlives the job's connection.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         main()
     except (UsageError, S3Refused) as error:

@@ -185,7 +185,7 @@ def _dataset(job: str, items: list[dict[str, Any]], steps: Sequence[Step], isola
                 **shared,
             )
         else:
-            tasks = ray.data.TaskPoolStrategy(step.most)
+            tasks = ray.data.TaskPoolStrategy(step.most and min(step.most, len(items)))  # Ray warns of more
             dataset = dataset.map_batches(_named(step.name, step.work), compute=tasks, max_retries=_RETRIES, **shared)
     return dataset
 

@@ -20,7 +20,7 @@ from captioner.engines import Completion, EngineDied, EngineFailure, EngineUnusa
 from captioner.prompts import PROMPT_VERSION, Prompt
 from captioner.requests import CaptionRequest
 from captioner.sampling import CompletionParams, Sampling
-from pipeline.captions.caption_rows import CaptionRows, CaptionShard, decode_rows, prepare, read_images, write_rows
+from pipeline.captions.caption_rows import CaptionRows, CaptionShard, decode_rows, prepare, read_pictures, write_rows
 from pipeline.captions.commit import commit_shard, unfinished_rows
 from pipeline.captions.engine_config import CaptionSettings, EngineConfig
 from pipeline.captions.model_captions import Captioner, CaptionTask, PendingRow
@@ -240,7 +240,7 @@ def caption(store: Store, script: Script, shard: CaptionShard, rows: list[int], 
     engine = Scripted(engine="scripted", model="none", concurrency=8, script=script)
     work = CaptionRows(CaptionTask(dataset=store.root, folder="captions", engine=engine, settings=SETTINGS))
     reports = []
-    for images in read_images(shard, np.array(rows, np.int32), store.root):
+    for images in read_pictures(shard, np.array(rows, np.int32), store.root):
         for decoded in decode_rows(labelled(images, "a", died), SETTINGS.max_side):
             for captioned in work(decoded):
                 (written,) = write_rows(captioned, store.root, "captions")

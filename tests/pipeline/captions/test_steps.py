@@ -3,11 +3,15 @@
 import asyncio
 import ctypes
 import io
+import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,12 +35,19 @@ from pipeline.captions.engine_pool import EnginePool, plan_pool
 from pipeline.captions.model_captions import CaptionTask
 from pipeline.captions.stats import CaptionMeter
 from pipeline.captions.tag_captions import ImageShard
+from pipeline.core import row_pipeline
+from pipeline.core.cluster import cluster as connected
+from pipeline.core.cluster import node_resources
+from pipeline.core.errors import ShardsFailed
+from pipeline.core.jobs import run
 from pipeline.core.records import IMAGES, TAG_CATEGORIES
+from pipeline.core.row_pipeline import living_nodes
 from pipeline.core.tables import DIED
 from pipeline.storage.shards import Store
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
 
+ROOT = Path(__file__).parents[3]
 ONE_ENGINE = plan_pool(None, 1, [], use_gpus=False)
 LETTERS = "bcdfghjklm"
 
@@ -213,3 +224,128 @@ def test_a_picture_that_kills_its_process_costs_its_row_and_is_not_tried_again(
     numbers = {star(number + 500 * shard): number for shard in range(2) for number in range(200)}
     assert all(pixel == str(colour(numbers[hint])) for hint, _, pixel in dataset.asked())
     assert meter.record()["rejected"] == {"decoder died": 1}
+
+
+# --- A cluster of several nodes ---------------------------------------------------------------------------------------
+
+
+def drive(root: str, log: str) -> None:
+    """The driver of a job: captions on nodes that offer the resource `captioner`, and prints the meter's record."""
+    row_pipeline._LOST_SECONDS = 5.0
+    parts = [ImageShard(shard, 200, f"digest of {shard}") for shard in "ab"]
+    with connected("caption"):
+        pool = plan_pool(None, 1, living_nodes(), use_gpus=True, resources=node_resources("captioner"))
+        failed, meter = caption(Dataset(Store(root), parts, Path(log)), 0.4, pool)
+    print(json.dumps(meter.record()))
+    if failed:
+        raise ShardsFailed(failed)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster on this machine: a head with two CPUs and the dashboard, and a node that offers `captioner`."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    captioner = cluster.add_node(num_cpus=1, resources={"captioner": 1})
+    yield cluster, captioner
+    cluster.shutdown()
+
+
+@pytest.fixture
+def start_driver(dataset: Dataset, cluster: Any) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
+    drivers: list[subprocess.Popen[str]] = []
+
+    def start() -> "subprocess.Popen[str]":
+        command = [sys.executable, __file__, dataset.store.root, str(dataset.log)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster[0].address, "RAY_ENABLE_AUTO_CONNECT": "0"}
+        drivers.append(subprocess.Popen(command, env=os.environ | environment, **pipes))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+        driver.communicate(timeout=60)
+
+
+def wait_until(is_true: Callable[[], bool], driver: "subprocess.Popen[str]", seconds: float = 180) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def data_tab(cluster: Any) -> list[dict[str, Any]]:
+    """What the dashboard's Data tab gets from its API, of all datasets of the newest job."""
+    address = cluster.head_node.address_info["webui_url"]
+    token = Path.home() / ".ray" / "auth_token"
+    headers = {"Authorization": f"Bearer {token.read_text().strip()}"} if token.exists() else {}
+
+    def get(path: str) -> Any:
+        request = urllib.request.Request(f"http://{address}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    job = max(job["job_id"] for job in get("/api/jobs/") if job["job_id"])
+    return list(get(f"/api/data/datasets/{job}")["datasets"])
+
+
+@pytest.mark.cluster
+def test_a_captioner_node_joins_a_running_job_and_the_dashboard_shows_its_operators(
+    dataset: Dataset, cluster: Any, start_driver: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    driver = start_driver()
+    wait_until(lambda: len(dataset.asked()) > 20, driver)
+    cluster[0].add_node(num_cpus=1, resources={"captioner": 1})
+    wait_until(lambda: len({process for _, process, _ in dataset.asked()}) == 2, driver)
+
+    [shown] = data_tab(cluster[0])
+    assert shown["dataset"].startswith("caption_")
+    assert (shown["state"], shown["end_time"]) == ("RUNNING", None)
+    operators = {re.sub(r"_\d+$", "", operator["operator"]): operator for operator in shown["operators"]}
+    assert [name for name in operators if "MapBatches" in name] == [
+        f"MapBatches({name})" for name in ("read", "decode", "caption", "write")
+    ]
+    rows = {name: operators[f"MapBatches({name})"]["progress"] for name in ("read", "decode", "caption", "write")}
+    assert rows["read"] >= rows["decode"] >= rows["caption"] >= rows["write"], shown
+    assert 0 < rows["caption"] < 400, shown
+    assert {"queued_blocks", "state"} <= operators["MapBatches(caption)"].keys(), shown
+
+    output, errors = driver.communicate(timeout=180)
+    assert driver.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["engines"] == 2
+    assert {id: row["caption"] for id, row in dataset.captions().items()} == expected()
+    assert len(dataset.asked()) == 400
+
+
+@pytest.mark.cluster
+def test_a_job_without_any_captioner_left_stops_and_continues_with_a_new_one(
+    dataset: Dataset, cluster: Any, start_driver: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    driver = start_driver()
+    wait_until(lambda: len(dataset.asked()) > 150, driver)
+    cluster[0].remove_node(cluster[1], allow_graceful=False)
+    _, errors = driver.communicate(timeout=180)
+    assert driver.returncode == 1
+    last = errors.splitlines()[-1]
+    assert last.endswith(
+        "no node of the cluster has offered captioner for 5 s; finished rows are kept: start such a node and run the "
+        "same command again"
+    ), errors
+    assert "Traceback" not in errors
+
+    before = len(dataset.asked())
+    cluster[0].add_node(num_cpus=1, resources={"captioner": 1})
+    driver = start_driver()
+    output, errors = driver.communicate(timeout=180)
+    assert driver.returncode == 0, errors
+    kept = json.loads(output.splitlines()[-1])["rows_kept"]
+    assert kept >= 128
+    assert len(dataset.asked()) - before == 400 - kept
+    assert {id: row["caption"] for id, row in dataset.captions().items()} == expected()
+
+
+if __name__ == "__main__":
+    run(lambda: drive(*sys.argv[1:]))
