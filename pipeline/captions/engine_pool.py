@@ -52,7 +52,7 @@ def plan_pool(
     if most_gpus < gpus_each:
         raise UsageError(f"--tensor-parallel {gpus_each}: no machine of this Ray has so many GPUs; give fewer")
     shares = [node.get("CPU", 0) * gpus_each / node["GPU"] for node in nodes if node.get("GPU", 0) >= gpus_each]
-    cpus = min(_MOST_ENGINE_CPUS, max(_ENGINE_CPUS, min(shares) // 2))
+    cpus = min(_MOST_ENGINE_CPUS, max(_ENGINE_CPUS, (min(shares) - 1) // 2))  # the other steps need more than one
     return EnginePool(cpus=cpus, gpus=gpus_each, most=engines, **where)
 
 

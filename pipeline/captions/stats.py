@@ -15,6 +15,8 @@ _MAX_FAILED_SHARE = 0.2  # of the rows: more engine failures than this fail the 
 _MIN_FAILED = 10  # unless they are fewer than this
 _RUNNING_SECONDS: Final = 600.0  # an actor whose last report is older is taken for ended; answers may take minutes
 
+_SAME_SECONDS: Final = 1.0  # between reports of rows that were written together
+
 
 @dataclass(kw_only=True)
 class RowCounts:
@@ -81,7 +83,9 @@ class CaptionMeter:
         _, before = self._times.get(found["worker"], (0.0, EngineTimes()))
         self._times[found["worker"]] = now, max(before, times, key=lambda times: times.seconds)
         self._last = now
-        self._first = self._first or (now, self._now.rows)
+        since = self._first[0] if self._first else now
+        if now - since < _SAME_SECONDS:
+            self._first = since, self._now.rows
 
     def commit(self, outcomes: Mapping[str, int]) -> None:
         """Takes the rows by reason that a whole shard showed to be unusable."""

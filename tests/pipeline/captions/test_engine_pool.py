@@ -20,9 +20,9 @@ SMALL_CARD = {"CPU": 2.0, "GPU": 1.0}
     [
         (None, 1, [LAPTOP], EnginePool(cpus=0.5, most=1)),
         (2, 1, [LAPTOP], EnginePool(cpus=0.5, most=2)),
-        (None, 1, [FOUR_CARDS], EnginePool(cpus=4, gpus=1)),
+        (None, 1, [FOUR_CARDS], EnginePool(cpus=3, gpus=1)),
         (2, 2, [FOUR_CARDS, LAPTOP], EnginePool(cpus=4, gpus=2, most=2)),
-        (None, 1, [SMALL_CARD, FOUR_CARDS], EnginePool(cpus=1, gpus=1)),
+        (None, 1, [SMALL_CARD, FOUR_CARDS], EnginePool(cpus=0.5, gpus=1)),
     ],
 )
 def test_an_engine_has_its_gpus_and_leaves_cpus_for_decoding(

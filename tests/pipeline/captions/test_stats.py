@@ -25,7 +25,8 @@ def test_the_line_has_rate_tokens_time_left_dollars_waiting_and_rejected_rows(no
     meter = CaptionMeter(960, kept=40, dollars_per_hour=1.8)
     assert meter.progress(0).line == "engine starts"
     now[0] = 100.0
-    meter.add(table("one", EngineTimes(seconds=95), rows=20))
+    for rows in (15, 5):  # of one partial file
+        meter.add(table("one", EngineTimes(seconds=95), rows=rows))
     assert meter.progress(20).line == "first answers"
     now[0] = 200.0
     first = EngineTimes(seconds=195, waited_for_engine=90.0)
