@@ -74,7 +74,8 @@ def curate(curation: Curation, inputs: CurationInputs, execution: Execution, fla
     catalog.refresh(*selection_folders(folder))
     # Written last: a selection with this file is complete.
     dataset.remove(f"{folder}/selection.json")
-    for file in stale_files(catalog, folder, inputs.images):
+    stale = stale_files(catalog, folder, inputs.images)
+    for file in stale:
         dataset.remove(file)
 
     judging = rule_work(curation, inputs)
@@ -84,7 +85,8 @@ def curate(curation: Curation, inputs: CurationInputs, execution: Execution, fla
     todo = {shard: judging[shard] for shard in why}
     failed = execution.shards(partial(apply_rules, curation=curation), todo, "judging")
 
-    catalog.refresh(f"{folder}/judged")
+    if todo or stale:
+        catalog.refresh(*selection_folders(folder))
     judged = [shard for shard in catalog.shards(f"{folder}/judged") if shard not in failed]
     made_from = search_digest({shard: judging[shard].provenance for shard in judged})
     if (copies := saved_digests(dataset, folder, made_from)) is None:
@@ -97,7 +99,8 @@ def curate(curation: Curation, inputs: CurationInputs, execution: Execution, fla
     print(f"curate: {describe_changes('writing', why, len(writing))}", flush=True)
     todo = {shard: writing[shard] for shard in why}
     failed |= execution.shards(partial(select_shard, curation=curation), todo, "writing")
-    catalog.refresh(*selection_folders(folder))
+    if todo:
+        catalog.refresh(*selection_folders(folder))
     done = {shard: writing[shard] for shard in catalog.shards(folder) if shard not in failed}
     finish(curation, inputs, done, failed, started, flags)
 

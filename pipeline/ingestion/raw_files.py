@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from functools import partial
 from typing import Final
 
 import pyarrow as pa
@@ -52,7 +52,7 @@ class RawFiles:
     def _without_datasets(self, found: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
         """The parquet files among these, without those of datasets."""
         roots = [path.removesuffix("dataset.json") for path in found if path.endswith("/dataset.json")]
-        parquet = {path: info for path, info in found.items() if is_shard(PurePosixPath(path).name)}
+        parquet = {path: info for path, info in found.items() if is_shard(_file_name(path))}
         for root in filter(_is_dataset, roots):
             own = [path for path in parquet if path.startswith(root) and _OUTPUT.match(path, len(root))]
             self.skipped[root.rstrip("/")] = len(own)
@@ -151,7 +151,7 @@ class _KnownFiles:
         # Of files at other paths than those to ingest:
         others = {path: images[shards[0]] for path, shards in self._by_path.items() if path and path not in paths}
         self._by_content = {
-            (footer.metadata.get("footer", ""), PurePosixPath(path).name): path for path, footer in others.items()
+            (footer.metadata.get("footer", ""), _file_name(path)): path for path, footer in others.items()
         }
         self._by_tail = {_tail(path): path for path in others}
         self._names = {_base(shard) for shard in images} | set(images)
@@ -160,7 +160,7 @@ class _KnownFiles:
         """The shards that were made from this file."""
         if found := self._by_path.get(raw.path, []):
             return found
-        if before := self._by_content.pop((raw.digest, PurePosixPath(raw.path).name), ""):
+        if before := self._by_content.pop((raw.digest, _file_name(raw.path)), ""):
             self.moved += 1
             self._by_tail.pop(_tail(before), None)
             return self._by_path[before]
@@ -185,8 +185,10 @@ class _KnownFiles:
 def _name_of(shard: str, footer: Footer, source: str) -> str:
     """The name that all shards of the same raw file share; "" if it has been named otherwise."""
     path = footer.metadata["raw"]
-    names = (shard_name(path, source), shard_name(path, source, whole_path=True), _name_without_digest(path, source))
-    return next((name for name in names if name in (shard, _base(shard))), "")
+    for naming in (shard_name, partial(shard_name, whole_path=True), _name_without_digest):
+        if (name := naming(path, source)) in (shard, _base(shard)):
+            return name
+    return ""
 
 
 def _base(shard: str) -> str:
@@ -202,13 +204,17 @@ def shard_name(path: str, source: str, whole_path: bool = False) -> str:
 
 def _name_without_digest(path: str, source: str) -> str:
     """Also the whole name in datasets of earlier versions."""
-    parts = PurePosixPath(path)
-    folder = "" if parts.parent.name in (source, "") else f"{parts.parent.name}-"
-    return f"{source}-{folder}{parts.stem}".replace(" ", "_")
+    *_, folder, file = f"/{path}".split("/")
+    folder = "" if folder in (source, "") else f"{folder}-"
+    return f"{source}-{folder}{file.removesuffix('.parquet')}".replace(" ", "_")
+
+
+def _file_name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _tail(path: str) -> str:
-    return "/".join(PurePosixPath(path).parts[-_NAMED_PARTS:])
+    return "/".join(path.split("/")[-_NAMED_PARTS:])
 
 
 def _exists(path: str) -> bool:

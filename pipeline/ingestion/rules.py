@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import pyarrow as pa
@@ -62,8 +63,7 @@ class IngestRules:
 
     def settings(self, raw: RawShard) -> str:
         """The rules that can affect this file, as JSON with flags as keys."""
-        admitted = sorted(set(self.admit) & set(ADMISSIBLE[raw.source]))
-        return json.dumps({"--admit": admitted, "--map": raw.renamed, "limits": asdict(self.limits)})
+        return _settings(self, raw.source, raw.renamed)
 
     def fingerprint(self, raw: RawShard) -> str:
         """Digest of everything that decides the content of images/<shard>."""
@@ -75,6 +75,12 @@ class IngestRules:
     def parts_fingerprint(self, raw: RawShard) -> str:
         """Digest of everything that decides the content of the shard's partial files, which hold the tier too."""
         return self.tier_fingerprint(raw) if self.downsize else self.fingerprint(raw)
+
+
+@lru_cache
+def _settings(rules: IngestRules, source: str, renamed: tuple[tuple[str, str], ...]) -> str:
+    admitted = sorted(set(rules.admit) & set(ADMISSIBLE[source]))
+    return json.dumps({"--admit": admitted, "--map": renamed, "limits": asdict(rules.limits)})
 
 
 def tier_folder(side: int) -> str:

@@ -15,8 +15,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,15 +37,14 @@ _COMPRESSION: Final = 3
 _FOREIGN: Final = {b"ARROW:schema", b"pandas", b"huggingface"}  # long metadata that no job needs
 
 
-@dataclass(frozen=True)
-class Footer:
+class Footer(NamedTuple):
     """What a parquet file's footer says. Rewriting the file with other rows changes the digest."""
 
     digest: str  # SHA-256 of the footer
     rows: int
     sources: frozenset[str] = frozenset()  # the sites in its column `source`, if it has one
-    metadata: Mapping[str, str] = field(default_factory=dict)  # key-value metadata, without Arrow's schema
-    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))  # without metadata
+    metadata: Mapping[str, str] = MappingProxyType({})  # key-value metadata, without Arrow's schema
+    schema: pa.Schema = pa.schema([])  # without metadata
     row_bytes: int = 0  # mean per row, uncompressed
     largest_group: int = 0  # uncompressed bytes of the largest row group
 
@@ -56,8 +55,7 @@ class Footer:
         return made_from
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     stamp: str
     bytes: int
     footer: Footer
@@ -72,13 +70,26 @@ class Manifest:
 
     def __init__(self, store: Store, name: str, path_of: Callable[[str], str], prune: bool = True) -> None:
         self._store, self._name, self._path_of, self._prune = store, name, path_of, prune
-        self._entries = _load(store, name)
+        self._loaded: dict[str, _Entry] | None = None  # not before a footer is asked for
         self._files: Mapping[str, FileInfo] = {}
         self._changed = False
 
     def update(self, files: Mapping[str, FileInfo]) -> None:
-        """Sets the files that exist now, as listed. Entries of other contents are dropped."""
+        """Sets the files that exist now, as listed."""
         self._files = files
+        if self._loaded is not None:
+            self._drop_stale()
+
+    @property
+    def _entries(self) -> dict[str, _Entry]:
+        if self._loaded is None:
+            self._loaded = _load(self._store, self._name)
+            self._drop_stale()
+        return self._loaded
+
+    def _drop_stale(self) -> None:
+        """Drops the entries of files with another content, and, if told to prune, of files that are gone."""
+        files = self._files
         stale = [
             name
             for name, entry in self._entries.items()
@@ -129,7 +140,7 @@ class Manifest:
         return _Entry(listed.stamp, listed.size, read_footer(Store(self._path_of(name))))
 
     def _count(self, name: str) -> _Entry:
-        return replace(self._entries[name], reasons=dict(Store(self._path_of(name)).tally("", "reason")))
+        return self._entries[name]._replace(reasons=dict(Store(self._path_of(name)).tally("", "reason")))
 
     def save(self) -> None:
         """Writes the manifest if it changed. A failure costs only time later: it is reported on stderr."""

@@ -12,11 +12,10 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from xml.etree import ElementTree
 
@@ -76,34 +75,42 @@ def _connect(anonymous: bool, process: int) -> Any:
     files.retries = 1  # of s3fs, on top of botocore's
     with named_errors(files.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "s3://")):
         files.connect()
-        files.s3.meta.events.register("before-parse.s3.ListObjectsV2", _parse_page)
+        files.s3.meta.events.register_first("before-parse.s3.ListObjectsV2", _parse_page)
     return files
 
 
-def _parse_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Parses a page of a listing in a tenth of botocore's time, which would otherwise be most of a listing's."""
+def _parse_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **more: Any) -> None:
+    """Parses a page of a listing in a tenth of botocore's time, which would otherwise be most of a listing's. Whatever
+    is no page is left to botocore."""
     if response_dict["status_code"] != 200:
         return
     try:
         page = ElementTree.fromstring(response_dict["body"])
-        values = {_name(child): child.text or "" for child in page if not len(child)}
-        found: dict[str, Any] = {"Contents": [], "CommonPrefixes": []}
-        for child in page:
-            if _name(child) in found:
-                found[_name(child)].append({_name(value): value.text or "" for value in child if not len(value)})
-        for entry in found["Contents"]:
-            entry["Size"] = int(entry["Size"])
-            entry["LastModified"] = datetime.fromisoformat(entry["LastModified"])
-    except (ElementTree.ParseError, KeyError, ValueError):
-        return  # botocore reports what is wrong
+        namespace, _, name = page.tag.rpartition("}")
+        if name != "ListBucketResult":
+            return
+        key, size, modified, etag, prefix = (
+            f"{namespace}}}{field}" if namespace else field
+            for field in ("Key", "Size", "LastModified", "ETag", "Prefix")
+        )
+        contents = [
+            {
+                "Key": entry.findtext(key),
+                "Size": int(entry.findtext(size) or ""),
+                "LastModified": datetime.fromisoformat(entry.findtext(modified) or ""),
+                "ETag": entry.findtext(etag),
+            }
+            for entry in page.iterfind(key.replace("Key", "Contents"))
+        ]
+        folders = [{"Prefix": entry.findtext(prefix)} for entry in page.iterfind(key.replace("Key", "CommonPrefixes"))]
+    except (ElementTree.ParseError, ValueError):
+        return
+    values = {child.tag.rpartition("}")[2]: child.text or "" for child in page if not len(child)}
     counts = {name: int(values[name]) for name in ("KeyCount", "MaxKeys") if values.get(name, "").isdigit()}
-    customized_response_dict |= values | counts | found | {"IsTruncated": values.get("IsTruncated") == "true"}
+    is_truncated = values.get("IsTruncated") == "true"
+    found = {"Contents": contents, "CommonPrefixes": folders, "IsTruncated": is_truncated}
+    customized_response_dict |= values | counts | found
     response_dict["body"] = b"<ListBucketResult/>"
-
-
-def _name(element: ElementTree.Element) -> str:
-    """The element's tag without its namespace."""
-    return element.tag.rpartition("}")[2]
 
 
 def _attempts() -> int:
@@ -138,27 +145,50 @@ def etag(path: str) -> str:
 
 
 def entries(path: str) -> tuple[dict[str, tuple[int, float, str]], list[str]]:
-    """The files directly in a folder by name, as in `listing`, and the names of the folders in it.
-
-    Raises FileNotFoundError if there is no such folder. Costs one request per 1,000 entries.
-    """
-    with _session(path) as files:
-        found = files.ls(path, detail=True)
-    # A key that ends with "/" marks a folder.
-    listed = {PurePosixPath(e["name"]).name: _info(e) for e in found if e["type"] == "file" and e["name"][-1] != "/"}
-    return listed, [PurePosixPath(e["name"]).name for e in found if e["type"] == "directory"]
+    """The files directly in a folder by name, as in `listing`, and the names of the folders in it. Costs one request
+    per 1,000 entries."""
+    listed: dict[str, tuple[int, float, str]] = {}
+    folders: list[str] = []
+    for prefix, page in _pages(path, delimiter="/"):
+        listed |= {entry["Key"][len(prefix) :]: _info(entry) for entry in page["Contents"] if entry["Key"] != prefix}
+        folders += [entry["Prefix"][len(prefix) : -1] for entry in page["CommonPrefixes"]]
+    return listed, folders
 
 
 def listing(path: str) -> dict[str, tuple[int, float, str]]:
     """Size in bytes, modification time (Unix seconds) and ETag of all files below a path, or of the file at it, by full
     name. Costs one request per 1,000 files."""
+    bucket = path.split("/")[2]
+    listed = {
+        f"s3://{bucket}/{entry['Key']}": _info(entry)
+        for _, page in _pages(path, delimiter="")
+        for entry in page["Contents"]
+        if not entry["Key"].endswith("/")  # marks a folder
+    }
+    if not listed and path.count("/") > 2:
+        with _session(path) as files, suppress(FileNotFoundError):
+            found = files.info(path)
+            if found["type"] == "file":
+                listed[path] = found["size"], found["LastModified"].timestamp(), str(found["ETag"])
+    return listed
+
+
+def _pages(path: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prefix of a folder's keys, and each page of its listing. s3fs itself would list the folder's parent too if
+    there is no such folder."""
     with _session(path) as files:
-        found = files.find(path, detail=True)
-    return {f"s3://{name}": _info(info) for name, info in found.items() if not name.endswith("/")}
+        bucket, key, _ = files.split_path(path)
+        request = {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key else "", "Delimiter": delimiter}
+        while True:
+            page = files.call_s3("list_objects_v2", **request)
+            yield request["Prefix"], {"Contents": [], "CommonPrefixes": []} | page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _info(found: Any) -> tuple[int, float, str]:
-    return found["size"], found["LastModified"].timestamp(), str(found["ETag"])
+    return found["Size"], found["LastModified"].timestamp(), str(found["ETag"])
 
 
 def open_file(path: str) -> BinaryIO:

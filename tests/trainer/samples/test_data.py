@@ -28,7 +28,7 @@ from pipeline.curation.selection import Curation
 from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
 from pipeline.curation.survey import quality_table
 from pipeline.drawings.sample_posts import plan, shards
-from pipeline.ingestion import validation
+from pipeline.ingestion import commit
 from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import plan_shards
 from pipeline.ingestion.rules import IngestRules
@@ -67,7 +67,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for name, posts in shards(plan(0, 240)):
         draw_shard(raw, name, 0, posts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "_GROUP_BYTES", 24_000)
+        patch.setattr(commit, "_GROUP_BYTES", 24_000)
         made = plan_shards(
             [raw.path(f"{site}/0000.parquet") for site in ("danbooru", "pixiv")], "auto", None, store, rules
         )
