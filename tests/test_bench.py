@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,3 +27,12 @@ def test_a_partial_run_cannot_overwrite_the_whole_table() -> None:
     done = run_benchmark("all", "--only", "dedup", "--out", str(ROOT / "tests" / "bench" / "RESULTS.md"))
     assert done.returncode == 2
     assert "--only" in done.stderr
+
+
+@pytest.mark.cluster
+def test_jobs_with_a_killed_process_write_what_undisturbed_ones_write() -> None:
+    """Seed 212 kills a raylet during caption, an actor during score, the driver of ingest and a worker during curate."""
+    done = run_benchmark("chaos", "--kills", "4", "--seed", "212", "--images", "120")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    killed = [line.split()[1:3] for line in done.stdout.splitlines() if line.endswith("identical")]
+    assert killed == [["caption", "raylet"], ["score", "actor"], ["ingest", "driver"], ["curate", "worker"]]
