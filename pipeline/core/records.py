@@ -6,6 +6,8 @@
       images-<side>/<shard>.parquet        TIER: the same rows, with a short side of at most <side> pixels
       posts/<shard>.parquet                POSTS: what has changed on the site since; one per row of images/<shard>,
                                            in its order
+      posts/unmatched.json                 shards without posts, and the metadata that they were compared with
+      posts/partial/                       matches of an unfinished refresh
       rejected/<shard>.parquet             REJECTED: every row that ingest refused, with its reason
       captions/<shard>.parquet             CAPTIONS: one per row of images/<shard>, in its order
       captions/<name>/<shard>.parquet      the same for another engine or prompt

@@ -21,6 +21,7 @@ from pipeline.curation.admission import TAG_COLUMNS, Refusal
 from pipeline.curation.dedup import Pictures, Rows, groups, keepers, page_links
 from pipeline.storage.fingerprints import Provenance, digest
 from pipeline.storage.posts import read_images
+from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
 
 # Increment when the search finds other copies in the same rows: it is then made again, and shards whose copies changed.
@@ -120,8 +121,8 @@ def save_copies(dataset: str, selection: str, shards: list[str], made_from: str)
             digests[shard] = copies.digest
             store.write_table(f"{selection}/copies/{shard}.parquet", copies.to_table(), COPIES)
 
-    with ThreadPoolExecutor(_READERS) as writers:
-        list(writers.map(save, find_copies(store, selection, shards)))
+    for _ in map_in_order(save, find_copies(store, selection, shards)):
+        pass
     for shard in set(store.shards(f"{selection}/copies")) - digests.keys():
         store.remove(f"{selection}/copies/{shard}.parquet")
     store.write(f"{selection}/copies.json", json.dumps({"made_from": made_from, "shards": digests}).encode())

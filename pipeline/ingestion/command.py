@@ -67,8 +67,10 @@ def parse_args(description: str | None) -> IngestJob:
     for flag, value in (("--rows-per-shard", args.rows_per_shard), ("--downsize", args.downsize)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1: got {value}")
-    if args.refresh and (args.rows_per_shard or args.downsize or args.check_ids):
-        raise UsageError("--refresh reads no pictures: leave out --rows-per-shard, --downsize and --check-ids")
+    of_pictures = ("rows_per_shard", "downsize", "downsize_format", "max_megapixels", "check_ids")
+    given = [f"--{name.replace('_', '-')}" for name in of_pictures if getattr(args, name) != parser.get_default(name)]
+    if args.refresh and given:
+        raise UsageError(f"--refresh reads no pictures: leave out {', '.join(given)}")
     if not 0 < args.max_megapixels <= 100:  # the trainer has the same limit
         raise UsageError(f"--max-megapixels must be above 0 and at most 100: got {args.max_megapixels:g}")
     rules = IngestRules(
