@@ -2,7 +2,7 @@
 
 The rows resemble Danbooru's: about 30 tags each from a vocabulary with Zipf frequencies, the site's distributions of
 ratings, dates and favourites, captions of 300 characters, and one near duplicate per hundred rows. Each picture is one
-byte, because curate reads no pictures. There is no baseline. Memory is that of all processes together, including Ray.
+byte, because curate reads no pictures. Memory is that of all processes together, including Ray.
 
     python tests/bench/curate.py --rows 10000000
 """

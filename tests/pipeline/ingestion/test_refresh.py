@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import IMAGES, POSTS, TAG_CATEGORIES
-from pipeline.ingestion.command import IngestJob
+from pipeline.ingestion.command import IngestJob, parse_args
 from pipeline.ingestion.refresh import run_refresh
 from pipeline.ingestion.rules import IngestRules
 from pipeline.storage.posts import read_images
@@ -244,3 +244,13 @@ def test_readers_see_refreshed_values_and_refuse_posts_of_other_rows(folder: Fol
     folder.images("a", image("danbooru:2"), image("danbooru:1"))
     with pytest.raises(ValueError, match=r"posts/a\.parquet has other rows than its images.*run ingest\.py --refresh"):
         read_images(folder.store, "a", columns)
+
+
+@pytest.mark.parametrize("flag", ["--rows-per-shard 5", "--downsize 512", "--max-megapixels 5", "--check-ids"])
+def test_flags_about_pictures_are_refused_beside_refresh(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ingest.py", "--refresh", "metadata", *flag.split()])
+    with pytest.raises(UsageError, match=f"reads no pictures: leave out {flag.split()[0]}$"):
+        parse_args("")
+    monkeypatch.setattr("sys.argv", ["ingest.py", "--refresh", "metadata", "--raw", "raw"])
+    with pytest.raises(UsageError, match="not allowed with argument"):
+        parse_args("")
