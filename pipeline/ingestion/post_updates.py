@@ -1,7 +1,8 @@
-"""Metadata of posts, read again from their site -> posts/<shard>, in two passes.
+"""Metadata of posts, read again from their site -> posts/<shard>, in three passes.
 
 `match_rows` finds, for some rows of a metadata file, the pictures that they are about, and keeps their values in a file
-sorted by shard. `update_posts` then makes the posts of one shard from all such files. Knows nothing of Ray.
+sorted by shard. `gather_updates` joins what all such files hold for a range of shards. `update_posts` makes the posts
+of one shard, and thus opens one file however large the metadata is. Knows nothing of Ray.
 
 Axes: N pictures of the dataset.
 """
@@ -32,7 +33,7 @@ BYTES_PER_PICTURE: Final = 90  # of the index of all pictures, while it is made
 
 _READERS = 8
 _BATCH_ROWS = 8_192
-_GROUP_ROWS = 16_384
+_GROUP_ROWS = 4_096  # a reader wants the rows of few shards
 _PAGE = re.compile(r"_p(\d+)$")
 _VALUES: Final = [name for name in POSTS.names if name != "id"]
 
@@ -60,13 +61,24 @@ class MetadataPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateRange:
+    """A range of image shards to which the same metadata applies."""
+
+    first: int  # number of the first shard
+    last: int
+    rows: int  # pictures
+    parts: tuple[str, ...]  # written by match_rows, in the order in which they apply
+    file: str  # to write, within the dataset
+
+
+@dataclass(frozen=True, kw_only=True)
 class PostShard:
     """The posts to make for an image shard."""
 
     shard: str
     number: int
     rows: int
-    files: tuple[str, ...]  # written by match_rows, oldest first
+    updates: str  # file written by gather_updates
     made_from: Mapping[str, str]  # "images", and "metadata": digests of the files
 
     @property
@@ -89,10 +101,20 @@ def match_rows(part: MetadataPart, dataset: str, shards: Sequence[str], rules: I
         counts["matched" if isinstance(outcome, list) else outcome] += 1
         found += outcome if isinstance(outcome, list) else []
     found.sort(key=lambda update: update["shard"])  # stable: of several rows about a picture the last one counts
-    with store.writing_table(part.file, UPDATES, counts=json.dumps(counts)) as write:
-        for start in range(0, max(1, len(found)), _GROUP_ROWS):
-            write(pa.RecordBatch.from_pylist(found[start : start + _GROUP_ROWS], UPDATES))
+    _write_updates(store, part.file, pa.Table.from_pylist(found, UPDATES), counts=json.dumps(counts))
     return counts
+
+
+def _write_updates(store: Store, name: str, updates: pa.Table, **metadata: str) -> None:
+    with store.writing_table(name, UPDATES, **metadata) as write:
+        for start in range(0, max(1, len(updates)), _GROUP_ROWS):
+            write(updates.slice(start, _GROUP_ROWS))
+
+
+def _read_updates(store: Store, name: str, first: int, last: int) -> pa.Table:
+    """The updates of a range of shards. Reads only row groups with some."""
+    with store.open(name) as opened:
+        return pq.read_table(opened, filters=[("shard", ">=", first), ("shard", "<=", last)], schema=UPDATES)
 
 
 def _rows(part: MetadataPart, rules: IngestRules) -> Iterator[tuple[dict[str, Any] | None, frozenset[str]]]:
@@ -199,6 +221,19 @@ def _pictures(dataset: str, shards: tuple[str, ...], images: str) -> _Pictures:
 # --- Second pass ------------------------------------------------------------------------------------------------------
 
 
+def gather_updates(part: UpdateRange, dataset: str) -> None:
+    """Writes `part.file`: the updates of these shards from all parts, by shard, then in the order of the parts."""
+    store = Store(dataset)
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = list(readers.map(lambda name: _read_updates(store, name, part.first, part.last), part.parts))
+    updates = pa.concat_tables([UPDATES.empty_table(), *found]).combine_chunks()
+    by_shard = np.argsort(updates["shard"].to_numpy(), kind="stable")
+    _write_updates(store, part.file, updates.take(pa.array(by_shard)))
+
+
+# --- Third pass -------------------------------------------------------------------------------------------------------
+
+
 def update_posts(part: PostShard, dataset: str) -> dict[str, int]:
     """Writes posts/<shard> if it exists or if rows match; removes it if it was made from other images and none match.
 
@@ -207,11 +242,8 @@ def update_posts(part: PostShard, dataset: str) -> dict[str, int]:
     store = Store(dataset)
     before = _posts_before(store, part)
     base = before or _from_images(store, part.shard)
-    after, matched_N = base, np.zeros(base.num_rows, bool)
-    for file in part.files:
-        with store.open(file) as opened:
-            updates = pq.read_table(opened, filters=[("shard", "=", part.number)], schema=UPDATES)
-        after = _overlaid(after, updates, matched_N)
+    matched_N = np.zeros(base.num_rows, bool)
+    after = _overlaid(base, _read_updates(store, part.updates, part.number, part.number), matched_N)
     counts = {
         "matched": int(matched_N.sum()),
         "changed": int(_changed(base, after).sum()),

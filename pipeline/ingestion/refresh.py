@@ -1,12 +1,13 @@
 """ingest.py --refresh: brings posts/ up to date from metadata of Danbooru or Pixiv, and never touches pictures.
 
-A shard is refreshed once by each metadata file. What was told by earlier files stays where a later one is silent.
+A shard is refreshed once by each metadata file: a file that was applied to it before is left out, so that what later
+files told stays. Of files that are given together, the last one by path counts; where it is silent, the one before it.
 """
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,15 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.ingestion.command import IngestJob
-from pipeline.ingestion.post_updates import BYTES_PER_PICTURE, MetadataPart, PostShard, match_rows, update_posts
+from pipeline.ingestion.post_updates import (
+    BYTES_PER_PICTURE,
+    MetadataPart,
+    PostShard,
+    UpdateRange,
+    gather_updates,
+    match_rows,
+    update_posts,
+)
 from pipeline.ingestion.raw_files import RawFiles
 from pipeline.ingestion.rules import IngestRules
 from pipeline.sources import recognise_metadata
@@ -32,9 +41,20 @@ MapShards = Callable[..., dict[str, str]]
 # Increment when the same metadata gives other posts: all shards are then refreshed again.
 CODE_VERSION: Final = "1"
 _PART_ROWS = 250_000
-_PART_BYTES: Final = 700 << 20  # that a part may take: its rows as Python objects, and the process
+_RANGE_ROWS = 100_000  # pictures whose updates are gathered in one file
+_PART_BYTES: Final = 700 << 20  # that a part or a range may take: its rows as Python objects, and the process
 _WITHOUT_POSTS: Final = "posts/unmatched.json"  # shards without matching rows, and what they were compared with
 _PARTS: Final = "posts/partial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StalePosts:
+    """Posts to which some metadata files have not been applied."""
+
+    number: int  # of the image shard
+    rows: int
+    files: tuple[str, ...]  # paths, in the order in which they apply
+    made_from: Mapping[str, str]  # once they are applied
 
 
 @dataclass(frozen=True)
@@ -46,17 +66,18 @@ class RefreshPlan:
     files: RawFiles  # of metadata; they apply in the order of their paths
     sources: dict[str, str]  # by path
     unmatched: dict[str, dict[str, str]]  # shards without posts, and what they were compared with
-    todo: dict[str, PostShard]
+    todo: dict[str, StalePosts]
     rules: IngestRules
 
-    @property
     def parts(self) -> dict[str, MetadataPart]:
-        """Pieces of all metadata files, by name."""
+        """Pieces of the metadata files that some shard lacks, by name. Opens these files."""
         images = digest({shard: footer.digest for shard, footer in self.images.items()})
         settings = [CODE_VERSION, images, self.rules.admit, self.rules.renamed]
+        lacking = {path for stale in self.todo.values() for path in stale.files}
         return {
             part.file: part
             for path, footer in self.files.footers.items()
+            if path in lacking
             for part in _parts_of(path, self.sources[path], images, digest([footer.digest, *settings])[:16])
         }
 
@@ -82,21 +103,33 @@ def run_refresh(job: IngestJob, map_shards: MapShards | None = None) -> None:
         plan = plan_refresh(job, dataset)
         _print(plan.lines())
         plan.files.manifest.save()
-        parts = plan.parts if plan.todo else {}
-        failed: dict[str, str] = {}
-        if plan.todo:
-            map_shards = map_shards or _on_ray(stack)
-            matching = {name: part for name, part in parts.items() if not dataset.exists(name)}
-            work = partial(match_rows, dataset=dataset.root, shards=sorted(plan.images), rules=job.rules)
-            memory = _PART_BYTES + BYTES_PER_PICTURE * sum(footer.rows for footer in plan.images.values())
-            if matching:
-                failed = map_shards(matching, work, lambda part: part.rows, "matching", memory)
-            if not failed:
-                update = partial(update_posts, dataset=dataset.root)
-                failed = map_shards(plan.todo, update, lambda part: part.rows, "refreshing")
+        parts = plan.parts() if plan.todo else {}
+        failed = _run_passes(plan, parts, job.rules, map_shards or _on_ray(stack)) if plan.todo else {}
         if failed:
             raise ShardsFailed(failed)
         _finish(plan, parts, started)
+
+
+def _run_passes(
+    plan: RefreshPlan, parts: Mapping[str, MetadataPart], rules: IngestRules, map_shards: MapShards
+) -> dict[str, str]:
+    """Runs the three passes, each over what an earlier run has not done. Returns what failed in the first pass that had
+    failures: the next one needs all files of the one before."""
+    dataset = plan.catalog.dataset
+    ranges, posts = _ranges(plan.todo, parts)
+    written = {f"{_PARTS}/{name}.parquet" for name in dataset.shards(_PARTS)}
+    match = partial(match_rows, dataset=dataset.root, shards=sorted(plan.images), rules=rules)
+    pictures = sum(footer.rows for footer in plan.images.values())
+    passes: list[tuple[str, Mapping[str, Any], Callable[..., Any], int]] = [
+        ("matching", parts, match, _PART_BYTES + BYTES_PER_PICTURE * pictures),
+        ("gathering", ranges, partial(gather_updates, dataset=dataset.root), _PART_BYTES),
+        ("refreshing", posts, partial(update_posts, dataset=dataset.root), 0),
+    ]
+    for description, items, work, memory in passes:
+        missing = {name: item for name, item in items.items() if name not in written}
+        if missing and (failed := map_shards(missing, work, lambda item: item.rows, description, memory)):
+            return failed
+    return {}
 
 
 def _print(lines: Iterator[str]) -> None:
@@ -118,18 +151,15 @@ def plan_refresh(job: IngestJob, dataset: Store) -> RefreshPlan:
     unmatched = _unmatched(dataset)
     known = unmatched | catalog.provenance("posts", images)
     plan = RefreshPlan(catalog, images, files, sources, unmatched, {}, rules)
-    updates = tuple(plan.parts)
-    digests = [_identity(footer, rules) for footer in files.footers.values()]
+    digests = {path: _identity(footer, rules) for path, footer in files.footers.items()}
     for number, shard in enumerate(sorted(images)):
         before = known.get(shard, {})
         same = before.get("images") == images[shard].digest and before.get("code") == CODE_VERSION
         applied = before["metadata"].split() if same else []
-        if set(digests) - set(applied):
-            metadata = " ".join(dict.fromkeys([*applied, *digests]))
+        if lacking := tuple(path for path, identity in digests.items() if identity not in applied):
+            metadata = " ".join(dict.fromkeys([*applied, *(digests[path] for path in lacking)]))
             made_from = {"code": CODE_VERSION, "images": images[shard].digest, "metadata": metadata}
-            plan.todo[shard] = PostShard(
-                shard=shard, number=number, rows=images[shard].rows, files=updates, made_from=made_from
-            )
+            plan.todo[shard] = StalePosts(number=number, rows=images[shard].rows, files=lacking, made_from=made_from)
     return plan
 
 
@@ -157,15 +187,47 @@ def _parts_of(path: str, source: str, images: str, name: str) -> Iterator[Metada
     with Store(path).open() as file:
         footer = pq.read_metadata(file)
     sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    first, rows = 0, 0
-    for group, size in enumerate(sizes):
-        rows += size
-        if rows >= _PART_ROWS or group == len(sizes) - 1:
-            yield MetadataPart(
-                path=path, source=source, first_group=first, groups=group + 1 - first, rows=rows,
-                file=f"{_PARTS}/{name}-{first:05d}.parquet", images=images,
-            )  # fmt: skip
-            first, rows = group + 1, 0
+    for first, end in _runs(sizes, _PART_ROWS):
+        yield MetadataPart(
+            path=path, source=source, first_group=first, groups=end - first, rows=sum(sizes[first:end]),
+            file=f"{_PARTS}/{name}-{first:05d}.parquet", images=images,
+        )  # fmt: skip
+
+
+def _ranges(
+    todo: Mapping[str, StalePosts], parts: Mapping[str, MetadataPart]
+) -> tuple[dict[str, UpdateRange], dict[str, PostShard]]:
+    """Ranges of shards that lack the same files, by the name of their file, and the shards, which read these."""
+    by_files: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for shard in sorted(todo):
+        by_files[todo[shard].files].append(shard)
+    ranges: dict[str, UpdateRange] = {}
+    posts: dict[str, PostShard] = {}
+    for files, shards in by_files.items():
+        names = tuple(part.file for part in parts.values() if part.path in files)
+        for start, end in _runs([todo[shard].rows for shard in shards], _RANGE_ROWS):
+            here = {shard: todo[shard] for shard in shards[start:end]}
+            first, last = here[shards[start]].number, here[shards[end - 1]].number
+            file = f"{_PARTS}/shards-{digest([names, first, last])[:16]}.parquet"
+            rows = sum(stale.rows for stale in here.values())
+            ranges[file] = UpdateRange(first=first, last=last, rows=rows, parts=names, file=file)
+            posts |= {
+                shard: PostShard(
+                    shard=shard, number=stale.number, rows=stale.rows, updates=file, made_from=stale.made_from
+                )
+                for shard, stale in here.items()
+            }
+    return ranges, posts
+
+
+def _runs(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Start and end of runs of items, each of which but the last has at least this many rows."""
+    start, found = 0, 0
+    for end, size in enumerate(sizes, start=1):
+        found += size
+        if found >= rows or end == len(sizes):
+            yield start, end
+            start, found = end, 0
 
 
 def _on_ray(stack: ExitStack) -> MapShards:
@@ -182,7 +244,7 @@ def _finish(plan: RefreshPlan, parts: Mapping[str, MetadataPart], started: float
     dataset = catalog.dataset
     catalog.refresh("posts")
     posts = catalog.footers("posts", plan.images)
-    unmatched = plan.unmatched | {shard: dict(part.made_from) for shard, part in plan.todo.items()}
+    unmatched = plan.unmatched | {shard: dict(stale.made_from) for shard, stale in plan.todo.items()}
     unmatched = {shard: made for shard, made in unmatched.items() if shard in plan.images and shard not in posts}
     if unmatched != plan.unmatched:
         dataset.write(_WITHOUT_POSTS, json.dumps(unmatched).encode())

@@ -72,7 +72,7 @@ class Folder:
     ) -> dict[str, str]:
         for name, part in parts.items():
             work(part)
-            self.done.append(description if description == "matching" else name)
+            self.done.append(name if description == "refreshing" else description)
         return {}
 
     def posts(self, shard: str) -> list[Row]:
@@ -122,13 +122,13 @@ def test_a_rerun_with_the_same_files_does_nothing_and_a_new_file_builds_on_the_o
     folder.images("b", image("danbooru:9"))
     first = folder.metadata("first", post(1, fav_count=10), post(2, fav_count=20))
     folder.refresh(first)
-    assert folder.done == ["matching", "a", "b"]
+    assert folder.done == ["matching", "gathering", "a", "b"]
     written = folder.store.stamp("posts/a.parquet")
     folder.refresh(first)
     assert folder.done == []
     second = folder.metadata("second", {"id": 2, "fav_count": 21})
     folder.refresh(second)
-    assert folder.done == ["matching", "a", "b"]
+    assert folder.done == ["matching", "gathering", "a", "b"]
     assert [(row["favourites"], row["score"]) for row in folder.posts("a")] == [(10, 30), (21, 30)]
     assert folder.store.stamp("posts/a.parquet") != written
     folder.refresh(first, second)
@@ -136,8 +136,48 @@ def test_a_rerun_with_the_same_files_does_nothing_and_a_new_file_builds_on_the_o
 
     folder.images("b", image("danbooru:9"), image("danbooru:1"))  # ingested again
     folder.refresh(first)
-    assert folder.done == ["matching", "b"]
+    assert folder.done == ["matching", "gathering", "b"]
     assert [row["favourites"] for row in folder.posts("b")] == [5, 10]
+
+
+def test_a_file_that_was_applied_to_a_shard_is_not_applied_again_beside_a_new_one(folder: Folder) -> None:
+    folder.images("a", image("danbooru:1"), image("danbooru:2"))
+    first = folder.metadata("first", post(1, fav_count=10), post(2, fav_count=20))
+    folder.refresh(first)
+    folder.refresh(folder.metadata("second", {"id": 1, "fav_count": 11}))
+    folder.images("b", image("danbooru:2"), image("danbooru:1"))
+    folder.refresh(first, folder.metadata("third", {"id": 2, "fav_count": 22}))
+    assert [row["favourites"] for row in folder.posts("a")] == [11, 22]
+    assert [row["favourites"] for row in folder.posts("b")] == [22, 10]
+    assert folder.done == ["matching", "matching", "gathering", "gathering", "a", "b"]
+    folder.refresh(first, str(folder.root / "third.parquet"))
+    assert folder.done == []
+
+
+def test_a_shard_opens_one_file_of_updates_however_many_parts_there_are(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.ingestion.refresh._PART_ROWS", 2)
+    monkeypatch.setattr("pipeline.ingestion.refresh._RANGE_ROWS", 4)
+    monkeypatch.setattr("pipeline.ingestion.post_updates._GROUP_ROWS", 3)
+    for number in range(5):
+        folder.images(f"s{number}", image(f"danbooru:{number}"), image(f"danbooru:{number + 5}"))
+    opened: list[str] = []
+    open_file = Store.open
+
+    def counted(store: Store, name: str = "") -> Any:
+        opened.append(name)
+        return open_file(store, name)
+
+    monkeypatch.setattr(Store, "open", counted)
+    one = [post(number, fav_count=number) for number in range(10)]
+    two = [post(number, fav_count=100 + number) for number in range(5, 10)]
+    folder.refresh(folder.metadata("one", *one), folder.metadata("two", *two))
+    assert folder.done == [*["matching"] * 8, *["gathering"] * 3, *(f"s{number}" for number in range(5))]
+    partial = [name for name in opened if name.startswith("posts/partial/")]
+    assert len(partial) == 8 * 3 + 5 + 8, "each range opens all parts, each shard one range, the report all parts"
+    for number in range(5):
+        assert [row["favourites"] for row in folder.posts(f"s{number}")] == [number, 105 + number]
 
 
 def test_a_killed_refresh_goes_on_with_the_files_that_it_wrote(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +191,7 @@ def test_a_killed_refresh_goes_on_with_the_files_that_it_wrote(folder: Folder, m
         patch.setattr("pipeline.ingestion.refresh.update_posts", killed)
         with pytest.raises(KeyboardInterrupt):
             folder.refresh(path)
-    assert folder.done == ["matching"]
+    assert folder.done == ["matching", "gathering"]
     folder.refresh(path)
     assert folder.done == ["a"]
     assert folder.posts("a")[0]["favourites"] == 70
