@@ -14,6 +14,7 @@ from pipeline.core.records import SCHEMA_VERSION
 from pipeline.ingestion.command import IngestJob, parse_args
 from pipeline.ingestion.preflight import IngestPlan, plan_shards
 from pipeline.storage.lease import lease
+from pipeline.storage.partial import remove_finished
 from pipeline.storage.run_record import versions, write_run_record
 from pipeline.storage.shards import Store
 
@@ -59,6 +60,7 @@ def ingest(job: IngestJob) -> None:
                     dataset.remove_partial(folder, todo.keys())
                 failed |= work(todo, dataset, rules) if todo else {}
     done = {name: raw.rows for name, raw in plan.shards.items() if name not in failed}
+    remove_finished(dataset, "images", done)
     plan.catalog.refresh("images", "rejected")
     kept = sum(footer.rows for footer in plan.catalog.footers("images", done).values())
     reasons = sum(plan.catalog.reasons("rejected", done).values(), Counter[str]())

@@ -6,22 +6,31 @@ pipeline/pictures/classifiers.py. Nothing is downloaded.
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.core.errors import ShardsFailed, UsageError
 from pipeline.core.jobs import run
-from pipeline.scores.command import parse_args
+from pipeline.scores.command import ScoreJob, parse_args
 from pipeline.storage.fingerprints import changes, describe_changes
 from pipeline.storage.lease import lease
 from pipeline.storage.manifest import Catalog
+from pipeline.storage.partial import remove_finished
 from pipeline.storage.run_record import write_run_record
 from pipeline.storage.shards import Store
 
 
 def main() -> None:
     job = parse_args(__doc__)
-    started = time.time()
-    dataset, folder, model = Store(job.dataset), f"scores/{job.name}", Path(job.model)
+    dataset, folder = Store(job.dataset), f"scores/{job.name}"
+    with nullcontext() if job.plan else lease(dataset, folder, "score.py"):
+        score(job, dataset, folder)
+
+
+def score(job: ScoreJob, dataset: Store, folder: str) -> None:
+    """Plans the job and, without --plan, does the work and writes the run record. Raises ShardsFailed, and UsageError
+    for an unusable model or scores of another one."""
+    started, model = time.time(), Path(job.model)
     catalog = Catalog(dataset)
     catalog.refresh("images", folder)
     images = catalog.images()
@@ -46,37 +55,37 @@ def main() -> None:
     if job.plan:
         return
     catalog.save()
-    with lease(dataset, folder, "score.py"):
-        failed: dict[str, str] = {}
-        if why:
-            from pipeline.core.cluster import cluster
-            from pipeline.scores.steps import ClassifierModel, plan_classifiers, score_shards
+    failed: dict[str, str] = {}
+    if why:
+        from pipeline.core.cluster import cluster
+        from pipeline.scores.steps import ClassifierModel, plan_classifiers, score_shards
 
-            todo = {shard: plan[shard] for shard in why}
-            for written in (folder, f"{folder}/rejected"):
-                dataset.remove_partial(written, todo.keys())
-            used = ClassifierModel(
-                folder=job.model, digest=model_digest, labels=labels, preprocessing=preprocessing,
-                batch_size=job.batch_size,
-            )  # fmt: skip
-            with cluster("score"):
-                rows = sum(planned.rows for planned in todo.values())
-                actors = plan_classifiers(job.actors, rows, job.batch_size, uses_gpu(model))
-                print(f"score: {len(labels)} labels; {actors}", flush=True)
-                failed = score_shards(todo, dataset, folder, used, actors)
-
-        done = {shard: planned.rows for shard, planned in plan.items() if shard not in failed}
-        catalog.refresh(folder, f"{folder}/rejected")
-        reasons = sum(catalog.reasons(f"{folder}/rejected", done).values(), Counter[str]())
-        total = sum(done.values())
-        write_run_record(
-            dataset.path(folder), "score", started, total, total - reasons.total(), reasons,
-            model=model_digest, preprocessing=described, failed=failed,
+        todo = {shard: plan[shard] for shard in why}
+        for written in (folder, f"{folder}/rejected"):
+            dataset.remove_partial(written, todo.keys())
+        used = ClassifierModel(
+            folder=job.model, digest=model_digest, labels=labels, preprocessing=preprocessing,
+            batch_size=job.batch_size,
         )  # fmt: skip
-        catalog.footers(folder, done)
-        catalog.save()
-        if failed:
-            raise ShardsFailed(failed)
+        with cluster("score"):
+            rows = sum(planned.rows for planned in todo.values())
+            actors = plan_classifiers(job.actors, rows, job.batch_size, uses_gpu(model))
+            print(f"score: {len(labels)} labels; {actors}", flush=True)
+            failed = score_shards(todo, dataset, folder, used, actors)
+
+    done = {shard: planned.rows for shard, planned in plan.items() if shard not in failed}
+    remove_finished(dataset, folder, done)
+    catalog.refresh(folder, f"{folder}/rejected")
+    reasons = sum(catalog.reasons(f"{folder}/rejected", done).values(), Counter[str]())
+    total = sum(done.values())
+    write_run_record(
+        dataset.path(folder), "score", started, total, total - reasons.total(), reasons,
+        model=model_digest, preprocessing=described, failed=failed,
+    )  # fmt: skip
+    catalog.footers(folder, done)
+    catalog.save()
+    if failed:
+        raise ShardsFailed(failed)
 
 
 if __name__ == "__main__":

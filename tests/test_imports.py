@@ -40,6 +40,7 @@ ONLY_IN = {
         "pipeline/core/dataflow.py",
         "pipeline/core/metrics.py",
         "pipeline/core/row_pipeline.py",
+        "pipeline/core/shard_progress.py",
         "trainer/cluster/launch.py",
         "trainer/cluster/loader_actors.py",
         "trainer/cluster/monitor.py",

@@ -9,7 +9,9 @@ from pipeline.captions.engine_pool import EnginePool, calls, table_rows
 from pipeline.captions.model_captions import CaptionTask
 from pipeline.captions.stats import CaptionMeter
 from pipeline.captions.tag_captions import ImageShard
-from pipeline.core.row_pipeline import CHECK_CPUS, Actors, Pending, Step, at_most_a_node, stream_rows
+from pipeline.core.cluster import at_most_a_node
+from pipeline.core.row_pipeline import CHECK_CPUS, Actors, Step, stream_rows
+from pipeline.core.shard_progress import Pending
 from pipeline.core.tables import TABLE_BYTES
 from pipeline.pictures.decoder import DEFAULT_LIMITS
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory

@@ -139,6 +139,11 @@ def nodes() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def at_most_a_node(memory: int) -> int:
+    """The bytes, or those of the largest node: a task that asks for more would wait for ever."""
+    return int(min(memory, max((node.get("memory", 0) for node in nodes()), default=0)))
+
+
 def node_resources(kind: str) -> dict[str, float]:
     """What a task or actor requests so that it runs on a node for this kind of work, `captioner` or `trainer`: a small
     share of that custom resource. {} if no living node offers it, as on a single machine, where any node will do."""

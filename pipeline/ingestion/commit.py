@@ -58,9 +58,11 @@ def commit_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str
         if re.fullmatch(r"images-\d+", folder):
             store.remove(f"{folder}/{raw.shard}.parquet")
     first: dict[str, int] = {}  # row of each kept post
+    intact: set[int] = set()
     rejected: dict[int, dict[str, Any]] = {}
     with row_groups(store, f"images/{raw.shard}.parquet", IMAGES, provenance) as append:
         for number, table in parts.tables("images"):
+            intact.update(number.tolist())
             is_first = [
                 first.setdefault(id, row) == row
                 for id, row in zip(table["id"].to_pylist(), number.tolist(), strict=True)
@@ -74,6 +76,8 @@ def commit_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str
             write_tier(parts, raw, rules, lambda id, row: first[id] == row)
         for number, table in parts.tables("rejected"):
             for row, refusal in zip(number.tolist(), table.to_pylist(), strict=True):
+                if row in intact:  # run twice, and refused once, for lack of memory
+                    continue
                 if refusal["reason"] in _DECODER_REASONS and first.get(refusal["key"], row) < row:
                     refusal |= {"reason": "duplicate id", "detail": f"row {row} of {raw.path}"}
                 rejected[row] = refusal

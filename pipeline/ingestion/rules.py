@@ -74,7 +74,8 @@ class IngestRules:
 
     def parts_fingerprint(self, raw: RawShard) -> str:
         """Digest of everything that decides the content of the shard's partial files, which hold the tier too."""
-        return self.tier_fingerprint(raw) if self.downsize else self.fingerprint(raw)
+        # The stamp, because a file that was damaged on its way and is fetched again has the same footer.
+        return digest([self.tier_fingerprint(raw) if self.downsize else self.fingerprint(raw), raw.stamp])
 
 
 @lru_cache

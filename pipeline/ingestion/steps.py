@@ -5,29 +5,36 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.core.row_pipeline import CHECK_CPUS, Pending, Step, at_most_a_node, stream_rows
+from pipeline.core.cluster import at_most_a_node, nodes
+from pipeline.core.row_pipeline import CHECK_CPUS, Step, stream_rows
+from pipeline.core.shard_progress import Pending
 from pipeline.ingestion.commit import commit_shard, partial_shard, write_rows
 from pipeline.ingestion.raw_rows import all_rows, read_memory, read_raw
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.smaller_tier import commit_tier, downsize_rows, read_images, tier_parts, write_tier_rows
 from pipeline.ingestion.validation import check_limit, check_memory, check_rows
+from pipeline.storage.manifest import Catalog
+from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
+
+_LEAST_READS = 2  # shards at a time
 
 
 def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestRules) -> dict[str, str]:
     """Writes images/, rejected/ and the smaller tier of these shards, by name. Returns the reason for each that
     failed."""
     started = set(dataset.folders("images/partial"))
-    todo = {}
-    for name, raw in shards.items():
+
+    def pending(raw: RawShard) -> Pending[RawShard]:
         rows = all_rows(raw)
-        if name in started:
+        if raw.shard in started:
             rows = np.setdiff1d(rows, partial_shard(raw, dataset.root, rules).rows("images", "rejected"))
-        todo[name] = Pending(shard=raw, rows=rows)
+        return Pending(shard=raw, rows=rows)
+
     memory, most = check_memory(rules), at_most_a_node(check_limit(rules))
     return stream_rows(
         "ingest",
-        todo,
+        dict(zip(shards, map_in_order(pending, shards.values()), strict=True)),
         partial(read_raw, rules=rules),
         [
             Step(name="check", work=partial(check_rows, rules=rules, most=most), cpus=CHECK_CPUS, memory=memory),
@@ -35,6 +42,7 @@ def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestR
         ],
         partial(commit_shard, dataset=dataset.root, rules=rules),
         read_memory=max(map(read_memory, shards.values())),
+        most_reads=_most_reads(),
     )
 
 
@@ -43,23 +51,29 @@ def downsize_shards(shards: Mapping[str, RawShard], dataset: Store, rules: Inges
     assert rules.downsize
     folder = tier_folder(rules.downsize)
     started = set(dataset.folders(f"{folder}/partial"))
-    todo = {}
-    for name, raw in shards.items():
-        rows = np.arange(dataset.rows(f"images/{name}.parquet"), dtype=np.int32)
-        if name in started:
+    images = Catalog(dataset).footers("images", shards)
+
+    def pending(raw: RawShard) -> Pending[RawShard]:
+        rows = np.arange(images[raw.shard].rows, dtype=np.int32)
+        if raw.shard in started:
             rows = np.setdiff1d(rows, tier_parts(raw, dataset.root, rules).rows("tier"))
-        todo[name] = Pending(shard=raw, rows=rows)
+        return Pending(shard=raw, rows=rows)
+
     memory = check_memory(rules)
+    write = partial(write_tier_rows, dataset=dataset.root, folder=folder)
     return stream_rows(
         "ingest",
-        todo,
+        dict(zip(shards, map_in_order(pending, shards.values()), strict=True)),
         partial(read_images, dataset=dataset.root, rules=rules),
         [
             Step(name="downsize", work=partial(downsize_rows, rules=rules), cpus=CHECK_CPUS, memory=memory),
-            Step(
-                name="write", work=partial(write_tier_rows, dataset=dataset.root, folder=folder), cpus=CHECK_CPUS,
-                memory=memory,
-            ),
+            Step(name="write", work=write, cpus=CHECK_CPUS, memory=memory),
         ],
         partial(commit_tier, dataset=dataset.root, rules=rules),
-    )  # fmt: skip
+        most_reads=_most_reads(),
+    )
+
+
+def _most_reads() -> int:
+    """Shards to read at a time: enough for the tasks that check, and few, so that few shards are unfinished."""
+    return max(_LEAST_READS, int(sum(node.get("CPU", 0) for node in nodes())) // 2)

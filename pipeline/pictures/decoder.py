@@ -116,12 +116,12 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Picture | Refu
     opened = open_image(data, limits)
     if isinstance(opened, Refused):
         return opened
-    try:
-        with one_large_picture(opened.header.width * opened.header.height):
+    with one_large_picture(opened.header.width * opened.header.height):
+        try:
             flat = upright(flatten(opened.file), opened.orientation)
             image, notes = to_srgb(flat, opened.profile)
-    except Exception as error:  # codecs raise anything on hostile bytes
-        return decode_failure(error)
+        except Exception as error:  # codecs raise anything on hostile bytes
+            return decode_failure(error)
     image.info = {}
     return Picture(image, replace(opened.header, notes=opened.header.notes + notes))
 

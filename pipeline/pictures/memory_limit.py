@@ -5,7 +5,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,8 +26,12 @@ def one_large_picture(pixels: int) -> Iterator[None]:
     if pixels <= LARGE_PIXELS:
         yield
         return
-    with open(Path(tempfile.gettempdir()) / f"hdm-large-picture-{os.getuid()}", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by the kernel
+    with ExitStack() as lock:
+        with suppress(OSError):  # a file of another user, a file system without locks: decoding does not depend on it
+            path = os.path.join(tempfile.gettempdir(), f"hdm-large-picture-{os.getuid()}")
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by the kernel
         yield
 
 

@@ -7,8 +7,11 @@ from functools import partial
 
 import numpy as np
 
+from pipeline.core.cluster import at_most_a_node
+from pipeline.core.cluster import nodes as living_nodes
 from pipeline.core.errors import UsageError
-from pipeline.core.row_pipeline import Actors, Pending, Step, at_most_a_node, living_nodes, stream_rows
+from pipeline.core.row_pipeline import Actors, Step, stream_rows
+from pipeline.core.shard_progress import Pending
 from pipeline.pictures.preprocessing import Preprocessing
 from pipeline.scores.commit import commit_shard, partial_shard, write_rows
 from pipeline.scores.scoring import (

@@ -6,7 +6,7 @@ for, the shard itself from these files.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ class PartialShard:
 
     def tables(self, kind: str) -> Iterator[tuple[NDArray[np.int32], pa.Table]]:
         """The rows of a kind in the order of their numbers, each once, as numbers (N) and a table (N) per file."""
-        names = [f"{self.path}/{file}.parquet" for file in self.store.shards(self.path) if file.startswith(f"{kind}-")]
+        names = self._names(kind)
         numbers = [self._numbers(name) for name in names]
         if not names:
             return
@@ -74,10 +74,14 @@ class PartialShard:
     def contents(self, kind: str) -> Iterator[tuple[NDArray[np.int32], pa.Table]]:
         """The files of a kind, in no order, each read once, as numbers (N) and a table (N). A row that was run twice
         is in several."""
-        for file in self.store.shards(self.path):
-            if file.startswith(f"{kind}-"):
-                table = self.store.read_table(f"{self.path}/{file}.parquet")
-                yield table[_ROW].to_numpy(), table.drop_columns([_ROW])
+        for name in self._names(kind):
+            table = self.store.read_table(name)
+            yield table[_ROW].to_numpy(), table.drop_columns([_ROW])
+
+    def _names(self, kind: str) -> list[str]:
+        """The files of a kind that are made from the same."""
+        names = [f"{self.path}/{file}.parquet" for file in self.store.shards(self.path) if file.startswith(f"{kind}-")]
+        return [name for name in names if self.store.metadata(name).get("made_from") == self.made_from]
 
     def _numbers(self, name: str) -> NDArray[np.int32]:
         found: NDArray[np.int32] = self.store.read_table(name, [_ROW])[_ROW].to_numpy()
@@ -85,10 +89,23 @@ class PartialShard:
 
     def remove(self) -> None:
         """Removes all files, and the temporary files of killed processes."""
-        if self.store.is_remote:
-            for file in self.store.shards(self.path):
-                self.store.remove(f"{self.path}/{file}.parquet")
-            return
-        shutil.rmtree(self.store.path(self.path), ignore_errors=True)
-        with suppress(OSError):  # other shards are unfinished
-            os.rmdir(self.store.path(f"{self.folder}/partial"))
+        _remove(self.store, self.path)
+
+
+def remove_finished(store: Store, folder: str, finished: Collection[str]) -> None:
+    """Removes the partial files of finished shards, which a process left that was killed after it wrote its shard.
+    Called by the only job that writes the folder, when none of its processes does."""
+    for shard in store.folders(f"{folder}/partial"):
+        if shard in finished:
+            _remove(store, f"{folder}/partial/{shard}")
+    if not store.is_remote:
+        with suppress(OSError):  # not empty, or not there
+            os.rmdir(store.path(f"{folder}/partial"))
+
+
+def _remove(store: Store, path: str) -> None:
+    if not store.is_remote:
+        shutil.rmtree(store.path(path), ignore_errors=True)
+        return
+    for file in store.shards(path):
+        store.remove(f"{path}/{file}.parquet")

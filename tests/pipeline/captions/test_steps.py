@@ -36,11 +36,10 @@ from pipeline.captions.stats import CaptionMeter
 from pipeline.captions.tag_captions import ImageShard
 from pipeline.core import row_pipeline
 from pipeline.core.cluster import cluster as connected
-from pipeline.core.cluster import node_resources
+from pipeline.core.cluster import node_resources, nodes_of
 from pipeline.core.errors import ShardsFailed
 from pipeline.core.jobs import run
 from pipeline.core.records import IMAGES, TAG_CATEGORIES
-from pipeline.core.row_pipeline import living_nodes
 from pipeline.core.tables import DIED
 from pipeline.storage.shards import Store
 
@@ -233,7 +232,7 @@ def drive(root: str, log: str) -> None:
     row_pipeline._LOST_SECONDS = 5.0
     parts = [ImageShard(shard, 200, f"digest of {shard}") for shard in "ab"]
     with connected("caption"):
-        pool = plan_pool(None, 1, living_nodes(), use_gpus=True, resources=node_resources("captioner"))
+        pool = plan_pool(None, 1, nodes_of("captioner"), use_gpus=True, resources=node_resources("captioner"))
         failed, meter = caption(Dataset(Store(root), parts, Path(log)), 0.4, pool)
     print(json.dumps(meter.record()))
     if failed:

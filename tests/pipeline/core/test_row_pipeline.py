@@ -17,7 +17,8 @@ from ray import cloudpickle
 
 from pipeline.core.errors import JobStopped
 from pipeline.core.progress import Progress
-from pipeline.core.row_pipeline import Actors, Pending, Step, stream_rows
+from pipeline.core.row_pipeline import Actors, Step, stream_rows
+from pipeline.core.shard_progress import Pending
 from pipeline.core.tables import DIED, REPORT, ROW, SHARD
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
@@ -165,6 +166,22 @@ def test_many_shards_that_fail_alike_stop_the_job(ray_address: str, recorder: Re
     }
     with pytest.raises(JobStopped, match=r"20 shards in a row failed, the last one, shard-\d+, with: PermissionError"):
         stream(recorder, broken, todo)
+
+
+def test_many_rows_that_kill_their_worker_alone_stop_the_job_instead_of_being_blamed(
+    ray_address: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.core.shard_progress._DIED_ROWS", 1)
+
+    def broken(table: pa.Table) -> Iterator[pa.Table]:
+        if table[SHARD][0].as_py() == "b" and not table[DIED][0].as_py():
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield table
+
+    todo = {name: Pending(shard=name, rows=np.arange(2, dtype=np.int32)) for name in "ab"}
+    with pytest.raises(JobStopped, match="2 of 4 rows killed their worker even when they ran alone"):
+        stream(recorder, broken, todo)
+    assert not (recorder.folder / "b").exists()
 
 
 def test_a_job_whose_actors_have_no_node_any_more_stops(

@@ -71,6 +71,6 @@ def test_a_picture_that_kills_its_process_is_rejected_alone_and_not_tried_again(
         died = rows.pop("danbooru:112", {})
         assert rows == {row[key]: row for row in undisturbed.to_pylist() if row[key] != "danbooru:112"}
         assert died.get("reason") == ("decoder died" if folder == "rejected" else None)
-    assert there.folders("images") == [], "partial files are removed"
+    assert there.folders("images/partial") == [], "partial files are removed"
     again = plan_shards(files, "auto", None, there, RULES)
     assert (again.todo, again.tiers) == ({}, {})
