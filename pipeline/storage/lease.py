@@ -3,7 +3,8 @@
 A lease is a small file in the folder that names the job. It is written under a condition (S3: If-None-Match and
 If-Match; local: a file lock), renewed by a thread, and removed when the job ends. The lease of a killed job is taken
 over: at once by a job on the same machine, where its process is seen to be gone, and elsewhere when it was not renewed
-for EXPIRY_SECONDS. Ages are differences of the storage's own clock.
+for EXPIRY_SECONDS. Ages are differences of the storage's own clock. A job that could not renew its lease for that long
+has lost it: it is interrupted, and fails even if it has done its work, because another job may have written too.
 """
 
 import fcntl
@@ -46,24 +47,28 @@ class _Holder:
 
 @contextmanager
 def lease(dataset: Store, folder: str, job: str) -> Iterator[None]:
-    """Holds the lease of a folder inside the block. `job` names the holder to others.
+    """Holds the lease of a folder inside the block. `job` names the holder to others. A job lists the folder inside the
+    block, because another job may have written it until then.
 
-    Raises JobFailed if another job holds it, or if it was lost because it could not be renewed in time.
+    Raises JobFailed if another job holds it. Raises JobFailed at the end of the block, however that ends, if the lease
+    was lost because it could not be renewed in time; errors of S3, which say why, are raised as they are.
     """
     file: _LeaseFile = _S3File(dataset, folder) if dataset.is_remote else _LocalFile(dataset, folder)
     holder = _Holder(job, platform.node(), _machine(), os.getpid(), _process_started(os.getpid()), time.time(), "")
     renewal = _Renewal(file, holder)
     try:
-        yield
-    except KeyboardInterrupt:
-        if renewal.is_lost:
-            raise JobFailed(
-                f"{file.path} was not renewed for {EXPIRY_SECONDS:.0f} s, and another job has taken it; run the same "
-                "command again when that job has ended"
-            ) from None
+        try:
+            yield
+        finally:
+            renewal.end()
+    except (S3Refused, S3Unavailable):
         raise
-    finally:
-        renewal.end()
+    except BaseException as error:
+        if renewal.is_lost:
+            raise renewal.loss() from error
+        raise
+    if renewal.is_lost:
+        raise renewal.loss()
 
 
 class _LeaseFile(Protocol):
@@ -156,52 +161,85 @@ class _LocalFile:
 
 
 class _Renewal:
-    """Takes a lease and renews it in a thread until `end`."""
+    """Takes a lease and renews it in a thread until `end`. The thread interrupts the main thread, as Ctrl-C does, when
+    the lease is lost."""
 
     def __init__(self, file: _LeaseFile, holder: _Holder) -> None:
-        self.is_lost = False
         self._file = file
         self._record = asdict(holder) | {"token": uuid.uuid4().hex}
+        self._is_taken = False  # by another job
+        self._failure = ""  # of the latest attempt to renew it
+        self._written = time.monotonic()  # before the request, so that the file is never older than this says
         self._version = self._take()
-        self._renewed = time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
+        self._thread = threading.Thread(target=self._renew_until_lost, daemon=True, name="lease")
         self._thread.start()
+
+    @property
+    def _age(self) -> float:
+        """Seconds since the lease was taken or renewed."""
+        return time.monotonic() - self._written
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another job has taken the lease or may take it."""
+        return self._is_taken or self._age > EXPIRY_SECONDS
+
+    def loss(self) -> JobFailed:
+        """The error of a job whose lease is lost."""
+        why = f" ({self._failure})" if self._failure else ""
+        other = "another job has taken it" if self._is_taken else "another job may have taken it"
+        return JobFailed(
+            f"{self._file.path} was not renewed for {EXPIRY_SECONDS:.0f} s{why}, and {other}; run the same command "
+            "again when no other job writes this folder"
+        )
 
     def _content(self) -> bytes:
         """New at every renewal, so that the version changes."""
         return json.dumps(self._record | {"renewed": time.time()}).encode()
 
+    def _is_own(self, content: bytes) -> bool:
+        return self._record["token"].encode() in content
+
     def _take(self) -> str:
         for _ in range(_TRIES):
             found = self._file.read()
-            if found and self._record["token"].encode() in found[0]:
+            if found and self._is_own(found[0]):
                 return found[1]  # the answer to this job's own request was lost, and the request repeated
             if found:
                 _check_free(self._file.path, found[0], found[2])
+            self._written = time.monotonic()
             if version := self._file.write(self._content(), found[1] if found else None):
                 return version
         raise JobFailed(f"other jobs are starting to write {self._file.path}; run the same command again")
 
-    def _renew(self) -> None:
+    def _renew_until_lost(self) -> None:
         while not self._stop.wait(_RENEWAL_SECONDS):
-            with suppress(OSError, S3Refused, S3Unavailable):  # the job itself meets the same error
-                version = self._file.write(self._content(), self._version)
-                if version is None:
-                    found = self._file.read()
-                    if not (found and self._record["token"].encode() in found[0]):
-                        self.is_lost = True
-                        # Interrupts the job as Ctrl-C does.
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                        return
-                    version = found[1]
-                self._version, self._renewed = version, time.monotonic()
+            try:
+                self._renew()
+                self._failure = ""
+            except Exception as error:  # whatever it is, the lease is not renewed
+                self._failure = " ".join(f"{type(error).__name__}: {error}".split())
+            if self.is_lost:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    def _renew(self) -> None:
+        started = time.monotonic()
+        version = self._file.write(self._content(), self._version)
+        if version is None:
+            found = self._file.read()
+            if not (found and self._is_own(found[0])):
+                self._is_taken = True
+                return
+            version = found[1]  # the answer to an earlier request was lost
+        self._version, self._written = version, started
 
     def end(self) -> None:
         """Ends the renewal, and removes the lease unless another job may have taken it."""
         self._stop.set()
         self._thread.join()
-        if not self.is_lost and time.monotonic() - self._renewed < EXPIRY_SECONDS - _RENEWAL_SECONDS:
+        if not self._is_taken and self._age < EXPIRY_SECONDS - _RENEWAL_SECONDS:
             with suppress(OSError, S3Refused, S3Unavailable):  # it expires by itself
                 self._file.remove(self._version)
 

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from typing import Any, BinaryIO, TypeVar
@@ -262,31 +262,36 @@ def _whole(files: Any, body: Any) -> bytes:
 
 
 def read_versioned(path: str) -> tuple[bytes, str, float] | None:
-    """Content, ETag and age (seconds by the server's clock) of a small file; None if there is none."""
+    """Content, ETag and age (seconds by the server's clock, or by this machine's if the answer has no date) of a small
+    file; None if there is none. Raises S3Refused if there is no bucket."""
     with _session(path) as files:
         bucket, key, _ = files.split_path(path)
         try:
             found = files.call_s3("get_object", Bucket=bucket, Key=key)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _answer(error)[1] == "NoSuchBucket":
+                raise
             return None
         content = _whole(files, found["Body"])
-    now = found["ResponseMetadata"]["HTTPHeaders"].get("date")
-    age = (parsedate_to_datetime(now) - found["LastModified"]).total_seconds() if now else 0.0
-    return content, str(found["ETag"]), age
+    date = found["ResponseMetadata"]["HTTPHeaders"].get("date")
+    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+    return content, str(found["ETag"]), (now - found["LastModified"]).total_seconds()
 
 
 def put_if(path: str, content: bytes, etag: str | None) -> str | None:
     """Writes a small file if it still has this ETag or, for None, if it does not exist. Returns its new ETag, None if
-    the condition does not hold."""
+    the condition does not hold. Raises S3Refused if there is no bucket."""
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     with _session(path) as files:
         bucket, key, _ = files.split_path(path)
         try:
             answer = files.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **condition)
         except Exception as error:
-            if _answer(error)[0] == 501:  # a server without conditional writes
+            status, code, _ = _answer(error)
+            if status == 501:  # a server without conditional writes
                 answer = files.call_s3("put_object", Bucket=bucket, Key=key, Body=content)
-            elif _answer(error)[0] in (404, 409, 412):  # 404: the file is gone; 409: written at the same time
+            elif status in (404, 409, 412) and code != "NoSuchBucket":
+                # 404: the file is gone; 409: it is written at the same time
                 return None
             else:
                 raise

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import JobFailed
+from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
 from pipeline.storage import lease as leases
 from pipeline.storage import s3
 from pipeline.storage.lease import NAME, lease
@@ -105,7 +106,7 @@ def test_the_lease_of_another_machine_or_an_unknown_job_expires(
     monkeypatch.setattr(leases, "EXPIRY_SECONDS", 0.5)
     time.sleep(2)  # S3 gives ages in seconds
     with lease(store, "images", "second.py"):
-        pass
+        monkeypatch.setattr(leases, "EXPIRY_SECONDS", 120.0)  # of its own lease
 
 
 def test_of_jobs_that_start_together_one_writes(store: Store) -> None:
@@ -177,6 +178,62 @@ def test_a_job_that_lost_its_lease_ends(store: Store, monkeypatch: pytest.Monkey
     assert json.loads(store.read(f"images/{NAME}"))["token"] == "of another", "the other's lease stays"
 
 
+class Unable(Exception):
+    """No error that the storage is known to raise."""
+
+
+@pytest.fixture
+def unable_to_renew(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store in which a lease can be taken, but not renewed within its second."""
+    monkeypatch.setattr(leases, "EXPIRY_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "_RENEWAL_SECONDS", 0.1)
+    file = leases._S3File if store.is_remote else leases._LocalFile
+    write = file.write
+
+    def write_first(self: Any, content: bytes, version: str | None) -> str | None:
+        if version is not None:
+            raise Unable("no\nmore")
+        return write(self, content, version)
+
+    monkeypatch.setattr(file, "write", write_first)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield store
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_job_that_cannot_renew_its_lease_is_interrupted(unable_to_renew: Store) -> None:
+    def work() -> None:
+        with lease(unable_to_renew, "images", "first.py"):
+            time.sleep(20)
+
+    started = time.monotonic()
+    with pytest.raises(JobFailed, match=r"not renewed for 1 s \(Unable: no more\), and another job may have taken it"):
+        work()
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    "end", [None, UsageError("no row is left"), KeyboardInterrupt()], ids=["well", "error", "stop"]
+)
+def test_a_job_whose_lease_expired_fails_however_it_ends(
+    unable_to_renew: Store, monkeypatch: pytest.MonkeyPatch, end: BaseException | None
+) -> None:
+    monkeypatch.setattr(leases, "_RENEWAL_SECONDS", 60.0)  # it ends before the next attempt
+    with pytest.raises(JobFailed, match="may have taken it"), lease(unable_to_renew, "images", "first.py"):  # noqa: PT012
+        time.sleep(1.2)
+        if end:
+            raise end
+    assert unable_to_renew.exists(f"images/{NAME}"), "it may be another's by now"
+
+
+def test_a_silent_s3_is_named_although_the_lease_expired(unable_to_renew: Store) -> None:
+    with pytest.raises(S3Unavailable, match="no proper answer"), lease(unable_to_renew, "images", "first.py"):  # noqa: PT012
+        try:
+            time.sleep(20)
+        except KeyboardInterrupt:
+            raise S3Unavailable("no proper answer") from None
+
+
 def test_a_job_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyError), lease(Store(str(tmp_path / "new")), "images", "first.py"):
         raise KeyError
@@ -204,3 +261,31 @@ def test_a_conditional_write_compares_versions(bucket: str, tmp_path: Path) -> N
     assert found
     assert found[:2] == (b"2", second)
     assert 0 <= found[2] < 60
+
+
+def test_a_missing_bucket_is_named(bucket: str) -> None:
+    missing = "s3://no-such-bucket/a"
+    with pytest.raises(S3Refused, match="no bucket for"):
+        s3.read_versioned(f"{missing}/images/{NAME}")
+    for version in (None, '"0123"'):
+        with pytest.raises(S3Refused, match="no bucket for"):
+            s3.put_if(f"{missing}/images/{NAME}", b"1", version)
+    with pytest.raises(S3Refused, match="create it"), lease(Store(missing), "images", "first.py"):
+        pytest.fail("there is no place for a lease")
+
+
+def test_an_answer_without_a_date_has_an_age(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{bucket}/{tmp_path.name}/one"
+    assert s3.put_if(path, b"1", None)
+    files = s3.connect(path)
+    answer = files.call_s3
+
+    def undated(method: str, **request: Any) -> Any:
+        found = answer(method, **request)
+        found["ResponseMetadata"]["HTTPHeaders"].pop("date", None)
+        return found | {"LastModified": found["LastModified"] - timedelta(hours=1)}
+
+    monkeypatch.setattr(files, "call_s3", undated)
+    found = s3.read_versioned(path)
+    assert found
+    assert 3590 < found[2] < 3700
