@@ -15,7 +15,7 @@ from pipeline.curation.quality import POST_COLUMNS, PRESETS, QualityTable, posts
 from pipeline.storage.posts import read_images
 from pipeline.storage.shards import Store
 
-BYTES_PER_ROW: Final = 50  # measured with ten million rows
+BYTES_PER_ROW: Final = 50  # estimated from the columns that are read
 
 # Borders are kept until the dataset has grown or shrunk by more than this share.
 _BORDERS_KEPT = 0.1
