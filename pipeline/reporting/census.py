@@ -1,12 +1,12 @@
 """Counts a dataset: one pass over the small columns of every shard, without reading pictures.
 
-Memory does not grow with the number of rows. Everything is counted once per view: view 0 is the whole dataset, the
+Memory grows with the rows of a shard, not of the dataset. Everything is counted once per view: view 0 is the whole dataset, the
 others are its selections. Shards are added up in the order of their names, so that the result is reproducible.
 """
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.core.errors import UsageError
+from pipeline.core.errors import JobFailed, UsageError
 from pipeline.core.records import TAG_CATEGORIES
 from pipeline.curation.command import curate_command
 from pipeline.reporting.counts import TagCounts, add_words, count_words
@@ -27,12 +27,14 @@ from pipeline.reporting.measures import (
     caption_words,
     image_values,
 )
+from pipeline.storage.posts import read_images
 from pipeline.storage.scan import map_in_order, read_batches, row_count
 from pipeline.storage.shards import Store
 
 SOURCES = ("danbooru", "pixiv", "other")
 IMAGE_WORDS = ("rating", "source", "format")
 SELECTION_WORDS = ("quality", "era", "rating")
+_BATCH_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ class Census:
 
 
 def take_census(store: Store, selections: Sequence[str], wanted: Iterable[str], captions: str = "captions") -> Census:
-    """Counts every row of images/ with its caption and selections, and finds the rows of the wanted ids.
+    """Counts every row of images/ with its caption and selections, and finds the rows of the wanted ids. Ratings, tags
+    and votes are those that ingest.py --refresh has brought up to date, as in curate.py.
 
-    `captions` is the folder of the captions. Raises UsageError if captions or a selection do not fit their images.
+    `captions` is the folder of the captions. Raises UsageError if captions, posts or a selection do not fit their
+    images, JobFailed if a file cannot be read.
     """
     ids = pa.array(sorted(set(wanted)), pa.string())
     shards = {folder: set(store.shards(folder)) for folder in (captions, *map("selections/{}".format, selections))}
@@ -117,7 +121,7 @@ def _count_shard(
     census.rows += masks.sum(axis=1)
 
     source, start = np.empty(rows, np.intp), 0
-    for batch in read_batches(store, file, ["id", *IMAGE_WORDS, *IMAGE_COLUMNS]):
+    for batch in _image_batches(store, shard):
         part = slice(start, start + batch.num_rows)
         source[part] = pc.fill_null(pc.index_in(batch["source"], pa.array(SOURCES)), len(SOURCES) - 1).to_numpy()
         for measure, values in zip(IMAGE_MEASURES, image_values(batch), strict=True):
@@ -134,6 +138,22 @@ def _count_shard(
     if captions in folders:
         _count_captions(census, store, f"{captions}/{shard}.parquet", source, masks)
     return census
+
+
+def _image_batches(store: Store, shard: str) -> Iterator[pa.RecordBatch]:
+    """The small columns of images/<shard>, as refreshed. Raises UsageError if posts/<shard> has other rows, JobFailed
+    if a file cannot be read."""
+    try:
+        images = read_images(store, shard, ["id", *IMAGE_WORDS, *IMAGE_COLUMNS])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        files = [file for folder in ("images", "posts") if store.exists(file := f"{folder}/{shard}.parquet")]
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobFailed(
+            f"cannot read {' or '.join(map(store.path, files))}: {why}; remove it and run the job that wrote it"
+        ) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    yield from images.to_batches(_BATCH_ROWS)
 
 
 def _selected_rows(census: Census, view: int, store: Store, name: str, shard: str, rows: int) -> NDArray[np.int32]:

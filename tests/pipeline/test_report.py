@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipeline import report
 from pipeline.core.errors import JobFailed, UsageError
-from pipeline.core.records import CAPTIONS, IMAGES, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
+from pipeline.core.records import CAPTIONS, IMAGES, POSTS, REJECTED, SELECTION, TAG_CATEGORIES, TEXT_CATEGORIES, TIER
 from pipeline.reporting import counts, report_page
 from pipeline.reporting.census import SOURCES, take_census
 from pipeline.reporting.findings import Findings, duplicate_pairs, survey
@@ -209,6 +209,28 @@ def test_rows_in_are_rows_out_and_rejected_at_every_step(surveyed: Surveyed) -> 
     for step in (captioned, *selections):
         assert step.rows + sum(share.count for share in step.lost) == ingested.rows == 120
         assert step.command is None
+
+
+def test_ratings_tags_and_votes_are_those_of_the_last_refresh_as_in_curate(store: Store) -> None:
+    images = write_dataset(store, shards=2, rows=20)
+    before = take_census(store, ["demo"], ["danbooru:3"])
+    fresh = {"rating": "explicit", "score": 2_000_000, "favourites": None, "tags_general": ["fresh"], "deleted": False}
+    posts = [{name: (row | fresh)[name] for name in POSTS.names} for row in images["part-0"]]
+    write(store, "posts/part-0", posts, POSTS)
+    after = take_census(store, ["demo"], ["danbooru:3"])
+    assert ("fresh", 20, 10) in after.tags["general"].top(50)[0]
+    assert after.words[0, "rating"]["explicit"] == 20 + sum(row["rating"] == "explicit" for row in images["part-1"])
+    [votes] = [measure for measure in IMAGE_MEASURES if measure.name == "score"]
+    assert after.histograms["score"][0, :, votes.bin_of(np.array([2e6]))].sum() == 20
+    assert after.histograms["favourites"][0].sum() == 20
+    assert after.places["danbooru:3"].rating == "explicit"
+    assert (after.histograms["megapixels"] == before.histograms["megapixels"]).all()
+    write(store, "posts/part-0", posts[1:], POSTS)
+    with pytest.raises(UsageError, match=r"posts/part-0\.parquet has other rows .*run ingest\.py --refresh"):
+        survey(store)
+    store.write("posts/part-0.parquet", b"PAR1")
+    with pytest.raises(JobFailed, match=r"cannot read .*images/part-0\.parquet or .*posts/part-0\.parquet: "):
+        survey(store)
 
 
 def test_the_pictures_are_not_read_for_the_census(store: Store) -> None:
