@@ -31,7 +31,7 @@ def test_a_partial_run_cannot_overwrite_the_whole_table() -> None:
 
 @pytest.mark.cluster
 def test_jobs_with_a_killed_process_write_what_undisturbed_ones_write() -> None:
-    """Seed 212 kills a raylet during caption, an actor during score, the driver of ingest and a worker during curate."""
+    """Seed 212 kills the raylet of a node, an actor, a driver and a worker, each during another job."""
     done = run_benchmark("chaos", "--kills", "4", "--seed", "212", "--images", "120")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     killed = [line.split()[1:3] for line in done.stdout.splitlines() if line.endswith("identical")]

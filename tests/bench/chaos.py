@@ -43,6 +43,7 @@ _SECONDS: Final = 240.0  # in which a job must end
 _RUNS: Final = 5  # of a job after a kill, until it must have ended with 0
 _NODE_SECONDS: Final = 120.0  # in which a node must start
 _NODE_TRIES: Final = 3
+_NO_WORK: Final = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # agents end with their node
 _SIDE: Final = 32  # pixels of the classifier's input
 _RAY_SETTINGS: Final = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
@@ -85,11 +86,15 @@ class Kill:
     after: float  # seconds after Ray was ready
     codes: tuple[int, ...]  # exit codes of the job's runs
     deviations: tuple[str, ...]
+    said: tuple[str, ...]  # last lines of runs that failed
 
     def __str__(self) -> str:
         codes = ", ".join(map(str, self.codes))
         result = "; ".join(self.deviations) or "identical"
-        return f"{self.job:8} {self.victim:7} {self.process:40} after {self.after:5.1f} s  exits {codes:12} {result}"
+        said = "".join(f"\n    {line}" for line in self.said)
+        return (
+            f"{self.job:8} {self.victim:7} {self.process:40} after {self.after:5.1f} s  exits {codes:12} {result}{said}"
+        )
 
 
 def main() -> None:
@@ -143,6 +148,7 @@ class Chaos:
     server: str
     content: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each job's output
     seconds: dict[str, float] = field(default_factory=dict)  # that each job works
+    started_jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
     @contextmanager
@@ -155,7 +161,12 @@ class Chaos:
                 draw = ["pipeline/sample_data.py", "--images", str(images), "--out", str(folder / "raw")]
                 environment = cluster.environment()
                 subprocess.run([sys.executable, *draw], cwd=ROOT, env=environment, check=True, capture_output=True)
-                yield chaos
+                try:
+                    yield chaos
+                finally:
+                    for process in chaos.started_jobs:
+                        process.kill()
+                        process.wait()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -183,6 +194,7 @@ class Chaos:
                 [sys.executable, f"pipeline/{job.name}.py", "--dataset", str(dataset), *flags],
                 cwd=ROOT, env=self.cluster.environment(), stdout=output, stderr=output,
             )  # fmt: skip
+        self.started_jobs.append(process)
         return Running(process, log)
 
     def kill(self, name: str, victim: str, rng: random.Random) -> Kill:
@@ -201,56 +213,55 @@ class Chaos:
             wait_for(running.is_ready)
             ready = time.monotonic()
             wait_for(lambda: time.monotonic() - ready > moment * self.seconds[name] or running.has_ended)  # noqa: B023
-            process = self._found(victim, running, rng)
-            if process is not None:
-                break
+            found = self._found(victim, running, rng)
+            after = time.monotonic() - ready
+            if found is not None:
+                with suppress(psutil.NoSuchProcess):
+                    found[0].kill()
+                    break
             assert running.wait() == 0, running.output
             moment *= 0.6  # the job was over before
         else:
             raise AssertionError(f"{name} had no {victim}")
-        title = " ".join(process.cmdline())[:40] if victim in ("worker", "actor") else process.name()
-        after = time.monotonic() - ready
-        process.kill()
         if victim == "raylet":
             self.cluster.restart_second()
-        codes, deviations = self._until_done(job, dataset, running)
+        codes, deviations, said = self._until_done(job, dataset, running)
         if codes[-1] == 0:
             deviations += differences(self.content[name], content(dataset, job))
-        return Kill(name, victim, title, after, codes, tuple(deviations))
+        return Kill(name, victim, found[1][:40], after, codes, tuple(deviations), tuple(said))
 
-    def _found(self, victim: str, running: "Running", rng: random.Random) -> psutil.Process | None:
-        """A process of this kind while the job runs, None if the job ends without one."""
+    def _found(self, victim: str, running: "Running", rng: random.Random) -> tuple[psutil.Process, str] | None:
+        """A process of this kind with its title while the job runs, None if the job ends without one."""
         while not running.has_ended:
             if victim == "driver":
-                return psutil.Process(running.process.pid)
+                return psutil.Process(running.process.pid), "driver"
             if victim == "raylet":
-                return self.cluster.nodes[1].raylet
-            found = [
-                process
-                for process, title in self.cluster.workers()
-                if title.startswith("ray::MapWorker") == (victim == "actor")
-            ]
-            if found:
+                return self.cluster.nodes[1].raylet, "raylet"
+            workers = self.cluster.workers()
+            if found := [each for each in workers if each[1].startswith("ray::MapWorker") == (victim == "actor")]:
                 return rng.choice(found)
             time.sleep(0.02)
         return None
 
-    def _until_done(self, job: Job, dataset: Path, running: "Running") -> tuple[tuple[int, ...], list[str]]:
-        """Exit codes of the job's runs until one is 0, and what a user should not see in them."""
+    def _until_done(self, job: Job, dataset: Path, running: "Running") -> tuple[tuple[int, ...], list[str], list[str]]:
+        """Exit codes of the job's runs until one is 0, what a user should not see in them, and the last lines of those
+        that failed by themselves."""
         codes: list[int] = []
         wrong: list[str] = []
+        said: list[str] = []
         while len(codes) < _RUNS:
-            code = running.wait()
-            codes.append(code)
-            if "Traceback" in running.output:
-                wrong.append(f"traceback: {running.output.splitlines()[-1]}")
-            if code == 0:
-                return tuple(codes), wrong
-            if code not in (-signal.SIGKILL, 1):
-                wrong.append(f"exit {code}: {running.output.splitlines()[-1]}")
-            running = self.start(job, dataset)
-        running.process.kill()
-        return tuple(codes), [*wrong, f"not done after {_RUNS} runs: {running.output.splitlines()[-1:]}"]
+            codes.append(running.wait())
+            last = running.output.splitlines()[-1:]
+            wrong += [f"traceback: {line}" for line in last if "Traceback" in running.output]
+            if codes[-1] == 0:
+                return tuple(codes), wrong, said
+            if codes[-1] == 1:
+                said += last
+            elif codes[-1] != -signal.SIGKILL:
+                wrong += [f"exit {codes[-1]}: {line}" for line in last]
+            if len(codes) < _RUNS:
+                running = self.start(job, dataset)
+        return tuple(codes), [*wrong, f"not done after {_RUNS} runs"], said
 
 
 @dataclass
@@ -408,7 +419,7 @@ class Cluster:
             for process in node.raylet.children():
                 with suppress(psutil.NoSuchProcess):
                     title = " ".join(process.cmdline())
-                    if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                    if title.startswith("ray::") and not title.startswith(_NO_WORK):
                         found.append((process, title))
         return found
 
@@ -493,7 +504,7 @@ def answering() -> Iterator[str]:
 
 def save_classifier(folder: Path) -> None:
     """A classifier whose two scores depend on the mean colour."""
-    weights_CL = np.float32([[1, -2], [0, 3], [2, 1]])
+    weights_CL = np.array([[1, -2], [0, 3], [2, 1]], np.float32)
     nodes = [
         helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
         helper.make_node("MatMul", ["mean", "weights"], ["logits"]),
@@ -503,7 +514,7 @@ def save_classifier(folder: Path) -> None:
         "classifier",
         [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, _SIDE, _SIDE])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2])],
-        [numpy_helper.from_array(np.int64([2, 3]), "axes"), numpy_helper.from_array(weights_CL, "weights")],
+        [numpy_helper.from_array(np.array([2, 3]), "axes"), numpy_helper.from_array(weights_CL, "weights")],
     )
     folder.mkdir()
     onnx.save(
