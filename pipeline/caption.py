@@ -28,9 +28,11 @@ def main() -> None:
     job = parse_args(str(__doc__))
     dataset = Store(job.dataset)
     catalog = Catalog(dataset)
-    catalog.refresh("images", "posts", job.folder)
-    images = catalog.images()
     with ExitStack() as session:
+        if not job.trial:
+            session.enter_context(lease(dataset, job.folder, "caption.py"))
+        catalog.refresh("images", "posts", job.folder)
+        images = catalog.images()
 
         @cache  # called where Ray is needed, it connects once
         def connect() -> None:
@@ -47,8 +49,7 @@ def main() -> None:
             trial = partial(run_trial, task, rows_of, job.trial, job.engines or 1, job.dollars_per_hour)
             place.run(trial, connect, job.tensor_parallel)
             return
-        with lease(dataset, job.folder, "caption.py"):
-            caption(job, place, catalog, images, connect)
+        caption(job, place, catalog, images, connect)
 
 
 def caption(

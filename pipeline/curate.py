@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 
 from pipeline.core.jobs import run
@@ -36,21 +37,22 @@ def main() -> None:
         print("\n".join(compare(dataset, *job.diff)), flush=True)
         return
     rules = resolve_rules(job, dataset)
-    tags, inputs = tag_rules(rules), read_inputs(dataset, rules, not job.explain, job.captions_folder)
     folder = f"selections/{job.name}"
-    borders = partial(quality_table, dataset, folder, inputs, rules.preset, job.new_quality)
-    curation = partial(Curation, dataset.root, job.name, rules, tags, captions=job.captions_folder)
-    if job.explain:
-        for line in explain(curation(quality=borders()[0]), list(inputs.images), job.explain):
-            print(line, flush=True)
-    elif job.plan:
-        for line in plan_lines(curation(quality=borders()[0]), inputs):
-            print(f"curate: {line}")
-    else:
-        with lease(dataset, folder, "curate.py"), OnRay() as ray:
-            quality, saved = borders(ray)
-            dataset.write(f"{folder}/quality.json", saved.encode())
-            curate(curation(quality=quality), inputs, ray, job.recorded)
+    with nullcontext() if job.plan or job.explain else lease(dataset, folder, "curate.py"):
+        tags, inputs = tag_rules(rules), read_inputs(dataset, rules, not job.explain, job.captions_folder)
+        borders = partial(quality_table, dataset, folder, inputs, rules.preset, job.new_quality)
+        curation = partial(Curation, dataset.root, job.name, rules, tags, captions=job.captions_folder)
+        if job.explain:
+            for line in explain(curation(quality=borders()[0]), list(inputs.images), job.explain):
+                print(line, flush=True)
+        elif job.plan:
+            for line in plan_lines(curation(quality=borders()[0]), inputs):
+                print(f"curate: {line}")
+        else:
+            with OnRay() as ray:
+                quality, saved = borders(ray)
+                dataset.write(f"{folder}/quality.json", saved.encode())
+                curate(curation(quality=quality), inputs, ray, job.recorded)
 
 
 def resolve_rules(job: CurateJob, dataset: Store) -> Rules:

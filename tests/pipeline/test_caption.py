@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +29,10 @@ from PIL import Image
 from captioner.engines import EngineFailure
 from captioner.prompts import PROMPT_VERSION
 from captioner.requests import CaptionReason
+from pipeline.captions.tag_captions import caption_shard, image_shards
 from pipeline.core.records import CAPTIONS, IMAGES
+from pipeline.storage import lease as leases
+from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 
 Finished = subprocess.CompletedProcess[str]
@@ -430,6 +434,37 @@ def test_captions_of_tags_do_not_replace_those_of_a_model(call_job: RunJob, tmp_
 @pytest.fixture(scope="module")
 def one_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("one"), {"a": range(1)})
+
+
+def caption_by(model: str | None, root: Path) -> None:
+    """What caption.py writes for all shards: captions of a model, or None: from tags."""
+    catalog = Catalog(Store(str(root)))
+    for part in image_shards(catalog, catalog.images()).values():
+        caption_shard(part, str(root), "captions")
+        if model:
+            name = f"captions/{part.shard}.parquet"
+            made_from = json.dumps({"engine": "vllm", "model": model})
+            catalog.dataset.write_table(name, catalog.dataset.read_table(name), CAPTIONS, made_from=made_from)
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "said"),
+    [("a-pixtral", 2, "has captions of a-pixtral"), (None, 0, "1 image shards, 1 already captioned")],
+)
+def test_captions_of_a_job_that_ended_before_this_one_has_the_lease_are_kept(
+    call_job: RunJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str | None, code: int, said: str
+) -> None:
+    root = write_images(tmp_path, {"a": range(2)})
+
+    @contextmanager
+    def late(*arguments: object) -> Iterator[None]:
+        caption_by(model, root)
+        yield
+
+    monkeypatch.setattr(leases, "lease", late)
+    job = call_job("pipeline/caption.py", "--dataset", root, "--engine", "tags")
+    assert job.returncode == code, job.stderr
+    assert said in job.stdout + job.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ Shards are processed one after the other in this process; test_jobs.py runs the 
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -26,6 +28,7 @@ from pipeline.curation.plan import CurationInputs, plan_lines, read_inputs, rule
 from pipeline.curation.selection import Curation, ShardWork
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
 from pipeline.curation.survey import quality_table
+from pipeline.storage import lease as leases
 from pipeline.storage import run_record
 from pipeline.storage.content import content_digest
 from pipeline.storage.manifest import Catalog
@@ -470,6 +473,22 @@ def test_a_plan_lists_what_would_be_done_and_writes_nothing(dataset: Dataset) ->
 
 
 # --- Questions --------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_are_listed_once_the_job_has_the_lease(
+    call_job: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: pytest.MonkeyPatch, dataset: Dataset
+) -> None:
+    @contextmanager
+    def late(store: Store, folder: str, job: str) -> Iterator[None]:
+        store.remove("captions/b.parquet")
+        yield
+
+    dataset.add("a", image("danbooru:1"))
+    dataset.add("b", image("danbooru:2"))
+    monkeypatch.setattr(leases, "lease", late)
+    refused = call_job("pipeline/curate.py", "--dataset", dataset.store.root)
+    assert refused.returncode == 2
+    assert "1 of 2 shards have no captions, first b" in refused.stderr
 
 
 def explained(dataset: Dataset, name: str, rules: Rules = RULES) -> str:

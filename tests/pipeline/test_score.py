@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -40,6 +41,7 @@ from pipeline.core.tables import labelled as with_shard
 from pipeline.pictures.classifiers import digest, load_classifier
 from pipeline.scores.commit import commit_shard, write_rows
 from pipeline.scores.scoring import ScoreShard, loading, plan_scores, prepare_rows, read_images
+from pipeline.storage import lease as leases
 from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 
@@ -538,6 +540,21 @@ def test_only_shards_with_another_model_or_other_images_are_scored_again(
     planned = call_job(*command, "--name", "marks", "--plan")
     assert "scoring 2 of 2 shards: 2 changed: model" in succeeded(planned)
     assert times(folder) == second
+
+
+def test_scores_of_a_job_that_ended_before_this_one_has_the_lease_are_kept(
+    call_job: RunJob, monkeypatch: pytest.MonkeyPatch, dataset: Path, scored: Scored
+) -> None:
+    @contextmanager
+    def late(store: Store, folder: str, job: str) -> Iterator[None]:
+        made_from = json.dumps({"model": "of another job"})
+        table = pa.table({"id": pa.array([], pa.string()), "x": pa.array([], pa.float32())})
+        store.write_table(f"{folder}/b.parquet", table, scores_schema(["x"]), made_from=made_from)
+        yield
+
+    monkeypatch.setattr(leases, "lease", late)
+    job = call_job("pipeline/score.py", "--dataset", dataset, "--model", scored.model)
+    assert "has scores of another model" in refused(job)
 
 
 def test_scores_of_another_model_stay_until_the_new_ones_replace_them(
