@@ -18,9 +18,12 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline.core.errors import JobFailed, JobStopped, S3Refused, S3Unavailable, UsageError
+from pipeline.core.cluster import at_most_a_node
+from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
+from pipeline.core.failures import ShardFailures, is_fatal, reason
 from pipeline.core.metrics import JobMetrics
 from pipeline.core.progress import progress_bar
+from pipeline.core.row_pipeline import ClusterWatch, consume
 
 T = TypeVar("T")
 
@@ -38,40 +41,43 @@ def map_shards(
     """Runs `work` on each shard (by name) in parallel, with a progress bar over rows and Ray metrics (see JobMetrics).
     `work` may return the shard's rows by outcome; by default all are "done".
 
-    `memory` is the bytes that a task may need: a node runs only as many at once as fit in its memory. All shards are
-    tried. Returns the reason for each shard on which `work` raised or whose process died. Raises JobFailed if Ray
-    itself gave up.
+    `memory` is the bytes that a task may need: a node runs only as many at once as fit in its memory. Returns the
+    reason for each shard on which `work` raised or whose process died. Raises JobStopped if no other shard could be
+    done either: the disk is full, S3 refuses or does not answer, `work` says so, no node is left, or many shards in a
+    row fail for the same reason. Raises JobFailed if Ray itself gave up.
     """
 
-    def run(item: dict[str, Any]) -> dict[str, str]:
-        failure, outcomes = _attempt(work, pickle.loads(item["shard"]))
-        return {"name": item["name"], "failure": failure, "outcomes": json.dumps(outcomes)}
+    def run(item: dict[str, Any]) -> dict[str, Any]:
+        failure, fatal, outcomes = _attempt(work, pickle.loads(item["shard"]))
+        return {"name": item["name"], "failure": failure, "fatal": fatal, "outcomes": json.dumps(outcomes)}
 
     items = [{"name": name, "shard": pickle.dumps(shard)} for name, shard in shards.items()]
     todo = ray.data.from_items(items, override_num_blocks=len(items))
     # A process that dies fails only its own shard. (Do not use this where Ray Data reads files: rows would be lost.)
     todo.context.max_errored_blocks = -1
+    memory = at_most_a_node(memory)
     with warnings.catch_warnings():
         # Passing the number of retries is deprecated in 2.60, which has no other way to set it yet.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = todo.map(run, memory=_at_most_a_node(memory), max_retries=_RETRIES)
-    failures = dict.fromkeys(shards, "its process died; the log names Ray's own logs")
+        results = todo.map(run, memory=memory or None, max_retries=_RETRIES)
+    results.set_name(description)
+    failures, silent = ShardFailures(), set(shards)
+    needs = {"CPU": 1.0} | ({"memory": memory} if memory else {})
     with (
         progress_bar(iter(()), sum(map(rows, shards.values())), description, "rows") as bar,
         JobMetrics(description, bar) as metrics,
     ):
-        try:
-            for item in results.iter_rows():
+        for table in consume(results, ClusterWatch(description, [needs])):
+            for item in () if table is None else table.to_pylist():
                 count = rows(shards[item["name"]])
                 bar.update(count)
                 metrics.add(item["failure"], json.loads(item["outcomes"]) or {"done": count})
-                del failures[item["name"]]
+                silent.discard(item["name"])
                 if item["failure"]:
-                    failures[item["name"]] = item["failure"]
-        except RayError as error:
-            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-            raise JobFailed(f"{description}: {cause}; finished shards are kept, run the same command again") from error
-    return failures
+                    failures.fail(item["name"], item["failure"], item["fatal"])
+                else:
+                    failures.succeed()
+    return failures | dict.fromkeys(silent, "its process died; the log names Ray's own logs")
 
 
 def run_task(work: Callable[[], T], memory: int, description: str) -> T:
@@ -79,9 +85,10 @@ def run_task(work: Callable[[], T], memory: int, description: str) -> T:
 
     `memory` is the bytes that it may need: the task waits until a node has that much to spare. A minute without a
     result is reported on stderr. Raises UsageError if no node has so much memory, and JobFailed, with one line, if the
-    work raised an error that is not about the job's input or if its process died in every attempt.
+    work raised an error that is not about the job's input, if its process died in every attempt, or if all nodes with
+    so much memory are gone.
     """
-    most = max(node.get("memory", 0) for node in _nodes())
+    most = at_most_a_node(memory)
     if memory > most:
         raise UsageError(
             f"{description} needs {memory / 1e9:.1f} GB of memory in one process, and no node of this Ray offers more "
@@ -90,6 +97,11 @@ def run_task(work: Callable[[], T], memory: int, description: str) -> T:
     result = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_as_function(work)).remote()
     started = time.monotonic()
     while not ray.wait([result], timeout=_REPORT_SECONDS)[0]:
+        if memory > at_most_a_node(memory):
+            raise JobFailed(
+                f"{description}: the last node with {memory / 1e9:.1f} GB of memory is gone; start one and run the "
+                "same command again"
+            )
         minutes = (time.monotonic() - started) / 60
         print(f"{description}: no result after {minutes:.0f} min", file=sys.stderr, flush=True)
     try:
@@ -99,7 +111,7 @@ def run_task(work: Callable[[], T], memory: int, description: str) -> T:
         cause = error.cause
         if isinstance(cause, UsageError | JobFailed | S3Refused | S3Unavailable):
             raise cause from None
-        raise JobFailed(f"{description}: {type(cause).__name__}: {_first_line(cause)}") from error
+        raise JobFailed(f"{description}: {reason(cause)}") from error
     except RayError as error:
         raise JobFailed(
             f"{description}: its process died in each of {_RETRIES + 1} attempts, perhaps out of memory "
@@ -120,24 +132,11 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _at_most_a_node(memory: int) -> float | None:
-    """A task that asks for more memory than any node has would wait for ever."""
-    most = max(node.get("memory", 0) for node in _nodes())
-    return min(memory, most) if memory else None
-
-
-def _nodes() -> list[dict[str, float]]:
-    """The resources of each living node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[str, Mapping[str, int] | None]:
-    """The reason for failing, "" on success, and what `work` returned. Every exception but JobStopped is a reason:
-    other shards must still be done."""
+def _attempt(work: Callable[[T], Mapping[str, int] | None], shard: T) -> tuple[str, bool, Mapping[str, int] | None]:
+    """The reason for failing, "" on success, whether it is fatal, and what `work` returned. An exception would be
+    swallowed: Ray Data takes it for a process that died."""
     try:
-        return "", work(shard)
-    except JobStopped:
-        raise
+        return "", False, work(shard)
     except Exception as error:
         traceback.print_exc()  # goes to the worker's own log
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", None
+        return reason(error) or type(error).__name__, is_fatal(error), None

@@ -9,11 +9,16 @@ class JobFailed(Exception):
     """The job could not do all of its work; the message says what is missing. Exit code 1."""
 
 
+_NAMED = 5  # failed shards, in a message
+
+
 class ShardsFailed(JobFailed):
-    """Some shards failed; all others are finished."""
+    """Some shards failed; all others are finished. The message names the first five."""
 
     def __init__(self, failures: dict[str, str]) -> None:
-        listed = "; ".join(f"{name} ({why})" for name, why in sorted(failures.items()))
+        listed = "; ".join(f"{name} ({why})" for name, why in sorted(failures.items())[:_NAMED])
+        if len(failures) > _NAMED:
+            listed += f"; and {len(failures) - _NAMED:,} more"
         super().__init__(
             f"not done: {listed}; all other shards are. Fix or remove these and run the same command again"
         )

@@ -108,11 +108,11 @@ def stream_rows(
     needs = [{"CPU": 0.1}, *(step.work.needs for step in steps if isinstance(step.work, Actors))]
     with progress_bar(iter(()), rows, job, "rows") as bar, JobMetrics(job, bar) as metrics:
         progress = ShardProgress(todo, commit, bar, metrics, meter)
-        watch = _ClusterWatch(job, needs)
+        watch = ClusterWatch(job, needs)
 
         def run(isolated: bool, died: bool) -> None:
             if items := progress.items(died):
-                for table in _consume(_dataset(job, items, [reading, *steps], isolated), watch):
+                for table in consume(_dataset(job, items, [reading, *steps], isolated), watch):
                     progress.update(table)
 
         run(isolated=False, died=False)
@@ -236,7 +236,7 @@ def _run(work: Work, table: pa.Table) -> Iterator[pa.Table]:
         yield pa.table({SHARD: names, FAILURE: [reason(error)] * count, FATAL: [is_fatal(error)] * count})
 
 
-def _consume(dataset: ray.data.Dataset, watch: "_ClusterWatch") -> Iterator[pa.Table | None]:
+def consume(dataset: ray.data.Dataset, watch: "ClusterWatch") -> Iterator[pa.Table | None]:
     """Tables of the last step, and None every second without one. Raises JobFailed if Ray gives up, and what `watch`
     raises: Ray Data itself would wait for ever."""
     tables: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -270,7 +270,7 @@ def _consume(dataset: ray.data.Dataset, watch: "_ClusterWatch") -> Iterator[pa.T
         yield found
 
 
-class _ClusterWatch:
+class ClusterWatch:
     """Notices that the cluster cannot run the job any more, and says what it waits for."""
 
     def __init__(self, job: str, needs: Sequence[Mapping[str, float]]) -> None:

@@ -1,7 +1,6 @@
 """What the driver of a row pipeline knows of its shards: missing rows, failures, and the commits that run."""
 
 import pickle
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.core.cluster import at_most_a_node
 from pipeline.core.errors import JobStopped
-from pipeline.core.failures import is_fatal, reason
+from pipeline.core.failures import ShardFailures, is_fatal, reason
 from pipeline.core.metrics import JobMetrics
 from pipeline.core.progress import Progress
 from pipeline.core.tables import REPORT, ROW, SHARD
@@ -31,7 +30,6 @@ _COMMIT_BYTES: Final = 300 << 20  # memory of a commit: two row groups of images
 _RETRIES: Final = 1
 _POLL_SECONDS: Final = 1.0
 _REPORT_SECONDS: Final = 3.0
-_SAME_FAILURES: Final = 20  # shards that fail in a row for the same reason, before the job stops
 # Rows that kill their worker when they run alone, before the job stops: many do not do so because of their pictures.
 _DIED_ROWS: Final = 20
 _DIED_SHARE: Final = 0.01
@@ -66,7 +64,7 @@ class ShardProgress:
         self, todo: Mapping[str, Pending[Any]], commit: Callable[[Any], Mapping[str, int]], bar: Any,
         metrics: JobMetrics, meter: Meter | None,
     ) -> None:  # fmt: skip
-        self.failures: dict[str, str] = {}
+        self.failures = ShardFailures()
         self._todo, self._bar, self._metrics, self._meter = todo, bar, metrics, meter
         # A byte per row: tens of millions of rows are in the memory of the head node.
         self._missing = {name: np.ones(len(pending.rows), bool) for name, pending in todo.items() if len(pending.rows)}
@@ -79,7 +77,6 @@ class ShardProgress:
         self._most_commits = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
         self._ready = deque(name for name in todo if name not in self._missing)
         self._committing: dict[Any, str] = {}
-        self._same: tuple[str, int] = ("", 0)  # the last failure, and how many shards in a row had it
         self._reported = 0.0
 
     def items(self, died: bool) -> list[dict[str, Any]]:
@@ -110,7 +107,7 @@ class ShardProgress:
         if table is not None and table.num_rows:
             if FAILURE in table.column_names:
                 for row in table.filter(pc.is_valid(table[FAILURE])).to_pylist():
-                    self._fail(row[SHARD], row[FAILURE], row[FATAL])
+                    self.failures.fail(row[SHARD], row[FAILURE], row[FATAL])
                 table = table.filter(pc.is_null(table[FAILURE]))
             if self._meter and REPORT in table.column_names:
                 for report in table[REPORT].drop_null().to_pylist():
@@ -149,17 +146,6 @@ class ShardProgress:
                 if name not in self.failures:
                     self._ready.append(name)
 
-    def _fail(self, name: str, why: str, fatal: bool) -> None:
-        if fatal:
-            raise JobStopped(why)
-        if name in self.failures:
-            return
-        self.failures[name] = why
-        kind = re.sub(r"\S*/\S*|'[^']*'|\d+", "", why)  # without names of files and numbers
-        self._same = (kind, self._same[1] + 1 if kind == self._same[0] else 1)
-        if self._same[1] >= _SAME_FAILURES:
-            raise JobStopped(f"{_SAME_FAILURES} shards in a row failed, the last one, {name}, with: {why}")
-
     def _advance(self, seconds: float) -> None:
         """Starts and ends commits; waits up to `seconds` for one to end."""
         while self._ready and len(self._committing) < self._most_commits:
@@ -174,11 +160,11 @@ class ShardProgress:
                 outcomes = ray.get(reference)
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, Exception) else error
-                self._fail(name, reason(cause), is_fatal(cause))
+                self.failures.fail(name, reason(cause), is_fatal(cause))
             except RayError as error:
-                self._fail(name, f"the process that committed it died: {reason(error)}", False)
+                self.failures.fail(name, f"the process that committed it died: {reason(error)}", False)
             else:
-                self._same = ("", 0)
+                self.failures.succeed()
                 if self._meter:
                     self._meter.commit(outcomes)
                 else:

@@ -1,7 +1,8 @@
 """Counts a dataset: one pass over the small columns of every shard, without reading pictures.
 
-Memory grows with the rows of a shard, not of the dataset. Everything is counted once per view: view 0 is the whole dataset, the
-others are its selections. Shards are added up in the order of their names, so that the result is reproducible.
+Memory grows with the rows of a shard, not of the dataset. Everything is counted once per view: view 0 is the whole
+dataset, the others are its selections. Shards are added up in the order of their names, so that the result is
+reproducible.
 """
 
 import shlex
