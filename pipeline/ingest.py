@@ -53,10 +53,11 @@ def ingest(job: IngestJob) -> None:
         if not dataset.exists("dataset.json"):
             about = {"schema_version": SCHEMA_VERSION, "created_by": versions()}
             dataset.write("dataset.json", json.dumps(about).encode())
+        folders = ["images", "rejected"] + ([f"images-{rules.downsize}"] if rules.downsize else [])
         with cluster("ingest"):
             for work, names in ((ingest_shards, plan.todo), (downsize_shards, plan.tiers)):
                 todo = {name: plan.shards[name] for name in sorted(names)}
-                for folder in ("images", "rejected", f"images-{rules.downsize}"):
+                for folder in folders:
                     dataset.remove_partial(folder, todo.keys())
                 failed |= work(todo, dataset, rules) if todo else {}
     done = {name: raw.rows for name, raw in plan.shards.items() if name not in failed}

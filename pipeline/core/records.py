@@ -2,7 +2,13 @@
 
     DATASET/
       dataset.json                         schema version, created by
+      raw-files.json.gz                    cache: the footers of raw and metadata files
+      raw-ids.parquet                      cache: hashes of the ids in raw files
+      <folder>/manifest.json.gz            cache: the footers of the folder's files
+      <folder>/lease.json                  the job that is writing the folder
+      <folder>/run.json                    rows in and out, by reason, of the last job that wrote the folder
       images/<shard>.parquet               IMAGES: written once, never rewritten
+      images/partial/<shard>/              IMAGES, REJECTED, TIER: finished rows of an unfinished shard
       images-<side>/<shard>.parquet        TIER: the same rows, with a short side of at most <side> pixels
       posts/<shard>.parquet                POSTS: what has changed on the site since; one per row of images/<shard>,
                                            in its order
@@ -15,6 +21,7 @@
       scores/<name>/<shard>.parquet        scores_schema(labels): one per row of images/<shard>, in its order;
                                            null where the picture could not be decoded
       scores/<name>/rejected/<shard>.parquet   REJECTED: those rows, each with its reason
+      scores/<name>/partial/<shard>/       finished rows of an unfinished shard
       selections/<name>/<shard>.parquet    SELECTION: the rows that one training stage uses, with their text parts
       selections/<name>/rejected/<shard>.parquet   REJECTED: the other rows, each with its reason
       selections/<name>/judged/<shard>.parquet     JUDGED: the rules' verdict on every row, before deduplication

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 SHARD: Final = "hdm_shard"  # name of the shard
 ROW: Final = "hdm_row"  # number of the row in the shard, int32
-DIED: Final = "hdm_died"  # True if the row ended its process each time: its picture must not be touched
+DIED: Final = "hdm_died"  # True if the row killed its worker: its picture must not be touched
 REPORT: Final = "hdm_report"  # in the last step's table: JSON for the job's Meter, or null
 
 TABLE_BYTES: Final = 16 << 20  # between steps; a larger table is cut into several, unless it is a single row
