@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run_benchmark(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_benchmark(name: str, *arguments: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, ROOT / "tests" / "bench" / f"{name}.py", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_a_partial_run_cannot_overwrite_the_whole_table() -> None:
 @pytest.mark.cluster
 def test_jobs_with_a_killed_process_write_what_undisturbed_ones_write() -> None:
     """Seed 212 kills the raylet of a node, an actor, a driver and a worker, each during another job."""
-    done = run_benchmark("chaos", "--kills", "4", "--seed", "212", "--images", "120")
+    done = run_benchmark("chaos", "--kills", "4", "--seed", "212", "--images", "120", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     killed = [line.split()[1:3] for line in done.stdout.splitlines() if line.endswith("identical")]
     assert killed == [["caption", "raylet"], ["score", "actor"], ["ingest", "driver"], ["curate", "worker"]]
