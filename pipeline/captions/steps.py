@@ -15,6 +15,7 @@ from pipeline.core.shard_progress import Pending
 from pipeline.core.tables import TABLE_BYTES
 from pipeline.pictures.decoder import DEFAULT_LIMITS
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory
+from pipeline.storage.partial import remove_finished
 from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
 
@@ -50,7 +51,7 @@ def caption_shards(
         make=partial(CaptionRows, task), most=pool.most, calls=calls(task), gpus=pool.gpus, resources=pool.resources,
         runtime_env=pool.runtime_env,
     )  # fmt: skip
-    return stream_rows(
+    failed = stream_rows(
         "caption",
         todo,
         partial(read_pictures, dataset=task.dataset),
@@ -70,6 +71,8 @@ def caption_shards(
         most_reads=_MOST_READS,
         meter=meter,
     )  # fmt: skip
+    remove_finished(Store(task.dataset), task.folder, todo.keys() - failed.keys())
+    return failed
 
 
 def new_meter(todo: dict[str, Pending[CaptionShard]], dollars_per_hour: float | None) -> CaptionMeter:
