@@ -12,7 +12,8 @@ READS_PICKLES = (
     "pyarrow.deserialize",
 )  # fmt: skip
 # The driver's own shards, sent through Ray to its workers.
-ALLOWED = {"pipeline/core/dataflow.py": {"pickle"}}
+# Descriptions of shards, from a job's driver to its own tasks.
+ALLOWED = {f"pipeline/core/{name}.py": {"pickle"} for name in ("dataflow", "row_pipeline", "shard_progress")}
 # Loads the folder, including its code, that it has just written.
 LOADS_OWN_CODE = "trainer/exporting/diffusers_export.py"
 

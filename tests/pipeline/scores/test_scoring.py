@@ -1,6 +1,7 @@
 """Images -> pixels -> scores -> partial files -> shards, in one process. The score is the brightness of a picture."""
 
 import io
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image
 from pipeline.core.records import IMAGES
 from pipeline.core.tables import ROW, SHARD, labelled
 from pipeline.pictures.classifiers import Classifier
+from pipeline.pictures.containers import RejectReason
+from pipeline.pictures.decoder import Refused
 from pipeline.pictures.preprocessing import Preprocessing
 from pipeline.scores import scoring
 from pipeline.scores.commit import commit_shard, partial_shard, write_rows
@@ -109,7 +112,7 @@ def test_a_shard_has_a_score_per_picture_in_order_and_the_row_groups_of_its_imag
     assert dataset.metadata(f"{FOLDER}/a.parquet")["made_from"] == planned.made_from
     [refused] = dataset.read_table(f"{FOLDER}/rejected/a.parquet").to_pylist()
     assert (refused["key"], refused["reason"], refused["sha256"]) == ("danbooru:2", "not an image", f"{2:064x}")
-    assert dataset.folders(FOLDER) == ["rejected"], "partial files are removed"
+    assert dataset.folders(f"{FOLDER}/partial") == [], "partial files are removed"
 
 
 def test_a_picture_that_ended_its_process_is_rejected_without_being_decoded(
@@ -123,10 +126,21 @@ def test_a_picture_that_ended_its_process_is_rejected_without_being_decoded(
     assert dataset.read_table(f"{FOLDER}/a.parquet")["light"].to_pylist() == [0.0, None]
 
 
-def test_a_picture_that_needs_more_memory_than_allowed_is_rejected(dataset: Store, light: Light) -> None:
-    planned = write_images(dataset, "a", [[png(51), png(51, side=6000)]])
+def test_pictures_are_decoded_under_a_limit_of_memory(
+    dataset: Store, light: Light, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def decode_at_the_limit(data: bytes) -> Refused:
+        limits.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        return Refused(RejectReason.OUT_OF_MEMORY, "MemoryError")
+
+    monkeypatch.setattr(scoring, "decode", decode_at_the_limit)
+    planned = write_images(dataset, "a", [[png(51), png(51)]])
     score(planned, dataset, numbers(0, 1), most=60 << 20)
-    assert commit_shard(planned, dataset.root, FOLDER, ("light", "one")) == {"done": 1, "out of memory": 1}
+    assert len(limits) == 2
+    assert max(limits) < resource.getrlimit(resource.RLIMIT_DATA)[0] % (1 << 63)
+    assert commit_shard(planned, dataset.root, FOLDER, ("light", "one")) == {"out of memory": 2}
 
 
 def test_partial_files_of_another_model_or_other_images_are_not_used(dataset: Store, light: Light) -> None:

@@ -100,7 +100,7 @@ def test_a_picture_that_kills_its_process_is_rejected_alone_and_an_actor_that_di
         assert [(row["key"], row["reason"]) for row in refused] == [
             (f"danbooru:{first + row}", "decoder died") for row in died
         ]
-    assert dataset.folders("scores/light") == ["rejected"], "partial files are removed"
+    assert dataset.folders("scores/light/partial") == [], "partial files are removed"
 
 
 def test_rows_in_partial_files_are_not_scored_again(
