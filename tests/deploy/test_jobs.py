@@ -297,12 +297,13 @@ def attempts(cluster: Cluster, images: Path) -> dict[tuple[str, str], Finished]:
         )  # fmt: skip
 
     submit = ["ray", "job", "submit", "--", "touch", str(cluster.folder / "broken-in")]
-    caption = [str(cluster.python / "python"), "pipeline/caption.py", "--dataset", str(images), "--name", "never"]
+    caption = [str(cluster.python / "python"), "pipeline/caption.py", "--dataset", str(images), "--name"]
     running = {
         ("submission", name): start(submit, RAY_API_SERVER_ADDRESS=cluster.dashboard, **settings)
         for name, (settings, _) in SUBMISSIONS.items()
     } | {
-        ("driver", name): start(caption, **{"RAY_ADDRESS": cluster.address} | settings)
+        # Each writes a folder of its own: of two jobs in one, the second finds its lease taken.
+        ("driver", name): start([*caption, _folder(name)], **{"RAY_ADDRESS": cluster.address} | settings)
         for name, (settings, _) in DRIVERS.items()
     }
     ended = {key: (process, process.communicate(timeout=120)) for key, process in running.items()}
@@ -330,7 +331,11 @@ def test_without_the_token_no_driver_joins_and_its_job_says_so_in_one_line(
     assert error.startswith("error: ")
     assert DRIVERS[name][1] in error
     assert all("Failed to get cluster ID from GCS server: Unauthenticated" in other for other in others)  # Ray's own
-    assert not (images / "captions" / "never").exists()
+    assert not (images / "captions" / _folder(name)).exists()
+
+
+def _folder(driver: str) -> str:
+    return f"never-{driver.replace(' ', '-')}"
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------------------
