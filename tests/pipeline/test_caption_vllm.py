@@ -112,7 +112,7 @@ def test_a_killed_job_leaves_no_engine_and_a_second_one_finishes_all_rows(tiny_p
         len(kept),
         620 - finished - len(kept),
     )
-    assert not engines_alive(), "an engine is still running"
+    wait_for(lambda: not engines_alive(), 60)  # Ray Data kills its actors; the engine notices and ends
 
 
 def test_a_running_vllm_server_captions_every_row(
