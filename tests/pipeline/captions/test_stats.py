@@ -32,9 +32,7 @@ def test_the_line_has_rate_tokens_time_left_dollars_waiting_and_rejected_rows(no
     first = EngineTimes(seconds=195, waited_for_engine=90.0)
     second = EngineTimes(seconds=205, waited_for_pictures=7.0)
     meter.add(table("one", first, rows=140, tokens_in=30_000, tokens_out=6_000, rejected=Counter({"refusal": 3})))
-    meter.add(
-        table("two", second, rows=60, tokens_in=10_000, tokens_out=2_000)
-    )
+    meter.add(table("two", second, rows=60, tokens_in=10_000, tokens_out=2_000))
     meter.add(table("one", EngineTimes(seconds=190, waited_for_engine=80.0)))  # arrives late
     standing = meter.progress(220)
     assert standing.rows == 220
