@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from PIL import Image
 from captioner.engines import EngineFailure
 from captioner.prompts import PROMPT_VERSION
 from captioner.requests import CaptionReason
+from pipeline.captions import engine_choice
 from pipeline.captions.tag_captions import caption_shard, image_shards
 from pipeline.core.records import CAPTIONS, IMAGES
 from pipeline.storage import lease as leases
@@ -481,7 +483,6 @@ def test_captions_of_a_job_that_ended_before_this_one_has_the_lease_are_kept(
         (("--engine", "openai", "--url", "http://127.0.0.1:1", "--tensor-parallel", 2), "--tensor-parallel"),
         (("--engine", "openai", "--url", "127.0.0.1"), "not the address of a server"),
         (("--engine", "openai", "--url", "http://127.0.0.1:1", "--tries", 1), "server unreachable"),
-        (("--engine", "vllm", "--model", "nothing/here"), "does not have pixtral in its name"),
         (("--engine", "openai", "--url", "http://127.0.0.1:1", "--prompt", "none"), "--prompt: invalid choice: 'none'"),
         (("--engine", "openai", "--url", "http://127.0.0.1:1", "--temperatures", 0.1, 0.9), "lower temperature"),
         (("--name", "../x"), "letters, digits"),
@@ -536,6 +537,19 @@ def test_a_model_folder_that_lacks_something_is_refused_before_anything_starts(
         if name != without:
             (model / name).write_text(json.dumps(content))
     job = call_job("pipeline/caption.py", "--dataset", one_image, "--engine", "vllm", "--model", model, *trial)
+    assert job.returncode == 2
+    (line,) = job.stderr.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("python", "said"), [(sys.executable, "does not have pixtral in its name"), (None, "run: make captioner")]
+)
+def test_a_model_that_vllm_cannot_run_here_is_refused_in_one_line(
+    call_job: RunJob, monkeypatch: pytest.MonkeyPatch, one_image: Path, python: str | None, said: str
+) -> None:
+    monkeypatch.setattr(engine_choice, "_other_python", lambda: python and Path(python))
+    job = call_job("pipeline/caption.py", "--dataset", one_image, "--engine", "vllm", "--model", "nothing/here")
     assert job.returncode == 2
     (line,) = job.stderr.splitlines()
     assert said in line
