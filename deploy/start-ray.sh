@@ -19,6 +19,8 @@ export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
 # Seconds that Ray waits for parts of itself. Its default of 30 is too short for a busy machine.
 export RAY_raylet_start_wait_time_s="${RAY_raylet_start_wait_time_s:-60}"
 export RAY_gcs_server_port_wait_time_s="${RAY_gcs_server_port_wait_time_s:-120}"
+# Idle processes to keep. Ray's default of one per CPU is too few for a row pipeline, whose tasks mostly wait.
+export RAY_num_workers_soft_limit="${RAY_num_workers_soft_limit:-$((2 * $(nproc)))}"
 
 role=${1:-}
 case $role in

@@ -88,6 +88,9 @@ def _connect(address: str | None, dashboard: bool) -> Any:
     keep_token_private()
     # At least two: training and its loader take turns on one core, but Ray would wait for a second CPU for ever.
     cpus = max(2, os.cpu_count() or 2)
+    # By default Ray ends idle processes beyond one per CPU after a second. A row pipeline has more, for tasks that
+    # mostly wait, and needs 1.5 s of a core to start one again (ray 2.60).
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * cpus))
     # Ray passes this to a shell for workers with an environment of their own, as in training: paths may have spaces.
     python = {"py_executable": shlex.quote(sys.executable)}
     return start_local(num_cpus=cpus, include_dashboard=dashboard, runtime_env=python)

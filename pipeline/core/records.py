@@ -8,7 +8,7 @@
       <folder>/lease.json                  the job that is writing the folder
       <folder>/run.json                    rows in and out, by reason, of the last job that wrote the folder
       images/<shard>.parquet               IMAGES: written once, never rewritten
-      images/partial/<shard>/              IMAGES, REJECTED, TIER: finished rows of an unfinished shard
+      images/partial/<shard>/              IMAGES without image, REJECTED, TIER: finished rows of an unfinished shard
       images-<side>/<shard>.parquet        TIER: the same rows, with a short side of at most <side> pixels
       posts/<shard>.parquet                POSTS: what has changed on the site since; one per row of images/<shard>,
                                            in its order

@@ -35,8 +35,8 @@ from pipeline.core.shard_progress import FAILURE, FATAL, Meter, Pending, ShardPr
 from pipeline.core.tables import DIED, SHARD, TABLE_BYTES
 
 _RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
-_READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
-CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for one that reads, also on two cores
+_READ_CPUS: Final = 0.02  # of tasks that mostly wait for a disk or for S3
+CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for those that read and commit
 _POLL_SECONDS: Final = 1.0
 _LOST_SECONDS: Final = 60.0  # without any node that an actor could run on, before the job fails
 _QUIET_SECONDS: Final = 300.0  # without a row, before the terminal shows what the cluster has free
@@ -91,6 +91,7 @@ def stream_rows(
     commit: Callable[[T], Mapping[str, int]],
     *,
     read_memory: int = 0,
+    commit_memory: int = 0,
     most_reads: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, str]:
@@ -101,13 +102,14 @@ def stream_rows(
     be finished either: the disk is full, S3 refuses or does not answer, no node is left for the actors, a step says so,
     or many shards in a row fail for the same reason.
 
-    `most_reads` shards are read at a time: where few rows of many shards are in work, their partial files are small.
+    `read_memory` and `commit_memory` are the bytes that reading and committing a shard need. `most_reads` shards are
+    read at a time: where few rows of many shards are in work, their partial files are small.
     """
     rows = sum(len(pending.rows) for pending in todo.values())
     reading = Step(name="read", work=partial(_read, read), cpus=_READ_CPUS, memory=read_memory, most=most_reads)
     needs = [{"CPU": 0.1}, *(step.work.needs for step in steps if isinstance(step.work, Actors))]
     with progress_bar(iter(()), rows, job, "rows") as bar, JobMetrics(job, bar) as metrics:
-        progress = ShardProgress(todo, commit, bar, metrics, meter)
+        progress = ShardProgress(todo, commit, bar, metrics, meter, commit_memory)
         watch = ClusterWatch(job, needs)
 
         def run(isolated: bool, died: bool) -> None:

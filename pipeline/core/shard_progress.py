@@ -25,8 +25,8 @@ from pipeline.core.tables import REPORT, ROW, SHARD
 FAILURE: Final = "hdm_failure"  # why the rest of the shard cannot be done
 FATAL: Final = "hdm_fatal"  # True if no other shard could be done either
 
-_COMMIT_CPUS: Final = 0.1  # mostly waits for a disk or for S3; not 0, which would allow the head node
-_COMMIT_BYTES: Final = 300 << 20  # memory of a commit: two row groups of images, twice, and the process
+_COMMIT_CPUS: Final = 0.02  # mostly waits for a disk or for S3; not 0, which would allow the head node
+_COMMIT_BYTES: Final = 300 << 20  # least memory of a commit: two row groups of images, twice, and the process
 _RETRIES: Final = 1
 _POLL_SECONDS: Final = 1.0
 _REPORT_SECONDS: Final = 3.0
@@ -62,7 +62,7 @@ class ShardProgress:
 
     def __init__(
         self, todo: Mapping[str, Pending[Any]], commit: Callable[[Any], Mapping[str, int]], bar: Any,
-        metrics: JobMetrics, meter: Meter | None,
+        metrics: JobMetrics, meter: Meter | None, commit_memory: int,
     ) -> None:  # fmt: skip
         self.failures = ShardFailures()
         self._todo, self._bar, self._metrics, self._meter = todo, bar, metrics, meter
@@ -71,10 +71,10 @@ class ShardProgress:
         self._rows = sum(map(len, self._missing.values()))
         self._commit = ray.put(commit)
         self._call = ray.remote(
-            num_cpus=_COMMIT_CPUS, memory=at_most_a_node(_COMMIT_BYTES), max_retries=_RETRIES,
+            num_cpus=_COMMIT_CPUS, memory=at_most_a_node(max(_COMMIT_BYTES, commit_memory)), max_retries=_RETRIES,
             scheduling_strategy="SPREAD",
         )(_call)  # fmt: skip
-        self._most_commits = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
+        self._most_commits = max(1, int(ray.cluster_resources().get("CPU", 0)) // 2)
         self._ready = deque(name for name in todo if name not in self._missing)
         self._committing: dict[Any, str] = {}
         self._reported = 0.0

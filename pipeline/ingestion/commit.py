@@ -1,4 +1,7 @@
-"""Checked rows -> partial files -> the finished shard. See pipeline/storage/partial.py."""
+"""Checked rows -> partial files -> the finished shard. See pipeline/storage/partial.py.
+
+Partial files have no images: the commit reads them from the raw file again, which costs less than to write them twice.
+"""
 
 import re
 from collections import Counter
@@ -7,20 +10,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.records import IMAGES, REJECTED, TIER, Rejected
 from pipeline.core.tables import ROW, SHARD, labelled
-from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, read_raw
+from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, read_images, read_raw
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
-from pipeline.ingestion.validation import TIER_COLUMNS, check_rows
+from pipeline.ingestion.validation import ABOUT_IMAGES, TIER_COLUMNS, check_rows
 from pipeline.pictures.containers import RejectReason
 from pipeline.storage.partial import PartialShard
 from pipeline.storage.shards import Store
 
 # Most image bytes per row group: what a reader of the dataset has to fetch for one row.
 _GROUP_BYTES = 48 << 20
+COMMIT_BYTES: Final = 3 * _GROUP_BYTES  # memory of a commit, without reading
+_IMAGE: Final = IMAGES.get_field_index("image")
 _DECODER_REASONS: Final = frozenset(map(str, RejectReason))
 
 
@@ -39,16 +45,16 @@ def write_rows(table: pa.Table, dataset: str) -> Iterator[pa.Table]:
         smaller = kept.select(["id", *TIER_COLUMNS]).rename_columns(["id", *TIER_COLUMNS.values()])
         if smaller["image"].null_count == 0:
             partial_files.write("tier", kept[ROW].to_numpy(), smaller.select(TIER.names).cast(TIER))
-        partial_files.write("images", kept[ROW].to_numpy(), kept.select(IMAGES.names).cast(IMAGES))
+        partial_files.write("checked", kept[ROW].to_numpy(), kept.select(ABOUT_IMAGES.names).cast(ABOUT_IMAGES))
     yield table.select([SHARD, ROW])
 
 
 def commit_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str]:
-    """Writes images/<shard>, rejected/<shard> and the smaller tier, if any, from the partial files. Every raw row is in
-    one of the first two: of several intact copies of a post, the first is kept.
+    """Writes images/<shard>, rejected/<shard> and the smaller tier, if any, from the partial files and the images of
+    the raw file. Every raw row is in one of the first two: of several intact copies of a post, the first is kept.
 
     The images are committed last, so that a finished shard has all of its files. Returns the number of rows "kept" and
-    of rows rejected by reason.
+    of rows rejected by reason. Raises RawFileChanged if the raw file is not the one that was checked.
     """
     store, parts = Store(dataset), partial_shard(raw, dataset, rules)
     provenance = {"raw": raw.path, "footer": raw.digest, "stamp": raw.stamp, "settings": rules.settings(raw)}
@@ -57,21 +63,21 @@ def commit_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str
     for folder in store.folders(""):
         if re.fullmatch(r"images-\d+", folder):
             store.remove(f"{folder}/{raw.shard}.parquet")
+    numbers, about = parts.rows_of("checked", ABOUT_IMAGES)
+    intact, copies = set(numbers.tolist()), about.select(["id", "sha256"]).to_pylist()
     first: dict[str, int] = {}  # row of each kept post
-    intact: set[int] = set()
+    for row, copy in zip(numbers.tolist(), copies, strict=True):
+        first.setdefault(copy["id"], row)
+    is_first = np.array([first[copy["id"]] == row for row, copy in zip(numbers.tolist(), copies, strict=True)], bool)
     rejected: dict[int, dict[str, Any]] = {}
+    for place in np.flatnonzero(~is_first).tolist():
+        row, copy = int(numbers[place]), copies[place]
+        rejected[row] = _repeated(copy["id"], row, raw) | {"sha256": copy["sha256"]}
     with row_groups(store, f"images/{raw.shard}.parquet", IMAGES, provenance) as append:
-        for number, table in parts.tables("images"):
-            intact.update(number.tolist())
-            is_first = [
-                first.setdefault(id, row) == row
-                for id, row in zip(table["id"].to_pylist(), number.tolist(), strict=True)
-            ]
-            for row, copy in zip(number.tolist(), table.select(["id", "sha256"]).to_pylist(), strict=True):
-                if first[copy["id"]] != row:
-                    detail = f"row {row} of {raw.path}"
-                    rejected[row] = {**asdict(Rejected(copy["id"], "duplicate id", detail)), "sha256": copy["sha256"]}
-            append(table.filter(pa.array(is_first)))
+        kept, done = about.filter(pa.array(is_first)), 0
+        for images in read_images(raw, numbers[is_first], rules):
+            append(kept.slice(done, len(images)).add_column(_IMAGE, IMAGES.field(_IMAGE), images))
+            done += len(images)
         if rules.downsize:
             write_tier(parts, raw, rules, lambda id, row: first[id] == row)
         for number, table in parts.tables("rejected"):
@@ -79,13 +85,17 @@ def commit_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str
                 if row in intact:  # run twice, and refused once, for lack of memory
                     continue
                 if refusal["reason"] in _DECODER_REASONS and first.get(refusal["key"], row) < row:
-                    refusal |= {"reason": "duplicate id", "detail": f"row {row} of {raw.path}"}
+                    refusal |= _repeated(refusal["key"], row, raw)
                 rejected[row] = refusal
-        assert len(first) + len(rejected) == raw.rows, (raw.shard, len(first), len(rejected), raw.rows)
+        assert done + len(rejected) == raw.rows, (raw.shard, done, len(rejected), raw.rows)
         refusals = pa.RecordBatch.from_pylist([row for _, row in sorted(rejected.items())], REJECTED)
         store.write_table(f"rejected/{raw.shard}.parquet", refusals, REJECTED, raw=raw.path)
     parts.remove()
-    return Counter({"kept": len(first)}) + Counter(row["reason"] for row in rejected.values())
+    return Counter({"kept": done}) + Counter(row["reason"] for row in rejected.values())
+
+
+def _repeated(id: str, row: int, raw: RawShard) -> dict[str, str]:
+    return asdict(Rejected(id, "duplicate id", f"row {row} of {raw.path}"))
 
 
 def write_tier(parts: PartialShard, raw: RawShard, rules: IngestRules, is_wanted: Callable[[str, int], bool]) -> int:

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from pipeline.core.tables import ROW, with_constants
 from pipeline.ingestion.rules import IngestRules, RawShard
+from pipeline.sources.fields import IMAGE_COLUMNS, image_array
 from pipeline.storage.row_reader import READ_BYTES, open_parquet, read_rows
+from pipeline.storage.shards import Store
 
 # Columns of the raw shard in every table, beside those of its file.
 PATH, SOURCE, MADE_FROM = "hdm_path", "hdm_source", "hdm_made_from"
@@ -17,6 +19,10 @@ _READ_BYTES = READ_BYTES
 # A page is always read whole, and most writers check its size only after this many values.
 _PAGE_ROWS = 1024
 _PROCESS_BYTES = 300 << 20
+
+
+class RawFileChanged(Exception):
+    """A raw file was written again while a job read it."""
 
 
 def read_memory(raw: RawShard) -> int:
@@ -39,3 +45,17 @@ def read_raw(raw: RawShard, wanted: NDArray[np.int32], rules: IngestRules) -> It
         columns = list(rules.columns(parquet.schema_arrow.names))
         for number, batch in read_rows(parquet, wanted, columns, _READ_BYTES):
             yield with_constants(pa.Table.from_batches([batch]), about).append_column(ROW, pa.array(number, pa.int32()))
+
+
+def read_images(raw: RawShard, wanted: NDArray[np.int32], rules: IngestRules) -> Iterator[pa.Array]:
+    """The images of these rows (ascending numbers), binary, a few megabytes at a time.
+
+    Raises RawFileChanged if the file is not the one that was planned.
+    """
+    if Store(raw.path).stamp() != raw.stamp:
+        raise RawFileChanged(f"{raw.path} has changed since this job started; run the same command again")
+    with open_parquet(raw.path) as parquet:
+        found = rules.columns(parquet.schema_arrow.names)
+        columns = [column for column, name in found.items() if name in IMAGE_COLUMNS]
+        for _, batch in read_rows(parquet, wanted, columns, _READ_BYTES):
+            yield image_array(rules.named(batch))

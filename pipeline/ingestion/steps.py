@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.core.cluster import at_most_a_node, nodes
 from pipeline.core.row_pipeline import CHECK_CPUS, Step, stream_rows
 from pipeline.core.shard_progress import Pending
-from pipeline.ingestion.commit import commit_shard, partial_shard, write_rows
+from pipeline.ingestion.commit import COMMIT_BYTES, commit_shard, partial_shard, write_rows
 from pipeline.ingestion.raw_rows import all_rows, read_memory, read_raw
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.smaller_tier import commit_tier, downsize_rows, read_images, tier_parts, write_tier_rows
@@ -16,8 +16,6 @@ from pipeline.ingestion.validation import check_limit, check_memory, check_rows
 from pipeline.storage.manifest import Catalog
 from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
-
-_LEAST_READS = 2  # shards at a time
 
 
 def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestRules) -> dict[str, str]:
@@ -28,10 +26,11 @@ def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestR
     def pending(raw: RawShard) -> Pending[RawShard]:
         rows = all_rows(raw)
         if raw.shard in started:
-            rows = np.setdiff1d(rows, partial_shard(raw, dataset.root, rules).rows("images", "rejected"))
+            rows = np.setdiff1d(rows, partial_shard(raw, dataset.root, rules).rows("checked", "rejected"))
         return Pending(shard=raw, rows=rows)
 
     memory, most = check_memory(rules), at_most_a_node(check_limit(rules))
+    reading = max(map(read_memory, shards.values()))
     return stream_rows(
         "ingest",
         dict(zip(shards, map_in_order(pending, shards.values()), strict=True)),
@@ -41,7 +40,8 @@ def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestR
             Step(name="write", work=partial(write_rows, dataset=dataset.root), cpus=CHECK_CPUS, memory=memory),
         ],
         partial(commit_shard, dataset=dataset.root, rules=rules),
-        read_memory=max(map(read_memory, shards.values())),
+        read_memory=reading,
+        commit_memory=reading + COMMIT_BYTES,  # which reads the images of the raw file
         most_reads=_most_reads(),
     )
 
@@ -76,4 +76,4 @@ def downsize_shards(shards: Mapping[str, RawShard], dataset: Store, rules: Inges
 
 def _most_reads() -> int:
     """Shards to read at a time: enough for the tasks that check, and few, so that few shards are unfinished."""
-    return max(_LEAST_READS, int(sum(node.get("CPU", 0) for node in nodes())) // 2)
+    return max(1, int(sum(node.get("CPU", 0) for node in nodes())) // 2)

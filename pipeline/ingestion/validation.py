@@ -22,14 +22,16 @@ from pipeline.sources.fields import image_bytes
 _PROCESS_BYTES = 300 << 20
 _TABLE_BYTES = 16 << 20
 
+ABOUT_IMAGES: Final = IMAGES.remove(IMAGES.get_field_index("image"))
 TIER_COLUMNS: Final = {f"tier_{name}": name for name in TIER.names if name != "id"}
-# Columns of IMAGES and of the smaller tier if the row is kept, of Rejected if it is not; the others are null.
+# Columns of IMAGES, without the image, and of the smaller tier if the row is kept, of Rejected if it is not; the others
+# are null.
 CHECKED: Final = pa.schema(
     [
         pa.field(SHARD, pa.string()),
         pa.field(ROW, pa.int32()),
         pa.field(MADE_FROM, pa.string()),
-        *(field.with_nullable(True) for field in IMAGES),
+        *(field.with_nullable(True) for field in ABOUT_IMAGES),
         *(TIER.field(name).with_nullable(True).with_name(column) for column, name in TIER_COLUMNS.items()),
         pa.field("key", pa.string()),
         pa.field("reason", pa.string()),

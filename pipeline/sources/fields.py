@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 IMAGE_COLUMNS = ("image", "bytes", "jpg", "webp", "png")
 _BINARY = {pa.binary(), pa.large_binary(), pa.binary_view()}
@@ -19,6 +20,20 @@ def image_bytes(row: Mapping[str, Any]) -> bytes:
         if isinstance(value, bytes):
             return value
     return b""
+
+
+def image_array(rows: pa.RecordBatch) -> pa.Array:
+    """`image_bytes` of each row as a binary array (N); null where it is b"" for lack of a value."""
+    found = []
+    for name in IMAGE_COLUMNS:
+        if name not in rows.schema.names:
+            continue
+        column = rows[name]
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            column = pc.struct_field(column, "bytes")
+        if column.type in _BINARY:
+            found.append(column.cast(pa.binary()))
+    return pc.coalesce(*found)
 
 
 def image_layout(schema: pa.Schema) -> str:

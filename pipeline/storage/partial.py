@@ -71,6 +71,15 @@ class PartialShard:
             assert loaded[1] is not None
             yield row_N[start:end], loaded[1].drop_columns([_ROW]).take(pa.array(place_N[start:end]))
 
+    def rows_of(self, kind: str, schema: pa.Schema) -> tuple[NDArray[np.int32], pa.Table]:
+        """All rows of a kind in the order of their numbers, each once, as numbers (N) and a table (N)."""
+        numbers, tables = [np.empty(0, np.int32)], [schema.empty_table()]
+        for number, table in self.contents(kind):
+            numbers.append(number)
+            tables.append(table.cast(schema))
+        row_N, first = np.unique(np.concatenate(numbers), return_index=True)  # rows run twice have equal results
+        return row_N, pa.concat_tables(tables).take(pa.array(first))
+
     def contents(self, kind: str) -> Iterator[tuple[NDArray[np.int32], pa.Table]]:
         """The files of a kind, in no order, each read once, as numbers (N) and a table (N). A row that was run twice
         is in several."""

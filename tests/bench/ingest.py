@@ -114,6 +114,7 @@ def validate_all(parts: list, dataset: str) -> None:
         with row_groups(Store(dataset), f"images/{raw.shard}.parquet", IMAGES, {}) as append:
             for table in read_raw(raw, all_rows(raw), IngestRules()):
                 for checked in check_rows(labelled(table, raw.shard), IngestRules()):
+                    checked = checked.append_column("image", table["image"])
                     append(checked.select(IMAGES.names).cast(IMAGES))
 
 
