@@ -55,6 +55,9 @@ class StageConfig:
     # --- Optimization ---
     optimizer: OptimizerConfig  # kind, learning rates, betas, weight decay, warm-up
     clip_norm: float = 3.0  # largest norm of the whole gradient
+    # Steps whose gradient norm lies this many robust deviations above recent ones are skipped; 0: none are. The formula
+    # is in trainer/optimization/outliers.py.
+    outlier_threshold: float = 6.0
     ema_decay: float = 0.9999  # of the averaged weights, per optimizer step
 
     # --- Hardware ---
@@ -72,7 +75,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in _AT_LEAST_1:
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "keep_every"):
+        for name in ("seed", "keep_every", "outlier_threshold"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("selection_rate", "ema_decay", "hold_out"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")

@@ -21,6 +21,7 @@ from trainer.optimization.optimizers import (
     set_learning_rate,
     step_unless,
 )
+from trainer.optimization.outliers import RecentNorms
 from trainer.recipe.stages import StageConfig
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
 
@@ -43,7 +44,9 @@ class Reading:
     loss: float  # mean over the steps that were not skipped; nan if there are none
     grad_norm: float  # likewise, before clipping
     learning_rate: float  # of the last step: AdamW's, at the base width
+    grad_norm_limit: float  # of the last step: larger norms were outliers; inf if there is no limit
     skipped: int  # steps skipped in the whole run
+    outliers: int  # those of them that were finite: gradient-norm outliers
     worst_run: int  # most steps skipped in a row since the last reading, earlier ones of the series included
 
 
@@ -56,7 +59,9 @@ class StepResult:
 
     loss: Tensor  # float32, mean over the global batch
     grad_norm: Tensor  # float32, of the whole gradient, before clipping
+    grad_norm_limit: Tensor  # float32, above which the step was an outlier
     skipped: Tensor  # int64, steps skipped in the whole run
+    outliers: Tensor  # int64, those of them whose loss and gradient were finite
     run: Tensor  # int64, steps skipped in a row up to now
     worst_run: Tensor  # int64, largest value of `run` since the last reading
     taken: Tensor  # int64, steps not skipped since the last reading
@@ -64,24 +69,42 @@ class StepResult:
     norm_sum: Tensor  # float64, over the taken steps
 
     @classmethod
-    def start(cls, skipped: Tensor, run: Tensor | None = None) -> "StepResult":
+    def start(cls, skipped: Tensor, outliers: Tensor, run: Tensor | None = None) -> "StepResult":
         """Counts that start from zero, except those given: a series of skipped steps continues over a reading."""
         zero = torch.zeros_like(skipped)
         run = zero if run is None else run
-        return cls(zero.float(), zero.float(), skipped, run, zero, zero, zero.double(), zero.double())
+        return cls(
+            loss=zero.float(),
+            grad_norm=zero.float(),
+            grad_norm_limit=torch.full_like(zero, torch.inf, dtype=torch.float32),
+            skipped=skipped,
+            outliers=outliers,
+            run=run,
+            worst_run=run,
+            taken=zero,
+            loss_sum=zero.double(),
+            norm_sum=zero.double(),
+        )
 
-    def after(self, loss: Tensor, grad_norm: Tensor, skip: Tensor) -> "StepResult":
+    def after(self, loss: Tensor, grad_norm: Tensor, limit: Tensor) -> tuple["StepResult", Tensor]:
+        """The counts after one more step, and whether it is skipped: a bool tensor."""
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        outlier = finite & (grad_norm > limit)
+        skip = outlier | ~finite
         run = (self.run + 1).masked_fill(~skip, 0)
-        return StepResult(
+        after = StepResult(
             loss=loss,
             grad_norm=grad_norm,
+            grad_norm_limit=limit,
             skipped=self.skipped + skip,
+            outliers=self.outliers + outlier,
             run=run,
             worst_run=torch.maximum(self.worst_run, run),
             taken=self.taken + ~skip,
             loss_sum=self.loss_sum + loss.double().masked_fill(skip, 0),
             norm_sum=self.norm_sum + grad_norm.double().masked_fill(skip, 0),
         )
+        return after, skip
 
 
 class Loop:
@@ -119,7 +142,9 @@ class Loop:
         self.steps_taken = 0
         # The compiled model shares the parameters.
         self._forward: Callable[..., Tensor] = compiled(model) if compile else model
-        self._last = StepResult.start(torch.zeros((), dtype=torch.int64, device=self.device))
+        self.norms = RecentNorms(self.device)
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._last = StepResult.start(zero, zero)
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +154,9 @@ class Loop:
         """One optimizer step on this worker's share of a global batch, in micro batches of any sizes.
 
         Micro batches are consumed one at a time, so an iterator may encode them lazily. If loss or gradient are not
-        finite on any worker, no weight, moment or average changes on any. This is decided on the device; the host does
-        not wait. ValueError unless the micro batches add up to the share.
+        finite on any worker, or the gradient norm is an outlier (trainer.optimization.outliers), no weight, moment or
+        average changes on any. This is decided on the device; the host does not wait. ValueError unless the micro
+        batches add up to the share.
         """
         set_learning_rate(self.optimizer, self._learning_rate_factor(self.steps_taken))
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,24 +164,32 @@ class Loop:
         if self.workers > 1:
             _sum_over_workers([loss, *_gradients(self.model)])
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.clip_norm)
-        skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self.workers > 1:
+            # GPUs of different kinds may round the norm differently, but all workers must decide alike.
+            distributed.broadcast(grad_norm, src=0)
+        threshold = self.stage.outlier_threshold
+        limit = self.norms.limit(threshold) if threshold else torch.full_like(grad_norm, torch.inf)
+        self._last, skip = self._last.after(loss, grad_norm, limit)
+        self.norms.add(grad_norm)
         step_unless(skip, self.optimizer)
         self.ema.update(self.model, skip)
         self.steps_taken += 1
-        self._last = self._last.after(loss, grad_norm, skip)
         return self._last
 
     def read(self) -> Reading:
         """Statistics of the steps since the last reading. Makes the host wait for the device: only call it to log."""
-        last, self._last = self._last, StepResult.start(self._last.skipped, self._last.run)
-        numbers = torch.stack([last.loss_sum, last.norm_sum, last.taken, last.skipped, last.worst_run])
-        loss_sum, norm_sum, taken, skipped, worst_run = numbers.tolist()
+        last, self._last = self._last, StepResult.start(self._last.skipped, self._last.outliers, self._last.run)
+        totals = [last.loss_sum, last.norm_sum, last.grad_norm_limit]
+        numbers = torch.stack([*totals, last.taken, last.skipped, last.outliers, last.worst_run])
+        loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run = numbers.tolist()
         factor = self._learning_rate_factor(max(0, self.steps_taken - 1))
         return Reading(
             loss=loss_sum / taken if taken else float("nan"),
             grad_norm=norm_sum / taken if taken else float("nan"),
             learning_rate=self.stage.optimizer.learning_rate * factor,
+            grad_norm_limit=limit,
             skipped=int(skipped),
+            outliers=int(outliers),
             worst_run=int(worst_run),
         )
 
@@ -164,7 +198,8 @@ class Loop:
 
         A partly frozen model, such as one with adapters, gives its trainable parameters only.
         """
-        optimizer = optimizer_tensors(self.optimizer, self.model) | {_SKIPPED: self._last.skipped}
+        counts = {_SKIPPED: self._last.skipped, _OUTLIERS: self._last.outliers}
+        optimizer = optimizer_tensors(self.optimizer, self.model) | counts | self.norms.tensors()
         return {"model": trainable_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
@@ -179,16 +214,22 @@ class Loop:
         else:
             self.ema = EMA(self.model, self.stage.ema_decay)
         state = dict(tensors.get("optimizer", {}))
-        skipped = state.pop(_SKIPPED, torch.zeros((), dtype=torch.int64))
+        counts = [state.pop(name, torch.zeros((), dtype=torch.int64)) for name in (_SKIPPED, _OUTLIERS)]
+        self.norms.load(state)
         load_optimizer_tensors(self.optimizer, self.model, state)
-        self._last = StepResult.start(skipped.to(self.device, copy=True))
+        skipped, outliers = (count.to(self.device, copy=True) for count in counts)
+        self._last = StepResult.start(skipped, outliers)
         self.steps_taken = steps_taken
 
     def roll_back(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
-        """Loads an earlier state of this run but keeps the count of skipped steps."""
-        skipped = self._last.skipped
+        """Loads an earlier state of this run but keeps the counts of skipped steps.
+
+        The recent gradient norms are forgotten: if their level has changed for good, the run goes on with the new one.
+        """
+        skipped, outliers = self._last.skipped, self._last.outliers
         self.load(tensors, steps_taken)
-        self._last = StepResult.start(skipped)
+        self.norms = RecentNorms(self.device)
+        self._last = StepResult.start(skipped, outliers)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[Callable[..., Tensor]]:
@@ -244,7 +285,7 @@ class Loop:
             return self._forward(x_BCHW, t_B, text=text if bf16 else text.float(), **inputs)
 
 
-_SKIPPED = "skipped_steps"  # stored with the optimizer's tensors, whose names all contain a dot
+_SKIPPED, _OUTLIERS = "skipped_steps", "outlier_steps"  # stored with the optimizer's, whose names all contain a dot
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -4,6 +4,7 @@ A line holds averages since the previous line (loss, speed, shares) and totals o
 METRICS describes each metric.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ METRICS = {
     "step": Metric("steps", "optimizer steps taken, including skipped ones"),
     "loss": Metric("", "mean weighted squared error of the velocity"),
     "grad_norm": Metric("", "norm of the whole gradient before clipping"),
+    "grad_norm_limit": Metric("", "gradient norm above which the last step was skipped as an outlier"),
     "learning_rate": Metric("", "AdamW's learning rate at the base width"),
     "images_per_second": Metric("1/s", "crops trained on, over all workers"),
     "tokens_per_second": Metric("1/s", "image and text tokens given to the model, including padding, over all workers"),
@@ -45,7 +47,11 @@ METRICS = {
     "seconds": Metric("s", "training time, over all starts of the run"),
     "dollars": Metric("$", "cost, over all starts of the run"),
     "hours_left": Metric("h", "time to the last step at the speed of this start"),
-    "skipped_steps": Metric("steps", "steps skipped because loss or gradient were not finite, over all starts"),
+    "skipped_steps": Metric(
+        "steps",
+        "steps skipped because loss or gradient were not finite or the gradient norm an outlier, over all starts",
+    ),
+    "outlier_steps": Metric("steps", "steps skipped because the gradient norm was an outlier, over all starts"),
     "replaced_samples": Metric("samples", "unreadable samples replaced by others, since this start"),
     "failed_saves": Metric("", "checkpoints that could not be saved, since this start"),
     "failed_writes": Metric("", "lines and pictures that could not be logged, since this start"),
@@ -134,8 +140,10 @@ def log_line(
     loss: float,
     grad_norm: float,
     learning_rate: float,
+    grad_norm_limit: float = math.inf,
     gpu_memory_bytes: float | None = None,
     skipped_steps: int = 0,
+    outlier_steps: int = 0,
     failed_saves: int = 0,
     failed_writes: int = 0,
 ) -> Line:
@@ -154,6 +162,7 @@ def log_line(
         "step": now.step,
         "loss": loss,
         "grad_norm": grad_norm,
+        "grad_norm_limit": grad_norm_limit if math.isfinite(grad_norm_limit) else None,
         "learning_rate": learning_rate,
         "images_per_second": done.images / seconds,
         "tokens_per_second": done.tokens / seconds,
@@ -166,6 +175,7 @@ def log_line(
         "dollars": dollars,
         "hours_left": (job.stop_step - now.step) * now.seconds / (now.step - job.start_step) / 3600,
         "skipped_steps": skipped_steps,
+        "outlier_steps": outlier_steps,
         "replaced_samples": now.counts.replaced,
         "failed_saves": failed_saves,
         "failed_writes": failed_writes,
@@ -183,7 +193,7 @@ def progress_text(line: Mapping[str, float | None]) -> str:
     parts += [" ".join(known("teraflops", "{:.3g} TFLOP/s") + known("share_of_peak", "({:.0%} of peak)"))]
     parts += known("data_wait_share", "waiting for data {:.0%}") + known("dollars", "${:.2f}")
     parts += known("hours_left", "{:.1f} h left")
-    for name in ("skipped_steps", "replaced_samples", "failed_saves", "failed_writes"):
+    for name in ("skipped_steps", "outlier_steps", "replaced_samples", "failed_saves", "failed_writes"):
         parts += known(name, "{:.0f} " + name.replace("_", " ")) if line.get(name) else []
     return ", ".join(part for part in parts if part)
 

@@ -198,7 +198,8 @@ class Worker:
         now = self._snapshot()
         line = log_line(
             self.context, self.last, now, loss=reading.loss, grad_norm=reading.grad_norm,
-            learning_rate=reading.learning_rate, skipped_steps=reading.skipped,
+            learning_rate=reading.learning_rate, grad_norm_limit=reading.grad_norm_limit,
+            skipped_steps=reading.skipped, outlier_steps=reading.outliers,
             gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             failed_saves=len(self.saver.failures) if self.saver else 0,
             failed_writes=self.log.failures if self.log else 0,
@@ -233,7 +234,7 @@ class Worker:
         step, self.rollbacks = self.loop.steps_taken, self.rollbacks + 1
         if found is None or self.rollbacks > _MAX_ROLLBACKS:
             raise JobFailed(
-                f"the loss is not finite since step {step}, "
+                f"steps are skipped since step {step} (loss or gradient not finite, or gradient outliers), "
                 + ("and there is no checkpoint yet" if found is None else f"also after {_MAX_ROLLBACKS} rollbacks")
                 + "; start a new run with a lower rate: --set optimizer.learning_rate=..."
             )
@@ -244,8 +245,8 @@ class Worker:
         if self.log:
             self.log.rewind(found.step)
             self.reporter.warn(
-                f"no finite loss in {_MAX_SKIPPED} steps in a row before step {step}: back to step {found.step}, going "
-                "on with other samples"
+                f"{_MAX_SKIPPED} steps in a row were skipped before step {step} (loss or gradient not finite, or "
+                f"gradient outliers): back to step {found.step}, going on with other samples"
             )
 
     def _evaluate(self) -> None:

@@ -213,7 +213,7 @@ def test_adapters_change_the_base_does_not_and_a_checkpoint_holds_only_adapters(
     }  # fmt: skip
     assert record["model"] == base.state()["config"]["model"]
     for file in ("model", "ema", "optimizer"):
-        names = found.tensors(file).keys() - {"updates", "skipped_steps"}
+        names = [name for name in found.tensors(file) if "." in name]  # others are counts and gradient norms
         assert names
         assert all(".lora_A.default." in name or ".lora_B.default." in name for name in names)
     size, whole = (sum(path.stat().st_size for path in Path(f.folder).glob("model.*")) for f in (found, base))

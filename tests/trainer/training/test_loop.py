@@ -26,6 +26,7 @@ from trainer.diffusion.keyed_random import sample_key
 from trainer.model.config import XUTConfig
 from trainer.model.xut import XUT, compiled
 from trainer.optimization.optimizers import OptimizerConfig
+from trainer.optimization.outliers import LEAST_HISTORY
 from trainer.recipe.stages import STAGES
 from trainer.training.loop import Loop, StepResult, TrainingInputs
 
@@ -96,14 +97,26 @@ def broken(batch: TrainingInputs, value: float = float("nan"), slot: int = 0) ->
     return replace(batch, latents_BCHW=latents_BCHW)
 
 
+def large(batch: TrainingInputs, slot: int = 0) -> TrainingInputs:
+    """A finite sample whose gradient is hundreds of times as large as the others'."""
+    return broken(batch, 1e5, slot)
+
+
+def with_history(loop: Loop) -> Loop:
+    """As after many steps of gradient norms between 1 and 4, near those of the first steps."""
+    for number in range(LEAST_HISTORY):
+        loop.norms.add(torch.tensor(1.0 + number % 4))
+    return loop
+
+
 def train(loop: Loop, steps: range, sizes: Sequence[int] = (BATCH,)) -> list[StepResult]:
     return [loop.step(split(batch_of(step), sizes)) for step in steps]
 
 
 def copy_of(loop: Loop) -> dict[str, Tensor]:
-    """All tensors of a loop except the count of skipped steps."""
+    """All tensors of a loop except the counts of skipped steps."""
     named = {f"{part}/{name}": t.clone() for part, ts in loop.tensors().items() for name, t in ts.items()}
-    del named["optimizer/skipped_steps"]
+    del named["optimizer/skipped_steps"], named["optimizer/outlier_steps"]
     return named
 
 
@@ -164,6 +177,9 @@ def _work_together(rank: int, workers: int, folder: str) -> None:
             for step in range(4, 6):
                 each.step(share(batch_of(step)))
             keep(f"{kind}/{moment}", each)
+        with_history(loop).step(share(large(batch_of(6), slot=BATCH - 1)))
+        keep(f"{kind}/outlier", loop)
+        saved[f"{kind}/outliers"] = loop.tensors()["optimizer"]["outlier_steps"].clone()
     with pytest.raises(ValueError, match="13 does not divide into equal shares of 3 workers"):
         new_loop(batch_size=13)
     save_file(saved, f"{folder}/{rank}.safetensors")
@@ -196,6 +212,15 @@ def test_a_nan_on_one_worker_skips_the_step_on_all(kind: str, three_workers: lis
     for worker in three_workers:
         assert worker[f"{kind}/skipped"] == 1
         assert_bit_equal(kept(worker, f"{kind}/bad"), kept(worker, f"{kind}/good"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_outlier_on_one_worker_skips_the_step_on_all(kind: str, three_workers: list[dict[str, Tensor]]) -> None:
+    for worker in three_workers:
+        assert worker[f"{kind}/outliers"] == 1
+        weights = kept(worker, f"{kind}/whole/model")
+        assert weights
+        assert_bit_equal(kept(worker, f"{kind}/outlier/model"), weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,6 +297,39 @@ def test_a_reading_is_the_mean_over_the_steps_not_skipped() -> None:
     assert loop.read().loss == pytest.approx(float(last.loss), rel=1e-6)
     loop.step([broken(batch_of(4))])
     assert torch.isnan(torch.tensor(loop.read().loss))
+
+
+def test_an_outlier_is_skipped_and_counted_unless_the_threshold_is_0() -> None:
+    loop = with_history(new_loop())
+    before = copy_of(loop)
+    result = loop.step([large(batch_of(0))])
+    assert torch.isfinite(result.grad_norm)
+    assert result.grad_norm > result.grad_norm_limit
+    after = copy_of(loop)
+    for part in ("model", "ema"):
+        assert_bit_equal(kept(after, part), kept(before, part))
+    loop.step([broken(batch_of(1))])
+    train(loop, range(2, 3))
+    reading = loop.read()
+    assert (reading.skipped, reading.outliers, reading.worst_run) == (2, 1, 2)
+    assert reading.grad_norm_limit < float(result.grad_norm)
+
+    off = with_history(new_loop())
+    off.stage = replace(off.stage, outlier_threshold=0.0)
+    assert off.step([large(batch_of(0))]).skipped == 0
+    assert off.read().grad_norm_limit == float("inf")
+
+
+def test_recent_norms_are_resumed_but_forgotten_by_a_rollback() -> None:
+    """Otherwise a level of the norm that has changed for good would end the run after three rollbacks."""
+    first, second = with_history(new_loop()), new_loop()
+    train(first, range(2))
+    second.load(first.tensors(), first.steps_taken)
+    assert torch.equal(second.norms.logs_W, first.norms.logs_W)
+    assert second.step([large(batch_of(2))]).outliers == 1
+    second.roll_back(first.tensors(), first.steps_taken)
+    result = second.step([large(batch_of(2))])
+    assert (result.outliers, result.run) == (1, 0)
 
 
 class _Waits(TorchDispatchMode):
@@ -362,7 +420,7 @@ def test_a_stage_can_start_from_the_weights_of_another() -> None:
     for name, parameter in first.model.named_parameters():
         assert torch.equal(second.ema.weights[name], parameter)
     assert second.ema.updates == 0
-    assert list(second.tensors()["optimizer"]) == ["skipped_steps"]
+    assert not any("." in name for name in second.tensors()["optimizer"]), "only counts and recent norms"
     train(second, range(1))
 
 
