@@ -57,8 +57,10 @@ class XUT(nn.Module):
     """The model of an `XUTConfig`. Raises ValueError for an unknown `checkpointing`."""
 
     # Roles of the layers under muP (trainer.optimization.optimizers): layers whose fan-in, or whose fan-out, does not
-    # grow with the width, and modules whose layers see one vector per sample instead of one per token.
-    INPUT_LAYERS = ("patch_in", "position_in", "text_in", "aspect_in")
+    # grow with the width, those whose fan-in is the text encoder's width, and modules whose layers see one vector per
+    # sample instead of one per token.
+    INPUT_LAYERS = ("patch_in", "position_in", "aspect_in")
+    TEXT_LAYERS = ("text_in",)
     OUTPUT_LAYERS = ("patch_out",)
     CONDITION_LAYERS = ("time_in", "aspect_out", "adaln")
 

@@ -2,8 +2,8 @@
 
 Under muP (arXiv 2203.03466, table 3, Adam) the best learning rate does not depend on the width if hidden and output
 matrices learn at rate / fan_in and everything else at the plain rate, so a rate found on a narrow model fits a wide
-one. The papers' 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of
-XUT-base.
+one. The projection of the text learns at rate / fan_in too: its fan-in is the width of the text encoder. The papers'
+0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of XUT-base.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from trainer.optimization.muon import Muon
 
-Role = Literal["input", "hidden", "condition", "output", "vector", "frozen"]
+Role = Literal["input", "text", "hidden", "condition", "output", "vector", "frozen"]
 
 # The matrices of an adapter (trainer.runs.lora), whose rank does not grow with the width: A has a fixed fan-out, B a
 # fixed fan-in. muP thus gives A rate / fan_in and B the plain rate, which LoRA+ (arXiv 2402.12354) finds best. Muon is
@@ -66,12 +66,14 @@ class OptimizerConfig:
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """The muP role of every parameter, by name.
 
-    frozen: does not require gradients. vector: biases, norms, rotary frequencies. Matrices have one of four roles:
-    input, if the fan-in does not grow with the width (the model lists these layers in INPUT_LAYERS); output, if the
-    fan-out does not (OUTPUT_LAYERS); condition, if both grow and the layer sees one vector per sample
-    (CONDITION_LAYERS); hidden, if both grow and it sees tokens. The A and B matrices of adapters are output and input.
+    frozen: does not require gradients. vector: biases, norms, rotary frequencies. Matrices have one of five roles:
+    input, if the fan-in does not grow with the width (the model lists these layers in INPUT_LAYERS); text, if it is the
+    text encoder's width (TEXT_LAYERS); output, if the fan-out does not grow (OUTPUT_LAYERS); condition, if both grow
+    and the layer sees one vector per sample (CONDITION_LAYERS); hidden, if both grow and it sees tokens. The A and B
+    matrices of adapters are output and input.
     """
     inputs = cast(tuple[str, ...], model.INPUT_LAYERS)
+    texts = cast(tuple[str, ...], model.TEXT_LAYERS)
     outputs = cast(tuple[str, ...], model.OUTPUT_LAYERS)
     conditions = set(cast(tuple[str, ...], model.CONDITION_LAYERS))
 
@@ -85,6 +87,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             return _ADAPTER_ROLES[adapter.pop()]
         if layer in inputs:
             return "input"
+        if layer in texts:
+            return "text"
         if layer in outputs:
             return "output"
         return "condition" if conditions & set(layer.split(".")) else "hidden"
@@ -104,7 +108,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         if role == "condition" and config.kind == "adamw":
             role = "hidden"  # one group: only Muon distinguishes them
         if role != "frozen":
-            scaled = role in ("output", "condition") or (role == "hidden" and config.kind == "adamw")
+            scaled = role in ("text", "output", "condition") or (role == "hidden" and config.kind == "adamw")
             members[role, config.base_width / parameter.shape[1] if scaled else 1.0].append(parameter)
 
     def groups(with_muon: bool) -> list[dict[str, Any]]:
