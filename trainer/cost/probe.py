@@ -21,6 +21,7 @@ from trainer.encoders.pretrained import frozen_dtype
 from trainer.encoders.random_encoders import WORDS, local_text_encoder, qwen3_600m, sdxl_vae
 from trainer.encoders.text import TextEncoder
 from trainer.model.xut import XUT
+from trainer.optimization.schedule import Schedule
 from trainer.samples.data import Batch
 from trainer.training.loop_setup import encode, new_loop
 from trainer.training.metrics import peak_teraflops
@@ -55,7 +56,7 @@ def _measure_stage(setup: StageSetup, seconds: float) -> Row | None:
     halved until it fits into memory; None if one sample does not fit."""
     on_gpu, samples, begun = torch.cuda.is_available(), setup.stage.micro_batch, time.perf_counter()
     codec, text = _encoders(setup.stage.codec, setup.stage.text_encoder, setup.stage.compiled and on_gpu)
-    text.layers = setup.model.text_layers
+    text = TextEncoder(text.model, text.tokenizer, setup.model.text_layers, setup.model.text_prefix)
     model = replace(setup.model, in_channels=codec.channels, text_dim=text.dim)
     setup, step = replace(setup, model=model, codec_factor=codec.factor), None
     if not on_gpu:
@@ -92,7 +93,9 @@ def _step(setup: StageSetup, size: int, codec: Any, text: TextEncoder) -> Callab
     """A function that takes a step of a new model on `size` images of noise and texts of setup.text_tokens tokens."""
     tokens, side = setup.text_tokens, setup.stage.resolution
     stage = replace(setup.stage, micro_batch=size, batch_size=size, text_tokens=tokens, text_multiple=1)
-    loop = new_loop(stage, XUT(setup.model, stage.checkpointing), stage.samples, codec, _DEVICE)
+    loop = new_loop(
+        stage, XUT(setup.model, stage.checkpointing), Schedule(stage.optimizer, stage.samples), codec, _DEVICE
+    )
     batch = Batch(
         ids=[str(i) for i in range(size)],
         pixels_BHW3=np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8),

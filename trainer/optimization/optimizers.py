@@ -1,4 +1,4 @@
-"""The optimizer: learning rates by muP role in a few fused parameter groups, and a cosine schedule.
+"""The optimizer: learning rates by muP role in a few fused parameter groups.
 
 Under muP (arXiv 2203.03466, table 3, Adam) the best learning rate does not depend on the width if hidden and output
 matrices learn at rate / fan_in and everything else at the plain rate, so a rate found on a narrow model fits a wide
@@ -6,7 +6,6 @@ one. The projection of the text learns at rate / fan_in too: its fan-in is the w
 0.5 "at base dim 1" is 0.5 / 128 = 0.0039 at our base width, and 0.5 / 1024 in the hidden matrices of XUT-base.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +40,10 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # the papers use 0.995 from the 512 stage on
     eps: float = 1e-8
     weight_decay: float = 0.02  # matrices only; the papers use 0.005, then 0.002 in later stages
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay; see schedule.py
     warmup_steps: int = 1000
-    final_ratio: float = 0.01  # learning rate at the end of the cosine, as a share of the peak
+    decay_share: float = 0.2  # of the steps, with schedule=wsd
+    final_ratio: float = 0.01  # learning rate of the last step, as a share of the peak
     # Muon's steps have the same spectral norm at every width, so its rate is not scaled. 0.02 is its authors' choice.
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
@@ -50,12 +51,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f"optimizer kind must be adamw or muon: got {self.kind!r}")
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"optimizer schedule must be cosine or wsd: got {self.schedule!r}")
         for name in ("learning_rate", "muon_learning_rate", "eps", "base_width"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("weight_decay", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1")
         self._require("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1")
+        self._require("decay_share", 0 <= self.decay_share <= 1, "from 0 to 1")
         self._require("final_ratio", 0 <= self.final_ratio <= 1, "from 0 to 1")
 
     def _require(self, name: str, valid: bool, expected: str) -> None:
@@ -193,21 +197,3 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapp
         )
     optimizer.state.clear()
     optimizer.state.update(loaded)
-
-
-def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at update `step`, from 0: linear warm-up, then a cosine to `final_ratio`.
-
-    Warm-up takes at most a tenth of the run. It depends only on its arguments, so a resumed run has the same schedule.
-    """
-    warmup = min(config.warmup_steps, total_steps // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Sets every group to `factor` times its peak rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor

@@ -20,6 +20,7 @@ class Command:
     checkpoints: str | None = None  # folder or s3:// prefix that holds <stage>/checkpoints; None: the run folder
     workers: int = 1
     steps: int | None = None  # optimizer steps in total; None: the stage's own number
+    anneal: int | None = None  # optimizer steps of a decay from a checkpoint; None: train the stage
     settings: Sequence[str] = ()  # the FIELD=VALUE of each --set
     start_from: str | None = None  # run, stage or checkpoint folder, or "nothing"; None: the previous stage of this run
     lora: int | None = None  # rank of the adapters to train; None: train the whole model
@@ -36,6 +37,12 @@ class Command:
             raise UsageError(
                 f"--price-per-hour {self.price_per_hour}: give the dollars per hour of the whole cluster, at least 0"
             )
+        if self.anneal is not None and self.anneal < 1:
+            raise UsageError(f"--anneal {self.anneal}: give the number of steps of the decay, at least 1")
+        if self.anneal is not None and self.steps is not None:
+            raise UsageError("--anneal N ends N steps after its checkpoint: leave out --steps")
+        if self.anneal is not None and self.start_from == "nothing":
+            raise UsageError("--anneal continues a checkpoint: leave out --from, or name a checkpoint")
         if self.max_failures < 0:
             raise UsageError(f"--max-failures {self.max_failures}: must be at least 0")
 
@@ -98,6 +105,11 @@ def parse_args(description: str | None) -> Command:
         help="Training processes, one per GPU. Default: $HDM_WORKERS, then 1.",
     )  # fmt: skip
     add("--steps", type=int, metavar="N", help="Optimizer steps in total. Default: the stage's samples / batch_size.")
+    add(
+        "--anneal", type=int, metavar="N",
+        help="Decay the learning rate to its end within N steps from a checkpoint of the stage: the newest one, or the "
+        "one that --from names. Writes to DIR/STAGE-anneal-STEP-N and leaves the stage as it is.",
+    )  # fmt: skip
     add(
         "--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE",
         help="Change a field of the stage, such as samples=1000, optimizer.learning_rate=1e-3, "

@@ -1,15 +1,18 @@
 """A command line -> one resolved training job, checked against the dataset and the run folder. Imports no Ray."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import local_path
 from trainer.encoders.load_codec import codec_shape
 from trainer.encoders.text import text_width
+from trainer.model.config import XUTConfig
+from trainer.optimization.schedule import Anneal, Schedule, change_of_length
 from trainer.recipe import changes, overrides
 from trainer.recipe.changes import Changes, affecting
 from trainer.recipe.command import Command
@@ -33,14 +36,17 @@ def resolve(command: Command) -> Training:
     if run.is_file():
         raise UsageError(f"--run {run} is a file; give a folder, which is created if it does not exist")
     home = _checkpoint_home(command, run)
-    checkpoints = run_folder.checkpoints_of(run, command.stage, home)
-    newest = Checkpoints(checkpoints).newest()
+    branch = _branch(command, run, home)
+    name = run_folder.anneal_name(command.stage, branch.step, command.anneal or 0) if branch else command.stage
+    checkpoints = run_folder.checkpoints_of(run, name, home)
+    newest = Checkpoints(checkpoints).newest() or branch
     with _value_errors_are_usage_errors():
-        adapters = None if command.lora is None else find_adapter_base(command.lora, command.start_from, newest)
+        base = None if branch else command.start_from
+        adapters = None if command.lora is None else find_adapter_base(command.lora, base, newest)
     stage, model_fields, notes = stage_config(
         command.stage, overrides.parse(command.settings), adapters.stage_fields() if adapters else None
     )
-    total = total_steps(stage, command.steps)
+    total = branch.step + (command.anneal or 0) if branch else total_steps(stage, command.steps)
     micro = micro_batch(stage, command.workers)
     selection = _selection(command.dataset, command.stage, stage)
     with _value_errors_are_usage_errors():
@@ -51,22 +57,21 @@ def resolve(command: Command) -> Training:
         initial, origin = adapters.checkpoint(command.stage, stage)
     elif newest is None:
         initial, origin = find_initial_checkpoint(command, stage, run, home)
-    text_encoder = prepare_text_encoder(run, stage, selection, newest, initial)
+    text_encoder = prepare_text_encoder(run, stage, selection, newest, branch or initial)
     with _value_errors_are_usage_errors():
         if adapters is not None:
             model = adapters.checked_model(stage, channels, text_encoder)
         else:
-            sizes = {"in_channels": channels, "patch_size": stage.patch_size, "text_dim": text_width(text_encoder)}
-            model = PRESETS[stage.model](**sizes, **model_fields)
+            model = _model(stage, channels, text_width(text_encoder), model_fields)
     examples = example_texts(selection, 6)
     training = Training(
-        stage_name=command.stage,
+        stage_name=name,
         stage=stage,
         model=model,
         selection=selection,
         codec_factor=factor,
         run=str(run),
-        folder=str(run / command.stage),
+        folder=str(run / name),
         checkpoints=checkpoints,
         checkpoint_home=home,
         text_encoder=text_encoder,
@@ -75,6 +80,8 @@ def resolve(command: Command) -> Training:
         micro_batch=micro,
         start_step=0,
         stop_step=total,
+        anneal=_anneal(branch) if branch else None,
+        branch=branch,
         start_position=0,
         first_epoch=0,
         weights=None if adapters else initial,
@@ -95,7 +102,7 @@ def resolve(command: Command) -> Training:
             before = run_folder.config_of(training.weights)
             refuse_initial(changes.changes(before, training.record()), training.weights)
         training = replace(training, notes=(*training.notes, origin))
-    run_folder.write_config(run, command.stage, training.record())
+    run_folder.write_config(run, name, training.record())
     return training
 
 
@@ -108,12 +115,40 @@ def _value_errors_are_usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def _model(stage: StageConfig, channels: int, text_dim: int, fields: Mapping[str, Any]) -> XUTConfig:
+    sizes = {"in_channels": channels, "patch_size": stage.patch_size, "text_dim": text_dim}
+    return PRESETS[stage.model](**sizes, **fields)
+
+
 def _checkpoint_home(command: Command, run: Path) -> str | None:
     """The value of --checkpoints, or the one of the stage's last start."""
     if command.checkpoints is not None:
         given = command.checkpoints.rstrip("/")
         return given if given.startswith("s3://") else str(local_path("--checkpoints", given).resolve())
     return (run_folder.read_config(run, command.stage) or {}).get("checkpoints")
+
+
+def _branch(command: Command, run: Path, home: str | None) -> Checkpoint | None:
+    """The checkpoint that --anneal starts from; None without --anneal. UsageError if there is none of this stage."""
+    if command.anneal is None:
+        return None
+    if command.start_from is None:
+        found = Checkpoints(run_folder.checkpoints_of(run, command.stage, home)).newest()
+        where = f"{run / command.stage} has no checkpoint; train that stage first, or name a checkpoint with --from"
+    else:
+        path = local_path("--from", command.start_from).resolve()
+        found = run_folder.find_checkpoint(str(path), wanted=command.stage)
+        where = f"--from {path} has no checkpoint; give a stage or checkpoint folder"
+    if found is None:
+        raise UsageError(f"--anneal {command.anneal} decays from a checkpoint: {where}")
+    stage = str(run_folder.config_of(found)["stage_name"])
+    if run_folder.stage_of(stage) != command.stage:
+        raise UsageError(f"--anneal: {found.folder} is of stage {stage}, not of {command.stage}; give --stage {stage}")
+    return found
+
+
+def _anneal(branch: Checkpoint) -> Anneal:
+    return Anneal(branch.step, Schedule.of(run_folder.config_of(branch)).factor(branch.step))
 
 
 def _selection(dataset: str, stage_name: str, stage: StageConfig) -> Selection:
@@ -155,13 +190,21 @@ def _resume(training: Training, newest: Checkpoint, command: Command) -> Trainin
     )
     notes = [*training.notes, f"going on from step {newest.step} of {training.folder}"]
     notes += [f"since then {changes.listed({name: pair})}" for name, pair in changed.items()]
+    if training.anneal is not None and newest == training.branch:
+        rates = (training.schedule().rate(step) for step in (newest.step - 1, training.stop_step - 1))
+        notes.append(
+            f"anneal in {training.folder}: the learning rate falls from {next(rates):.3g} to {next(rates):.3g} at step "
+            f"{training.stop_step}; {newest.folder} stays as it is"
+        )
+    elif before["steps"] != training.stop_step:
+        notes.append(change_of_length(Schedule.of(before), training.schedule(), newest.step))
     training = replace(training.resumed_from(state), began_from=before["began_from"])
     if reordered:
         training = replace(training, start_position=0, first_epoch=state["epoch"] + 1)
         notes.append(f"new data order: epoch {training.first_epoch} begins")
     elif command.new_order:
         notes.append("--new-order has no effect: the data order has not changed")
-    if command.start_from not in (None, "nothing") and training.lora is None:
+    if command.start_from not in (None, "nothing") and training.lora is None and training.anneal is None:
         notes.append("--from has no effect: the stage already has checkpoints")
     return replace(training, notes=tuple(notes))
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.model.config import XUTConfig
+from trainer.optimization.schedule import Anneal, Schedule
 from trainer.recipe.stages import StageConfig
 from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.training_state import training_state
@@ -16,7 +17,7 @@ from trainer.samples.row_index import Selection
 class Training:
     """Paths are absolute and visible to every worker."""
 
-    stage_name: str
+    stage_name: str  # of the folder: a stage, or an anneal (`run_folder.anneal_name`)
     stage: StageConfig
     model: XUTConfig
     selection: Selection
@@ -31,6 +32,8 @@ class Training:
     micro_batch: int  # samples per forward pass of a worker
     start_step: int  # optimizer steps already taken; above 0 the weights come from the stage's newest checkpoint
     stop_step: int  # last step of this job and of the learning rate schedule
+    anneal: Anneal | None  # decay of the learning rate from a checkpoint on; None: the schedule of the stage
+    branch: Checkpoint | None  # of another folder, which an anneal without checkpoints of its own continues
     start_position: int  # position in the data order at start_step; a multiple of batch_size
     first_epoch: int  # number of the epoch that starts at position 0
     weights: Checkpoint | None  # checkpoint of another stage or run whose model and EMA initialize step 0
@@ -53,6 +56,9 @@ class Training:
         """Position in the data order of the first sample of step `step`, which is at least start_step."""
         return self.start_position + (step - self.start_step) * self.stage.batch_size
 
+    def schedule(self) -> Schedule:
+        return Schedule(self.stage.optimizer, self.stop_step, self.anneal)
+
     def crop(self) -> CropConfig:
         return CropConfig(self.stage.resolution, self.stage.captions, self.stage.seed, self.stage.flip)
 
@@ -70,6 +76,7 @@ class Training:
             "model": self.model.to_dict(),
             "selection": selection,
             "steps": self.stop_step,
+            "anneal": asdict(self.anneal) if self.anneal else None,
             "workers": self.workers,
             "checkpoints": self.checkpoint_home,
             "began_from": self.began_from,

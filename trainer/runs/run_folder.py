@@ -4,11 +4,14 @@ RUN/text_encoder/                        with text_encoder=local: one encoder fo
 RUN/<stage>/config.json                  the resolved config of the stage's last start
 RUN/<stage>/checkpoints/step-<N>/        or HOME/<stage>/checkpoints/ with --checkpoints HOME
 RUN/<stage>/metrics.jsonl, run.json ...
+
+A decay from a checkpoint of a stage (run.py --anneal) has a folder like a stage's, see `anneal_name`.
 """
 
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,18 @@ from trainer.runs.checkpoint import Checkpoint, Checkpoints
 # In training order. Each has a recipe in trainer/recipe/stages.py.
 STAGE_NAMES = ("demo", "256", "512", "768", "1024")
 _CONFIG = "config.json"
+_ANNEAL = re.compile(rf"({'|'.join(STAGE_NAMES)})-anneal-\d+-\d+")
+
+
+def anneal_name(stage: str, start_step: int, steps: int) -> str:
+    """Folder of a decay of `steps` steps from the checkpoint of `start_step`. The same command finds it again."""
+    return f"{stage}-anneal-{start_step}-{steps}"
+
+
+def stage_of(folder: str) -> str | None:
+    """The stage that a folder's name belongs to, also of an anneal; None for any other name."""
+    anneal = _ANNEAL.fullmatch(folder)
+    return anneal[1] if anneal else folder if folder in STAGE_NAMES else None
 
 
 @contextmanager
@@ -101,8 +116,9 @@ def checkpoints_of(run: str | Path, stage: str, home: str | None = None) -> str:
 
 
 def newest_by_stage(run: str | Path, home: str | None = None) -> dict[str, Checkpoint]:
-    """The newest checkpoint of each stage that has one, in the order of STAGE_NAMES."""
-    found = {stage: Checkpoints(checkpoints_of(run, stage, home)).newest() for stage in STAGE_NAMES}
+    """The newest checkpoint of each stage that has one, in the order of STAGE_NAMES, then of each anneal."""
+    anneals = [name for name in Store(str(run)).folders("") if _ANNEAL.fullmatch(name)]
+    found = {name: Checkpoints(checkpoints_of(run, name, home)).newest() for name in (*STAGE_NAMES, *anneals)}
     return {stage: checkpoint for stage, checkpoint in found.items() if checkpoint is not None}
 
 
@@ -115,7 +131,7 @@ def find_checkpoint(path: str, wanted: str | None = None) -> Checkpoint | None:
     store = Store(path)
     if store.exists("state.json"):
         return _checkpoint(store)
-    if not store.is_remote and Path(path).name in STAGE_NAMES and store.exists(_CONFIG):
+    if not store.is_remote and stage_of(Path(path).name) and store.exists(_CONFIG):
         return Checkpoints(checkpoints_of(Path(path).parent, Path(path).name)).newest()
     if "checkpoints" in store.folders(""):
         return Checkpoints(store.path("checkpoints")).newest()

@@ -15,13 +15,12 @@ from trainer.diffusion.flow import draw_noise, draw_times, flow_loss, interpolat
 from trainer.model.xut import XUT, Precision, compiled
 from trainer.optimization.optimizers import (
     build_optimizer,
-    learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
-    set_learning_rate,
     step_unless,
 )
 from trainer.optimization.outliers import RecentNorms
+from trainer.optimization.schedule import Schedule, set_learning_rate
 from trainer.recipe.stages import StageConfig
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
 
@@ -120,12 +119,12 @@ class Loop:
         self,
         model: XUT,
         stage: StageConfig,
-        total_steps: int,
+        schedule: Schedule,
         loss_weight_C: Tensor,
         precision: Precision = "fp32",
         compile: bool = False,
     ) -> None:
-        """`total_steps`: length of the learning rate schedule. `compile`: torch.compile the model."""
+        """`compile`: torch.compile the model."""
         self.workers = distributed.get_world_size() if distributed.is_initialized() else 1
         if stage.batch_size % self.workers:
             raise ValueError(
@@ -134,7 +133,7 @@ class Loop:
         if self.workers > 1:
             for tensor in model.state_dict().values():
                 distributed.broadcast(tensor, src=0)
-        self.stage, self.total_steps, self.precision = stage, total_steps, precision
+        self.stage, self.schedule, self.precision = stage, schedule, precision
         self.model = model
         self.loss_weight_C = loss_weight_C
         self.ema = EMA(model, stage.ema_decay)
@@ -158,7 +157,7 @@ class Loop:
         average changes on any. This is decided on the device; the host does not wait. ValueError unless the micro
         batches add up to the share.
         """
-        set_learning_rate(self.optimizer, self._learning_rate_factor(self.steps_taken))
+        set_learning_rate(self.optimizer, self.schedule.factor(self.steps_taken))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(micro_batches)
         if self.workers > 1:
@@ -182,11 +181,10 @@ class Loop:
         totals = [last.loss_sum, last.norm_sum, last.grad_norm_limit]
         numbers = torch.stack([*totals, last.taken, last.skipped, last.outliers, last.worst_run])
         loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run = numbers.tolist()
-        factor = self._learning_rate_factor(max(0, self.steps_taken - 1))
         return Reading(
             loss=loss_sum / taken if taken else float("nan"),
             grad_norm=norm_sum / taken if taken else float("nan"),
-            learning_rate=self.stage.optimizer.learning_rate * factor,
+            learning_rate=self.schedule.rate(max(0, self.steps_taken - 1)),
             grad_norm_limit=limit,
             skipped=int(skipped),
             outliers=int(outliers),
@@ -239,9 +237,6 @@ class Loop:
         """
         with self.ema.applied(self.model), torch.no_grad():
             yield self._velocity
-
-    def _learning_rate_factor(self, step: int) -> float:
-        return learning_rate_factor(step, self.total_steps, self.stage.optimizer)
 
     def _accumulate(self, micro_batches: Iterable[TrainingInputs]) -> Tensor:
         """Backward passes of all micro batches. Returns this worker's part of the global mean loss, detached."""

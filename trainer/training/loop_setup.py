@@ -10,6 +10,7 @@ from pipeline.core.errors import JobFailed
 from trainer.encoders.latents import Codec
 from trainer.encoders.text import TextEncoder
 from trainer.model.xut import XUT
+from trainer.optimization.schedule import Schedule
 from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
@@ -25,7 +26,7 @@ def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
 
     JobFailed if the job was to resume from a checkpoint that no longer exists.
     """
-    found = Checkpoints(training.checkpoints).newest()
+    found = Checkpoints(training.checkpoints).newest() or training.branch
     if found is None:
         if training.start_step:
             raise JobFailed(f"the checkpoint of step {training.start_step} in {training.checkpoints} is gone")
@@ -44,7 +45,7 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     else:
         model = training.lora.base_model(training.stage.checkpointing)
         add_adapters(model, training.lora.rank)
-    loop = new_loop(training.stage, model, training.stop_step, codec, device)
+    loop = new_loop(training.stage, model, training.schedule(), codec, device)
     if checkpoint:
         loop.load(all_tensors(checkpoint), checkpoint.step)
     elif training.weights and Lora.of(config_of(training.weights)):
@@ -54,11 +55,11 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     return loop
 
 
-def new_loop(stage: StageConfig, model: XUT, steps: int, codec: Codec, device: torch.device) -> Loop:
+def new_loop(stage: StageConfig, model: XUT, schedule: Schedule, codec: Codec, device: torch.device) -> Loop:
     """A loop before its first step. `steps`: length of the schedule."""
     on_gpu = device.type == "cuda"
     precision = stage.precision if on_gpu else "fp32"
-    return Loop(model.to(device), stage, steps, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
+    return Loop(model.to(device), stage, schedule, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:

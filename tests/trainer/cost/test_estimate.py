@@ -10,6 +10,7 @@ from trainer.cost import machines
 from trainer.cost.estimate import HOST_WATTS, checkpoint_bytes, stage_row, training_speed
 from trainer.cost.machines import Machine
 from trainer.cost.stage_setup import StageSetup, stage_setup
+from trainer.optimization.schedule import Schedule
 from trainer.recipe.stages import STAGES
 
 MACHINE = Machine(name="some GPU", count=2, teraflops=100, watts=400, gigabytes=48, price=0.5)
@@ -39,7 +40,7 @@ def test_a_checkpoint_has_the_bytes_of_weights_averages_and_moments() -> None:
     )
     codec = load_codec("dct")
     model = XUT(XUTConfig.tiny(in_channels=codec.channels, patch_size=1, dim=64, mlp_dim=128, depth=1))
-    loop = new_loop(stage, model, 1, codec, torch.device("cpu"))
+    loop = new_loop(stage, model, Schedule(stage.optimizer, 1), codec, torch.device("cpu"))
     for parameter in loop.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loop.optimizer.step()

@@ -1,7 +1,6 @@
 """muP roles, the coordinate check, Muon combined with AdamW, and the schedule."""
 
 import copy
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -17,11 +16,9 @@ from trainer.optimization.optimizers import (
     MuonAndAdamW,
     OptimizerConfig,
     build_optimizer,
-    learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
     parameter_roles,
-    set_learning_rate,
     step_unless,
 )
 
@@ -267,29 +264,3 @@ def test_the_state_of_a_wider_model_or_a_part_of_it_is_refused() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="adamw or muon: got 'sgd'"):
         OptimizerConfig(kind="sgd")  # type: ignore[arg-type]
-
-
-# The schedule
-
-
-def test_schedule_warms_up_linearly_and_ends_on_a_cosine_at_the_final_ratio() -> None:
-    config = OptimizerConfig(warmup_steps=100, final_ratio=0.01)
-    factors = [learning_rate_factor(step, 2001, config) for step in range(2001)]
-    assert factors[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])
-    assert factors[100] == max(factors) == 1.0
-    assert factors[1050] == pytest.approx((1 + 0.01) / 2)
-    assert factors[2000] == pytest.approx(0.01)
-    assert all(a > b for a, b in itertools.pairwise(factors[100:]))
-    assert learning_rate_factor(5000, 2001, config) == pytest.approx(0.01)
-
-
-def test_warm_up_takes_at_most_a_tenth_of_a_short_run() -> None:
-    assert learning_rate_factor(10, 100, OptimizerConfig(warmup_steps=1000)) == 1.0
-    assert learning_rate_factor(0, 1, OptimizerConfig()) == 1.0
-
-
-def test_every_group_is_set_to_the_same_share_of_its_own_peak() -> None:
-    optimizer = build_optimizer(model_of_width(64), OptimizerConfig(kind="muon"))
-    set_learning_rate(optimizer, 0.5)
-    set_learning_rate(optimizer, 0.25)
-    assert all(group["lr"] == 0.25 * group["initial_lr"] > 0 for group in optimizer.param_groups)

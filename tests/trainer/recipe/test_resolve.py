@@ -21,6 +21,7 @@ from trainer.recipe.stage_config import micro_batch, stage_config
 from trainer.recipe.stages import STAGES
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.run_folder import find_checkpoint
 
 ROOT = Path(__file__).parents[3]
 ROWS = 40
@@ -117,10 +118,43 @@ def test_a_run_resumes_at_its_position_and_lists_changed_settings(ask: Any) -> N
         "going on from step 7",
         "samples: 36000 -> 72000",
         "steps: 1125 -> 2250",
+        "cosine now ends with 1e-05 at step 2250, not at step 1125",
         "optimizer.learning_rate: 0.003 -> 0.001",
         "workers: 1 -> 2",
     ):
         assert line in notes
+
+
+def test_an_anneal_continues_a_checkpoint_in_its_own_folder(ask: Any, tmp_path: Path) -> None:
+    wsd = ("optimizer.schedule=wsd", "samples=3200")
+    stage = ask("demo", *wsd)
+    save(stage, 5)
+    newest = save(stage, 50)
+    first = ask("demo", *wsd, anneal=20)
+    assert first.folder == str(tmp_path / "run/demo-anneal-50-20")
+    assert (first.start_step, first.stop_step, first.start_position) == (50, 70, 50 * 32), "data order goes on"
+    assert first.branch.folder == str(newest)
+    rates = [first.schedule().rate(step) for step in (49, 69)]
+    assert rates == pytest.approx([3e-3, 3e-5])
+    assert "falls from 0.003 to 3e-05 at step 70" in "\n".join(first.notes)
+    assert ask("demo", *wsd).folder == stage.folder, "the stage itself is unchanged"
+
+    save(first, 60)
+    again = ask("demo", *wsd, anneal=20)
+    assert (again.start_step, again.stop_step, again.anneal) == (60, 70, first.anneal)
+    assert again.schedule().rate(69) == pytest.approx(3e-5)
+    assert find_checkpoint(str(tmp_path / "run")).step == 60, "saved last"
+    assert find_checkpoint(first.folder).step == 60
+    earlier = ask("demo", *wsd, anneal=3, start_from=str(newest.with_name("step-00000005")))
+    assert (earlier.start_step, earlier.stop_step) == (5, 8)
+
+
+def test_an_anneal_without_a_checkpoint_of_its_stage_is_refused(ask: Any, tmp_path: Path) -> None:
+    assert "demo has no checkpoint; train that stage first" in refused(ask, "demo", anneal=5)
+    other = save(ask("256", *TINY), 5)
+    assert "is of stage 256, not of demo" in refused(ask, "demo", anneal=5, start_from=str(other))
+    assert "--anneal 0" in refused(ask, "demo", anneal=0)
+    assert "leave out --steps" in refused(ask, "demo", anneal=5, steps=9)
 
 
 def test_a_checkpoint_stores_its_position_in_the_data_order(ask: Any) -> None:

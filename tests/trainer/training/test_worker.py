@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def resolved(dataset: Path, run: Path, steps: int, *settings: str, **flags: Any) -> Training:
+def resolved(dataset: Path, run: Path, steps: int | None, *settings: str, **flags: Any) -> Training:
     return resolve(
         Command(stage="demo", dataset=str(dataset), run=str(run), steps=steps, settings=(*SETTINGS, *settings), **flags)
     )
@@ -96,6 +96,20 @@ def test_a_worker_resumes_after_a_stop_request_with_equal_losses(dataset: Path, 
     again = Recorder()
     assert worker(resolved(dataset, tmp_path / "parts", 5), again).run() == 5
     assert [line["loss"] for line in parts.lines + again.lines] == [line["loss"] for line in whole.lines]
+
+
+def test_an_anneal_goes_on_with_the_weights_moments_and_samples_of_its_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    whole, parts = Recorder(), Recorder()
+    worker(resolved(dataset, tmp_path / "whole", 5), whole).run()
+    worker(resolved(dataset, tmp_path / "parts", 5), Recorder(stops_after=2)).run()
+    training = resolved(dataset, tmp_path / "parts", None, anneal=2)
+    assert worker(training, parts).run() == 5
+    assert parts.lines[0]["loss"] == whole.lines[3]["loss"], "of the step after the checkpoint of step 3"
+    assert parts.lines[1]["learning_rate"] == pytest.approx(0.01 * training.stage.optimizer.learning_rate)
+    assert saved(tmp_path / "parts") == [2, 3], "the stage stays as it is"
+    assert Checkpoints(str(tmp_path / "parts/demo-anneal-3-2/checkpoints")).newest().step == 5
 
 
 def test_a_loss_that_stays_infinite_rolls_back_three_times_and_then_fails(dataset: Path, tmp_path: Path) -> None:
