@@ -71,7 +71,7 @@ class PictureModel:
         config, stage = XUTConfig.from_dict(record["model"]), record["stage"]
         codec = load_codec(stage["codec"], device)  # before the model, to fail early if it is missing
         with _local_folder(text_encoder_of_checkpoint(found)) as folder:
-            encoder = load_text_encoder(folder, device, layers=config.text_layers)
+            encoder = load_text_encoder(folder, device, config.text_layers, config.text_prefix)
         return cls(
             trained_model(found).to(device).eval(),
             codec,

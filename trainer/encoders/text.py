@@ -39,19 +39,25 @@ class TextEncoder:
     """A frozen language model with its tokenizer.
 
     layers: "last" returns the last hidden state, after the model's final norm. "average" returns the mean over all
-    layers of their layer-normalised hidden states (arXiv 2506.08210, section 4) and needs a model with
-    XUTConfig.text_layers="average".
+    layers of their layer-normalised hidden states (arXiv 2506.08210, section 4). prefix: the model reads a constant
+    token before every text, whose state is dropped. The first token of a causal model is an attention sink: its state
+    hardly depends on the token (arXiv 2309.17453), so without a prefix the first word of every text is lost.
+
+    Both are the XUTConfig.text_layers and XUTConfig.text_prefix of the model that gets the states.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layers: TextLayers = "last") -> None:
+    def __init__(self, model: Any, tokenizer: Any, layers: TextLayers = "last", prefix: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.layers = layers
+        self.prefix = prefix
         self.dim = int(model.config.get_text_config().hidden_size)
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         # For empty texts, which many tokenizers turn into no token at all, and for padding that is masked.
         self._empty_token = next(token for token in special if token is not None)
         self._padding_token = next(token for token in reversed(special) if token is not None)
+        # BOS, or the end-of-text token of models without BOS, such as Qwen3.
+        self._prefix_tokens = [self._empty_token] if prefix else []
 
     @torch.no_grad()
     def encode(
@@ -68,28 +74,53 @@ class TextEncoder:
         assert texts, "nothing to encode"
         if max_tokens < 1:
             raise ValueError(f"max_tokens {max_tokens} must be at least 1")
-        ids = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        # With a prefix, the BOS that some tokenizers add would be a second one.
+        ids = self.tokenizer(list(texts), verbose=False, add_special_tokens=not self.prefix)["input_ids"]
         ids = [row[:max_tokens] or [self._empty_token] for row in ids]
         longest = max(len(row) for row in ids)
         length = max_tokens if padding_is_text else min(max_tokens, math.ceil(longest / multiple) * multiple)
         padding = self._padding_token if padding_is_text else self._empty_token  # which is masked anyway
-        ids_BT = torch.tensor([row + [padding] * (length - len(row)) for row in ids])
+        ids_BT = torch.tensor([self._prefix_tokens + row + [padding] * (length - len(row)) for row in ids])
         mask_BT = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
         ids_BT, mask_BT = ids_BT.to(self.model.device), mask_BT.to(self.model.device)
+        # Padding on the right cannot affect the real tokens of a causal model, so they need no mask.
+        attended = {"attention_mask": mask_BT.long()} if padding_is_text else {}
         average = self.layers == "average"
-        output = self.model(
-            input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False, output_hidden_states=average
-        )
+        output = self.model(input_ids=ids_BT, use_cache=False, output_hidden_states=average, **attended)
         hidden_BTD: Tensor = output.last_hidden_state
         if average:  # normalised first, or the deep layers would dominate by their scale
             layers = [F.layer_norm(layer_BTD, layer_BTD.shape[-1:]) for layer_BTD in output.hidden_states[1:]]
             hidden_BTD = torch.stack(layers).mean(0)
+        hidden_BTD = hidden_BTD[:, len(self._prefix_tokens) :].to(torch.float32)
         if padding_is_text:
-            return hidden_BTD.to(torch.float32), torch.ones_like(mask_BT)
-        return hidden_BTD.to(torch.float32).masked_fill(~mask_BT[:, :, None], 0), mask_BT
+            return hidden_BTD, torch.ones_like(mask_BT)
+        return hidden_BTD.masked_fill(~mask_BT[:, :, None], 0), mask_BT
+
+    @torch.no_grad()
+    def statistics(self, texts: Sequence[str], max_tokens: int, batch: int = 32) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each feature over all tokens of these texts, (D,) each, float32 on the CPU.
+
+        In the last layer of a language model a few features have most of the energy and a mean far from 0. Without
+        standardisation (XUTConfig.text_features) they drown what tells texts apart.
+        """
+        count = 0
+        total_D, squares_D = torch.zeros(self.dim, dtype=torch.float64), torch.zeros(self.dim, dtype=torch.float64)
+        for start in range(0, len(texts), batch):
+            hidden_BTD, mask_BT = self.encode(texts[start : start + batch], max_tokens)
+            tokens_KD = hidden_BTD[mask_BT].cpu().double()
+            count += len(tokens_KD)
+            total_D += tokens_KD.sum(0)
+            squares_D += tokens_KD.square().sum(0)
+        assert count, "no texts"
+        mean_D = total_D / count
+        deviation_D = (squares_D / count - mean_D.square()).clamp(min=0).sqrt()
+        # A feature that does not vary must not be blown up.
+        return mean_D.float(), deviation_D.clamp(min=max(1e-6, 0.01 * deviation_D.median().item())).float()
 
 
-def load_text_encoder(name: str | Path, device: torch.device | str = "cpu", layers: TextLayers = "last") -> TextEncoder:
+def load_text_encoder(
+    name: str | Path, device: torch.device | str = "cpu", layers: TextLayers = "last", prefix: bool = False
+) -> TextEncoder:
     """Loads an encoder from a folder, without network access, or from a Hugging Face hub name, downloaded once.
 
     It computes in bfloat16 on a GPU and in float32 elsewhere. Only complete weights in safetensors are accepted, and
@@ -115,7 +146,7 @@ def load_text_encoder(name: str | Path, device: torch.device | str = "cpu", laye
         missing = f"{len(report['missing_keys'])} weights are missing, such as {min(report['missing_keys'])}"
         raise ValueError(_not_loaded(name, ValueError(missing)))
     # The language model alone: the vision tower of a multimodal model would only take memory.
-    return TextEncoder(model.get_decoder().to(device), tokenizer, layers)
+    return TextEncoder(model.get_decoder().to(device), tokenizer, layers, prefix)
 
 
 def text_width(name: str | Path) -> int:

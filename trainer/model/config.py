@@ -4,6 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+# Of the presets for new models. The fields' own defaults are those of models saved before they existed.
+_TEXT: dict[str, Any] = {"text_prefix": True, "text_features": "standardized"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class XUTConfig:
@@ -46,6 +49,11 @@ class XUTConfig:
     # What the text encoder returns: its last hidden state, as in the paper, or the average of its layer-normalised
     # hidden states (arXiv 2506.08210), which is normalised again here because averaging shrinks it.
     text_layers: Literal["last", "average"] = "last"
+    # True: the text encoder reads a constant token before every text, whose state is dropped (TextEncoder).
+    text_prefix: bool = False
+    # standardized: each feature of the text minus its mean, divided by its deviation. Both are of the texts that the
+    # first stage was trained on, and saved with the weights. raw: as the text encoder returns it.
+    text_features: Literal["raw", "standardized"] = "raw"
     # True: the modulated norm replaces the residual stream at every branch, as in the release. False: pre-norm.
     replace_stream: bool = False
     # axial: fixed frequencies on the first half of each head's dims (section 3.4). learned: frequencies of each layer
@@ -79,22 +87,22 @@ class XUTConfig:
     def tiny(cls, **overrides: Any) -> "XUTConfig":
         """2M parameters: the demo, which trains on two CPU cores in minutes."""
         shape = {"dim": 128, "heads": 2, "mlp_dim": 256, "depth": 2, "dec_blocks": 1, "post_blocks": 1}
-        return cls(**{**shape, "absolute_position": "waves", **overrides})
+        return cls(**{**shape, **_TEXT, "absolute_position": "waves", **overrides})
 
     @classmethod
     def small(cls, **overrides: Any) -> "XUTConfig":
         """227M parameters. The authors announce only this size; the shape is ours."""
-        return cls(**{"dim": 832, "heads": 13, "mlp_dim": 2496, "depth": 4, **overrides})
+        return cls(**{"dim": 832, "heads": 13, "mlp_dim": 2496, "depth": 4, **_TEXT, **overrides})
 
     @classmethod
     def base(cls, **overrides: Any) -> "XUTConfig":
         """343M parameters, text from Qwen3-0.6B (HDM report, section 4.1)."""
-        return cls(**{"dim": 1024, "heads": 8, "mlp_dim": 3072, "depth": 4, **overrides})
+        return cls(**{"dim": 1024, "heads": 8, "mlp_dim": 3072, "depth": 4, **_TEXT, **overrides})
 
     @classmethod
     def large(cls, **overrides: Any) -> "XUTConfig":
         """556M parameters, text from Gemma3-1B (HDM report, section 4.1)."""
-        return cls(**{"dim": 1280, "heads": 10, "mlp_dim": 4096, "depth": 4, "text_dim": 1152, **overrides})
+        return cls(**{"dim": 1280, "heads": 10, "mlp_dim": 4096, "depth": 4, "text_dim": 1152, **_TEXT, **overrides})
 
     @classmethod
     def released(cls, **overrides: Any) -> "XUTConfig":

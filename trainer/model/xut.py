@@ -53,6 +53,29 @@ class TimeEmbedding(nn.Module):
         return F.mish(self.proj(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)))
 
 
+class Standardization(nn.Module):
+    """Maps features (..., D) to (feature - mean) / deviation. Both are saved with the weights; until `set` they are 0
+    and 1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+
+    def set(self, mean_D: Tensor, deviation_D: Tensor) -> None:
+        """Raises ValueError unless both are (D,) and finite, and the deviations above 0."""
+        shapes = {tuple(self.mean.shape), tuple(mean_D.shape), tuple(deviation_D.shape)}
+        if len(shapes) > 1 or not mean_D.isfinite().all() or not (deviation_D.isfinite() & (deviation_D > 0)).all():
+            raise ValueError(f"statistics of text features must be finite, deviations above 0, of one shape: {shapes}")
+        self.mean.copy_(mean_D)
+        self.deviation.copy_(deviation_D)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean.to(features.dtype)) / self.deviation.to(features.dtype)
+
+
 class XUT(nn.Module):
     """The model of an `XUTConfig`. Raises ValueError for an unknown `checkpointing`."""
 
@@ -72,11 +95,13 @@ class XUT(nn.Module):
             )
         self.config = config
         dim, patch_values = config.dim, config.in_channels * config.patch_size**2
-        averaged = config.text_layers == "average"
 
         self.patch_in = nn.Linear(patch_values, dim)
         self.position_in = nn.Linear(POSITION_WAVES, dim, bias=False) if config.absolute_position == "waves" else None
+        averaged = config.text_layers == "average"
         self.text_norm = nn.LayerNorm(config.text_dim, elementwise_affine=False) if averaged else nn.Identity()
+        standardized = config.text_features == "standardized"
+        self.text_standard = Standardization(config.text_dim) if standardized else nn.Identity()
         self.text_in = nn.Linear(config.text_dim, dim)
         self.time_in = TimeEmbedding(dim)
         self.aspect_in = nn.Linear(1, dim)
@@ -155,7 +180,7 @@ class XUT(nn.Module):
         image_BND = self.patch_in(patches_BNV)
         if self.position_in is not None:
             image_BND = image_BND + self.position_in(_waves(position_BN2).to(image_BND.dtype))
-        h_BSD = torch.cat([image_BND, self.text_in(self.text_norm(text))], dim=1)
+        h_BSD = torch.cat([image_BND, self.text_in(self.text_standard(self.text_norm(text)))], dim=1)
         context = self._context(t_B, position_BN2, text_tokens, text_mask, aspect)
 
         h_BSD = self._run(self.prev, h_BSD, context)
@@ -172,7 +197,14 @@ class XUT(nn.Module):
             h_BSD = scatter_tokens(h_BSD, index_BK, kept_BKD)
         h_BSD = self._run(self.post, h_BSD, context)
 
-        return self._unpatched(self.patch_out(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
+        return self._unpatched(self._velocities(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
+
+    def _velocities(self, h_BND: Tensor) -> Tensor:
+        """The output projection, not under autocast: guidance would multiply the rounding of a bfloat16 velocity."""
+        dtype = next(self.patch_out.parameters()).dtype
+        with torch.autocast(h_BND.device.type, enabled=False):
+            out_BNV: Tensor = self.patch_out(h_BND.to(dtype))
+        return out_BNV
 
     def _u(self, h_BSD: Tensor, context: Context) -> Tensor:
         """Encoder stages, then decoder stages, each of which reads one encoder stage's output."""

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from trainer.model.config import XUTConfig
+
 Changes = dict[str, tuple[Any, Any]]  # field, named as in --set -> (before, now)
 
 # Weights are meaningless with other latents or other text embeddings.
@@ -52,7 +54,8 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: record[name] for name in ("steps", "workers", "checkpoints") if name in record}
     lora = record.get("lora") or {"rank": 0, "sha256": "none"}
     settings |= {"lora.rank": lora["rank"], "lora.base": lora["sha256"][:12]}
-    named = _dotted(stage) | _dotted({"model": record["model"], "selection": record["selection"]}) | settings
+    model = XUTConfig.from_dict(record["model"]).to_dict()  # with the fields that are younger than the record
+    named = _dotted(stage) | _dotted({"model": model, "selection": record["selection"]}) | settings
     plain: dict[str, Any] = json.loads(json.dumps(named))
     return plain
 

@@ -62,7 +62,8 @@ def resolve(command: Command) -> Training:
         if adapters is not None:
             model = adapters.checked_model(stage, channels, text_encoder)
         else:
-            model = _model(stage, channels, text_width(text_encoder), model_fields)
+            older = _older_design(newest or initial)
+            model = _model(stage, channels, text_width(text_encoder), older | model_fields)
     examples = example_texts(selection, 6)
     training = Training(
         stage_name=name,
@@ -118,6 +119,14 @@ def _value_errors_are_usage_errors() -> Iterator[None]:
 def _model(stage: StageConfig, channels: int, text_dim: int, fields: Mapping[str, Any]) -> XUTConfig:
     sizes = {"in_channels": channels, "patch_size": stage.patch_size, "text_dim": text_dim}
     return PRESETS[stage.model](**sizes, **fields)
+
+
+def _older_design(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The model fields that did not exist yet when the checkpoint was saved, with the values that it implies."""
+    if checkpoint is None:
+        return {}
+    recorded = run_folder.config_of(checkpoint)["model"]
+    return {name: value for name, value in XUTConfig.from_dict(recorded).to_dict().items() if name not in recorded}
 
 
 def _checkpoint_home(command: Command, run: Path) -> str | None:

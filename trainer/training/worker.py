@@ -20,9 +20,11 @@ from trainer.encoders.latents import Codec
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import TextEncoder, load_text_encoder
 from trainer.evaluation.tagger import Tagger, tag_agreement
+from trainer.model.xut import Standardization
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints, Saver
-from trainer.samples.data import Batch, TrainingData
+from trainer.runs.ema_snapshots import Snapshots
+from trainer.samples.data import Batch, TrainingData, example_texts
 from trainer.training.loop import Reading, TrainingInputs
 from trainer.training.loop_setup import all_tensors, build_loop, encode, from_newest
 from trainer.training.metrics import (
@@ -42,6 +44,7 @@ from trainer.training.worker_group import WorkerGroup
 # Skipped steps in a row that cause a rollback: then the weights have diverged, it is not just a bad batch.
 _MAX_SKIPPED: Final = 3
 _MAX_ROLLBACKS: Final = 3  # in a row to the same checkpoint
+_STATISTICS_TEXTS: Final = 512  # whose features are standardized: tens of thousands of tokens
 _VALIDATION_SAMPLES: Final = 256  # more would change little and take longer than a log line is worth
 # A job fails above this many replaced samples: one in a thousand, plus a few that may come early.
 _REPLACED_ALLOWANCE, _REPLACED_SHARE = 10, 1e-3
@@ -79,12 +82,17 @@ class Worker:
         self.group, self.device, self.source, self.reporter = group, device, source, reporter
         # Rank 0 looks for it alone. Otherwise a checkpoint that appears meanwhile would be loaded by some workers only.
         self.training, checkpoint = group.broadcast(from_newest(training) if group.is_rank_zero else (training, None))
+        self.batches = source.batches(self.training)  # reading begins while the models load
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
         self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
-        self.encoder: TextEncoder = load_text_encoder(training.text_encoder, device, layers=training.model.text_layers)
+        self.encoder: TextEncoder = load_text_encoder(
+            training.text_encoder, device, training.model.text_layers, training.model.text_prefix
+        )
         self.loop = build_loop(self.training, checkpoint, self.codec, device)
+        if checkpoint is None and training.weights is None and training.lora is None:
+            self._standardize_text()
         self.saver: Saver | None = None
         self.log: Log | None = None
         if group.is_rank_zero:
@@ -119,10 +127,9 @@ class Worker:
 
         JobFailed if a restart would fail in the same way.
         """
-        batches = self.source.batches(self.training)
         stops = False
         while self.loop.steps_taken < self.training.stop_step and not stops:
-            self._step(batches)
+            self._step(self.batches)
             taken = self.loop.steps_taken
             stops = self.group.any(self.reporter.stop_requested())
             ends = stops or taken == self.training.stop_step
@@ -130,6 +137,8 @@ class Worker:
             if (saves or taken % self.stage.log_every == 0) and self._report().worst_run >= _MAX_SKIPPED:
                 self._roll_back()
                 continue
+            if self.training.takes_snapshot(taken):
+                self._save_snapshot(taken)
             if saves:
                 self._save()
             # Not after a stop request: a spot machine may be gone before the evaluation ends.
@@ -137,6 +146,17 @@ class Worker:
                 self._evaluate()
         self._finish()
         return self.loop.steps_taken
+
+    def _standardize_text(self) -> None:
+        """Gives new weights the statistics of the selection's texts. Every worker gets those of rank 0."""
+        standard = self.loop.model.text_standard
+        if not isinstance(standard, Standardization):
+            return
+        mean_D, deviation_D = standard.mean, standard.deviation
+        if self.group.is_rank_zero:
+            texts = example_texts(self.training.selection, _STATISTICS_TEXTS)
+            mean_D, deviation_D = self.encoder.statistics(texts, self.stage.text_tokens)
+        standard.set(*self.group.broadcast((mean_D, deviation_D)))
 
     # --- A step -------------------------------------------------------------------------------------------------------
 
@@ -224,6 +244,12 @@ class Worker:
             taken = self.loop.steps_taken
             [epoch], _ = self.source.data.order.epochs([self.training.position(taken)])
             self.saver.submit(taken, self.loop.tensors(), self.training.state(taken, int(epoch)))
+
+    def _save_snapshot(self, step: int) -> None:
+        if self.saver and self.loop.power_ema:
+            snapshots = Snapshots(self.training.checkpoints)
+            tensors = self.loop.power_ema.state_dict()
+            self.saver.submit_snapshot(step, tensors, lambda copies: snapshots.save(step, copies))
 
     def _roll_back(self) -> None:
         """Loads the newest checkpoint and continues with the samples after the current position."""

@@ -130,6 +130,48 @@ def test_an_empty_text_has_one_real_token(encoder: TextEncoder) -> None:
     assert (embeddings_BTD[0, 0] - embeddings_BTD[1, 0]).norm() > 1
 
 
+# --- Prefix and statistics --------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_one_constant_token_whose_state_is_dropped(folder: Path) -> None:
+    encoder = load_text_encoder(folder, prefix=True)
+    texts = ["red house", "star", ""]
+    states_BTD, mask_BT = encoder.encode(texts, 64)
+    end = encoder.tokenizer.eos_token_id
+    assert encoder.tokenizer.bos_token_id is None, "the encoder has no BOS, so its end-of-text token is the prefix"
+    for text, row_TD, mask_T in zip(texts, states_BTD, mask_BT, strict=True):
+        ids = [end, *(tokens(encoder, [text])[0] or [end])]
+        with torch.no_grad():
+            reference = encoder.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(row_TD[mask_T], reference[1:], atol=1e-5, rtol=0)
+
+
+def test_a_prefix_does_not_count_as_text(folder: Path) -> None:
+    encoder = load_text_encoder(folder, prefix=True)
+    long = "red house, " * 50
+    states_BTD, mask_BT = encoder.encode([long], 32)
+    assert states_BTD.shape[1] == mask_BT.sum() == 32
+
+
+def test_statistics_standardize_the_features_of_their_texts(folder: Path) -> None:
+    encoder = load_text_encoder(folder, prefix=True)
+    texts = captions(40)
+    mean_D, deviation_D = encoder.statistics(texts, 64, batch=7)
+    states_BTD, mask_BT = encoder.encode(texts, 64)
+    standard_KD = (states_BTD[mask_BT] - mean_D) / deviation_D
+    assert standard_KD.mean(0).abs().max() < 1e-4
+    assert (standard_KD.square().mean(0) - 1).abs().max() < 1e-3
+
+
+def test_one_word_prompts_differ_from_each_other_and_from_the_empty_prompt(folder: Path) -> None:
+    encoder = load_text_encoder(folder, prefix=True)
+    mean_D, deviation_D = encoder.statistics(captions(40), 64)
+    states_BTD, _ = encoder.encode([*KINDS, ""], 64)
+    direction_BD = normalize((states_BTD[:, 0] - mean_D) / deviation_D, dim=1)
+    cosine_BB = direction_BD @ direction_BD.T
+    assert cosine_BB.fill_diagonal_(-1).max() < 0.8
+
+
 def test_the_encoder_is_frozen_and_its_output_can_be_trained_upon(encoder: TextEncoder) -> None:
     embeddings_BTD, _ = encoder.encode(["red ball"], 32)
     assert not any(p.requires_grad for p in encoder.model.parameters())

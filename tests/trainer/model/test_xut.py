@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from trainer.diffusion.positions import full_position_map
 from trainer.model.blocks import Branch, Modulation
 from trainer.model.config import XUTConfig
-from trainer.model.xut import XUT, TimeEmbedding, compiled
+from trainer.model.xut import XUT, Standardization, TimeEmbedding, compiled
 
 TEXT_DIM = 16
 
@@ -81,6 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "per_layer": {"adaln": "per_layer"},
     "zero_gate": {"zero_gate": True},
     "average": {"text_layers": "average"},
+    "standardized": {"text_features": "standardized"},
     "learned_rotary": {"rotary": "learned"},
     "replace_stream": {"replace_stream": True},
     "waves": {"absolute_position": "waves"},
@@ -240,6 +241,34 @@ def test_rate_zero_is_the_dense_model_and_keeping_all_tokens_equals_it() -> None
 def test_routing_without_a_key_is_refused() -> None:
     with pytest.raises(ValueError, match="routing_key"):
         small_model()(**inputs(), selection_rate=0.5)
+
+
+def test_standardized_text_is_the_text_with_its_statistics_removed_and_saved_with_the_weights() -> None:
+    raw, standardized = small_model(), small_model(text_features="standardized")
+    mean, deviation = torch.randn(TEXT_DIM, generator=seeded(1)), torch.rand(TEXT_DIM, generator=seeded(2)) + 0.5
+    standardized.text_standard.set(mean, deviation)
+    raw.load_state_dict(standardized.state_dict(), strict=False)
+    batch = inputs()
+    expected = raw(**batch)
+    torch.testing.assert_close(standardized(**batch | {"text": batch["text"] * deviation + mean}), expected)
+    again = small_model(text_features="standardized")
+    again.load_state_dict(standardized.state_dict())
+    torch.testing.assert_close(again(**batch | {"text": batch["text"] * deviation + mean}), expected)
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, float("nan")])
+def test_statistics_that_would_divide_by_zero_are_refused(deviation: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        Standardization(4).set(torch.zeros(4), torch.full((4,), deviation))
+
+
+def test_the_velocity_is_not_rounded_to_bfloat16_under_autocast() -> None:
+    """Guidance multiplies the rounding error of the velocities that it subtracts."""
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(**inputs())
+    assert velocity.dtype == torch.float32
+    assert not torch.equal(velocity, velocity.bfloat16().float())
 
 
 # Invariances

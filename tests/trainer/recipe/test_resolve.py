@@ -234,6 +234,20 @@ def test_a_config_file_that_contradicts_the_checkpoints_is_refused(ask: Any, tmp
     assert ask("demo").start_step == 7
 
 
+def test_weights_that_are_older_than_a_model_field_keep_the_design_that_they_were_trained_with(ask: Any) -> None:
+    assert ask("256", *TINY).model.text_prefix, "the default of new weights"
+    folder = save(ask("256", *TINY), 5)
+    for path in (folder / "state.json", folder.parents[1] / "config.json"):
+        record = json.loads(path.read_text())
+        for name in ("text_prefix", "text_features"):
+            del record.get("config", record)["model"][name]
+        path.write_text(json.dumps(record))
+    for stage in ("256", "512"):
+        model = ask(stage, *TINY).model
+        assert (model.text_prefix, model.text_features) == (False, "raw")
+    assert "model.text_prefix: false -> true" in refused(ask, "256", *TINY, "model.text_prefix=true")
+
+
 # --- Initial weights ------------------------------------------------------------------------------------------------
 
 
@@ -321,11 +335,12 @@ def test_workers_and_micro_batches_always_add_up_to_the_batch(ask: Any) -> None:
     assert (training.micro_batch, training.accumulation) == (4, 4)
 
 
-@pytest.mark.parametrize(("workers", "nearest"), [(3, "[2, 4]"), (0, "[1, 2]"), (100, "[8, 16]")])
-def test_a_number_of_workers_that_does_not_divide_the_streams_is_refused(workers: int, nearest: str) -> None:
+@pytest.mark.parametrize(("workers", "nearest"), [(3, "[2, 4]"), (0, "[1, 2]"), (100, "[64, 128]")])
+def test_a_number_of_workers_that_does_not_divide_the_batch_is_refused(workers: int, nearest: str) -> None:
     with pytest.raises(UsageError, match="does not divide") as error:
         micro_batch(STAGES["256"], workers)
     assert nearest in str(error.value)
+    assert micro_batch(replace(STAGES["256"], batch_size=2046), 3) == 62, "3 does not divide the 16 streams"
 
 
 def test_impossible_commands_are_refused_with_a_remedy(ask: Any, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
-from trainer.samples.data import Batch, TrainingData, held_out_batch, load_batch
+from trainer.runs.ema_snapshots import Snapshots, averages_of_length
+from trainer.runs.weights import trained_model
+from trainer.samples.data import Batch, TrainingData, example_texts, held_out_batch, load_batch
 from trainer.samples.order import micro_batches
 from trainer.training.metrics import Line
 from trainer.training.worker import SampleSource, Worker
@@ -98,6 +100,26 @@ def test_a_worker_resumes_after_a_stop_request_with_equal_losses(dataset: Path, 
     assert [line["loss"] for line in parts.lines + again.lines] == [line["loss"] for line in whole.lines]
 
 
+def test_new_weights_get_the_statistics_of_the_selections_texts_and_keep_them(dataset: Path, tmp_path: Path) -> None:
+    training = resolved(dataset, tmp_path / "run", 2)
+    first = worker(training, Recorder())
+    texts = example_texts(training.selection, 512)
+    mean, deviation = first.encoder.statistics(texts, training.stage.text_tokens)
+    standard = first.loop.model.text_standard
+    assert torch.equal(standard.mean, mean)
+    assert torch.equal(standard.deviation, deviation)
+    assert first.encoder.prefix
+    first.run()
+    found = Checkpoints.of_stage(tmp_path / "run", "demo").newest()
+    assert found is not None
+    assert torch.equal(found.tensors("model")["text_standard.mean"], mean)
+    picture = PictureModel.load(tmp_path / "run", torch.device("cpu"))
+    assert torch.equal(picture.model.text_standard.deviation, deviation)
+    assert picture.encoder.prefix
+    resumed = worker(resolved(dataset, tmp_path / "run", 4), Recorder())
+    assert torch.equal(resumed.loop.model.text_standard.mean, mean)
+
+
 def test_an_anneal_goes_on_with_the_weights_moments_and_samples_of_its_checkpoint(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +132,45 @@ def test_an_anneal_goes_on_with_the_weights_moments_and_samples_of_its_checkpoin
     assert parts.lines[1]["learning_rate"] == pytest.approx(0.01 * training.stage.optimizer.learning_rate)
     assert saved(tmp_path / "parts") == [2, 3], "the stage stays as it is"
     assert Checkpoints(str(tmp_path / "parts/demo-anneal-3-2/checkpoints")).newest().step == 5
+
+
+def test_a_run_keeps_averages_of_two_lengths_from_which_others_are_made(dataset: Path, tmp_path: Path) -> None:
+    """Also after a resume, and in an anneal, whose window begins with it."""
+    settings = ("ema_snapshots=4",)
+    worker(resolved(dataset, tmp_path, 8, *settings), Recorder(stops_after=4)).run()
+    worker(resolved(dataset, tmp_path, 8, *settings), Recorder()).run()
+    checkpoints = Checkpoints.of_stage(tmp_path, "demo")
+    found = Snapshots(checkpoints.root).found()
+    assert [(step, began, updates) for _, step, began, updates in found] == [(n, 0, n) for n in (2, 4, 6, 8)]
+    newest = checkpoints.newest()
+    assert newest is not None
+    averages, error = averages_of_length(newest, 0.08)
+    assert averages.keys() == newest.tensors("ema").keys() - {"updates"}
+    assert error < 0.05
+    kept = newest.tensors("power_ema")
+    name = "patch_out.weight"
+    assert not torch.equal(kept[f"0.05/{name}"], kept[f"0.1/{name}"])
+    assert torch.equal(trained_model(newest, 0.1).state_dict()[name], averages_of_length(newest, 0.1)[0][name])
+
+    anneal = resolved(dataset, tmp_path, None, *settings, anneal=4)
+    worker(anneal, Recorder()).run()
+    assert [(step, began) for _, step, began, _ in Snapshots(anneal.checkpoints).found()] == [
+        (n, 8) for n in range(9, 13)
+    ]
+
+
+def test_a_checkpoint_without_the_newer_averages_and_norms_still_loads(dataset: Path, tmp_path: Path) -> None:
+    worker(resolved(dataset, tmp_path, 4, "ema_snapshots=0"), Recorder(stops_after=1)).run()
+    older = Checkpoints.of_stage(tmp_path, "demo").newest()
+    assert older is not None
+    assert sorted(older.state()["files"]) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    optimizer = {name: t for name, t in older.tensors("optimizer").items() if "." in name or name == "skipped_steps"}
+    tensors = {"model": older.tensors("model"), "ema": older.tensors("ema"), "optimizer": optimizer}
+    Checkpoints.of_stage(tmp_path, "demo").save(older.step, tensors, older.state())
+    assert worker(resolved(dataset, tmp_path, 4), Recorder()).run() == 4
+    newer = Checkpoints.of_stage(tmp_path, "demo").newest()
+    assert newer is not None
+    assert int(newer.tensors("power_ema")["began"]) == older.step
 
 
 def test_a_loss_that_stays_infinite_rolls_back_three_times_and_then_fails(dataset: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trainer.model.xut import XUT
 class HDMTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """`architecture`: the fields of XUTConfig."""
 
-    _keep_in_fp32_modules = kept_in_fp32("frequency")
+    _keep_in_fp32_modules = kept_in_fp32("frequency", "text_standard")
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, architecture: dict[str, Any]) -> None:

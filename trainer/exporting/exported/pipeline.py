@@ -139,7 +139,10 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, texts: list[str], map_N2: Tensor, aspect: float, keys_B: Tensor, selection_rate: float
     ) -> Velocity:
         """XUT's forward pass for one text per picture."""
-        encoder = TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.architecture["text_layers"])
+        design = self.transformer.config.architecture
+        encoder = TextEncoder(
+            self.text_encoder, self.tokenizer, design["text_layers"], design.get("text_prefix", False)
+        )
         text_BTD, mask_BT = encoder.encode(texts, self.config.text_tokens)
         count, dtype = len(texts), self.transformer.dtype
         aspect_B = torch.full((count,), aspect, device=map_N2.device)
