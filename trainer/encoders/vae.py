@@ -52,8 +52,10 @@ class VaeCodec(nn.Module):
         self.channels, self.factor = vae_shape(name, dict(vae.config))
         self.statistics = statistics
         self.vae = vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        if compiled and vae.device.type == "cuda":
-            self.vae.encoder.compile(dynamic=False)
+        if vae.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # few shapes of convolutions, each used for the whole run
+            if compiled:
+                self.vae.encoder.compile(dynamic=False)
         for buffer, values in (("mean_C11", statistics.mean), ("std_C11", statistics.std)):
             self.register_buffer(buffer, torch.tensor(values, device=vae.device)[:, None, None], persistent=False)
         self.register_buffer("loss_weight_C", torch.ones(self.channels, device=vae.device), persistent=False)
