@@ -4,6 +4,7 @@ The S3 server is behind a proxy that can inject faults, so that Ray's workers me
 """
 
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -302,20 +303,35 @@ def _on_ray_of_this_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def make_with_job(ray_address: str) -> Callable[..., None]:
-    """make_with_job("pipeline/ingest.py", "--raw", ...): runs a job in this process and asserts success.
+def run_job_here(ray_address: str) -> RunJob:
+    """Like run_job, in this process and on its Ray: saves starting the job, connecting it and starting workers for it,
+    seconds each."""
 
-    For data that tests only read: it saves starting the job, connecting it and starting workers for it, seconds each.
-    """
-
-    def make(script: str, *arguments: object) -> None:
+    def run(script: str, *arguments: object) -> object:
         handler = signal.getsignal(signal.SIGTERM)
-        with _on_ray_of_this_process(), pytest.MonkeyPatch.context() as patch:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            _on_ray_of_this_process(),
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
             patch.setattr(sys, "argv", [script, *map(str, arguments)])
             with pytest.raises(SystemExit) as left:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         signal.signal(signal.SIGTERM, handler)
-        assert left.value.code == 0, f"{script} exits with {left.value.code}"
+        return subprocess.CompletedProcess([script, *arguments], left.value.code, out.getvalue(), err.getvalue())
+
+    return run  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def make_with_job(run_job_here: RunJob) -> Callable[..., None]:
+    """make_with_job("pipeline/ingest.py", "--raw", ...): runs a job in this process and asserts success."""
+
+    def make(script: str, *arguments: object) -> None:
+        job = run_job_here(script, *arguments)
+        assert job.returncode == 0, f"{script} exits with {job.returncode}: {job.stderr[-2000:]}"
 
     return make
 

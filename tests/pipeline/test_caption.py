@@ -228,14 +228,14 @@ class Job:
     bodies: list[dict[str, Any]]
 
 
-def caption(run_job: RunJob, root: Path, server: Server, *more: object) -> Job:
-    finished = run_job(*command(root, server, "--name", "second", *more))
+def caption(run_job_here: RunJob, root: Path, server: Server, *more: object) -> Job:
+    finished = run_job_here(*command(root, server, "--name", "second", *more))
     rows = {int(id.partition(":")[2]): row for id, row in captions(root, FOLDER).items()}
     return Job(root, finished, rows, record(root, FOLDER), server.asked, server.bodies)
 
 
 @pytest.fixture(scope="module")
-def first(run_job: RunJob, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def first(run_job_here: RunJob, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A server that does everything wrong, with answers out of order."""
 
     def behaviour(number: int, nth: int) -> int | str | None:
@@ -255,22 +255,22 @@ def first(run_job: RunJob, server: Server, tmp_path_factory: pytest.TempPathFact
     root = write_images(tmp_path_factory.mktemp("captioned"), shards, row0=picture(0, side=1000), row13=BROKEN)
     server.reset(behaviour)
     server.pause = lambda number: (number * 37 % 11) / 50
-    return caption(run_job, root, server, "--timeout", 1, "--tries", 1, "--dollars-per-hour", 3.5)
+    return caption(run_job_here, root, server, "--timeout", 1, "--tries", 1, "--dollars-per-hour", 3.5)
 
 
 @pytest.fixture(scope="module")
-def retried(run_job: RunJob, server: Server, first: Job) -> Job:
+def retried(run_job_here: RunJob, server: Server, first: Job) -> Job:
     """The same with --retry-rejected, and a server that only fails on row 21."""
     server.reset(lambda number, nth: 400 if number == 21 else None)
-    return caption(run_job, first.root, server, "--retry-rejected")
+    return caption(run_job_here, first.root, server, "--retry-rejected")
 
 
 @pytest.fixture(scope="module")
-def resampled(run_job: RunJob, server: Server, retried: Job) -> Job:
+def resampled(run_job_here: RunJob, server: Server, retried: Job) -> Job:
     """Other sampling and another size, and a server that fails on every third row."""
     server.reset(lambda number, nth: 400 if number % 3 == 0 else None)
     flags = ("--max-tokens", 99, "--temperatures", 0.5, "--max-side", 100)
-    return caption(run_job, retried.root, server, *flags)
+    return caption(run_job_here, retried.root, server, *flags)
 
 
 def test_every_row_ends_with_its_own_caption_or_its_reason(first: Job) -> None:
@@ -348,7 +348,7 @@ def test_a_server_that_fails_on_a_third_of_the_rows_fails_the_job_and_finished_r
 
 
 def test_a_killed_job_continues_with_its_unfinished_rows(
-    run_job: RunJob, start_job: StartJob, server: Server, tmp_path: Path
+    run_job_here: RunJob, start_job: StartJob, server: Server, tmp_path: Path
 ) -> None:
     root = write_images(tmp_path, {"a": range(300), "b": range(300, 320)})
     server.reset()
@@ -381,7 +381,7 @@ def test_a_killed_job_continues_with_its_unfinished_rows(
     store.write_table("captions-000000299-999.parquet", table, table.schema, made_from='{"images": "of long ago"}')
 
     server.reset()
-    succeeded(run_job(*command(root, server)))
+    succeeded(run_job_here(*command(root, server)))
     assert server.asked == Counter(number for number in range(320) if f"danbooru:{number}" not in done)
     rows = captions(root)
     assert len(rows) == 320

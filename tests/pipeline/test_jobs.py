@@ -64,9 +64,9 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def raw(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raw(run_job_here: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "raw"
-    succeeded(run_job("pipeline/sample_data.py", "--out", folder, "--images", IMAGES))
+    succeeded(run_job_here("pipeline/sample_data.py", "--out", folder, "--images", IMAGES))
     return folder
 
 
@@ -260,7 +260,9 @@ def test_unknown_columns_are_refused_before_any_work_with_the_missing_and_found_
     assert not (tmp_path / "dataset").exists()
 
 
-def test_broken_parquet_files_are_listed_and_all_others_are_done(run_job: RunJob, raw: Path, tmp_path: Path) -> None:
+def test_broken_parquet_files_are_listed_and_all_others_are_done(
+    run_job_here: RunJob, raw: Path, tmp_path: Path
+) -> None:
     folder, root = tmp_path / "danbooru", tmp_path / "dataset"
     folder.mkdir()
     whole = pq.read_table(raw / "danbooru" / "0000.parquet")
@@ -275,7 +277,7 @@ def test_broken_parquet_files_are_listed_and_all_others_are_done(run_job: RunJob
     data[pictures.data_page_offset : pictures.data_page_offset + 64] = b"\xff" * 64
     spoilt.write_bytes(data)
 
-    line = refused(run_job("pipeline/ingest.py", "--raw", folder, "--dataset", root), 1)
+    line = refused(run_job_here("pipeline/ingest.py", "--raw", folder, "--dataset", root), 1)
     counted = record(root / "images")
     assert counted["failed"].keys() == {str(folder / f"{name}.parquet") for name in ("a-cut", "e-text", "b-spoilt")}
     for name, why in counted["failed"].items():
@@ -286,7 +288,7 @@ def test_broken_parquet_files_are_listed_and_all_others_are_done(run_job: RunJob
 
 
 def test_ingest_killed_twice_writes_the_files_of_an_undisturbed_one(
-    start_job: StartJob, run_job: RunJob, raw: Path, tmp_path: Path
+    start_job: StartJob, run_job_here: RunJob, raw: Path, tmp_path: Path
 ) -> None:
     def command(root: Path) -> list[str | Path]:
         return ["pipeline/ingest.py", "--raw", raw, "--dataset", root, "--rows-per-shard", "8", "--downsize", "64"]
@@ -299,8 +301,8 @@ def test_ingest_killed_twice_writes_the_files_of_an_undisturbed_one(
         job.kill()
         assert job.wait(timeout=60) == -signal.SIGKILL
     assert len(list((killed / "images").glob("*.parquet"))) < total
-    succeeded(run_job(*command(killed)))
-    succeeded(run_job(*command(undisturbed)))
+    succeeded(run_job_here(*command(killed)))
+    succeeded(run_job_here(*command(undisturbed)))
     written = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob("*.parquet"))
     assert len(written) == 3 * total  # images, rejected and the smaller tier
     assert sorted(path.relative_to(killed) for path in killed.rglob("*.parquet*")) == written
@@ -309,14 +311,14 @@ def test_ingest_killed_twice_writes_the_files_of_an_undisturbed_one(
 
 
 def test_the_good_copy_of_a_repeated_post_is_kept_and_an_odd_row_fails_alone(
-    run_job: RunJob, raw: Path, tmp_path: Path
+    run_job_here: RunJob, raw: Path, tmp_path: Path
 ) -> None:
     [sound] = pq.read_table(raw / "pixiv" / "0000.parquet").slice(0, 1).to_pylist()
     broken = sound | {"image": sound["image"] | {"bytes": sound["image"]["bytes"][:200]}}
     odd = sound | {"id": 5, "user": None, "create_date": "10000-13-45"}
     schema = pq.read_schema(raw / "pixiv" / "0000.parquet")
     pq.write_table(pa.Table.from_pylist([broken, sound, sound, odd], schema), tmp_path / "pixiv.parquet")
-    succeeded(run_job("pipeline/ingest.py", "--raw", tmp_path, "--dataset", tmp_path / "dataset"))
+    succeeded(run_job_here("pipeline/ingest.py", "--raw", tmp_path, "--dataset", tmp_path / "dataset"))
     counted = record(tmp_path / "dataset" / "images")
     assert (counted["rows_out"], counted["rejected"]) == (2, {"duplicate id": 1, "truncated": 1})
 
@@ -463,7 +465,7 @@ def test_an_empty_selection_is_refused_with_the_counts(call_job_with_ray: RunJob
 
 
 def test_an_s3_that_fails_every_ninth_request_ends_with_the_same_dataset(
-    run_job: RunJob, local: Chain, raw: Path, bucket: str, s3_server: Any, transient_faults: tuple[str, ...]
+    run_job_here: RunJob, local: Chain, raw: Path, bucket: str, s3_server: Any, transient_faults: tuple[str, ...]
 ) -> None:
     import s3fs
 
@@ -472,9 +474,9 @@ def test_an_s3_that_fails_every_ninth_request_ends_with_the_same_dataset(
     s3fs.S3FileSystem(skip_instance_cache=True).put(str(raw), there_raw, recursive=True)
     dataset = ["--dataset", f"{bucket}/dataset"]
     with s3_server.failing(*transient_faults, every=9) as failed:
-        succeeded(run_job("pipeline/ingest.py", "--raw", there_raw, *dataset))
-        succeeded(run_job("pipeline/caption.py", *dataset))
-        succeeded(run_job("pipeline/curate.py", *dataset))
+        succeeded(run_job_here("pipeline/ingest.py", "--raw", there_raw, *dataset))
+        succeeded(run_job_here("pipeline/caption.py", *dataset))
+        succeeded(run_job_here("pipeline/curate.py", *dataset))
     assert len(failed) > len(transient_faults)
     here, there = Store(str(local.root)), Store(f"{bucket}/dataset")
     assert there.read("selections/demo/selection.json") == here.read("selections/demo/selection.json")

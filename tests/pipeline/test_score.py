@@ -470,11 +470,11 @@ class Scored:
 
 
 @pytest.fixture(scope="module")
-def scored(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(run_job_here: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     folder = tmp_path_factory.mktemp("scored")
     root, model = write_dataset(folder / "dataset"), save_onnx_folder(folder / "marks")
     before = times(root)
-    printed = succeeded(run_job("pipeline/score.py", "--dataset", root, "--model", model))
+    printed = succeeded(run_job_here("pipeline/score.py", "--dataset", root, "--model", model))
     assert times(root).items() >= before.items(), "images are not rewritten"
     return Scored(root, model, printed)
 
@@ -512,7 +512,7 @@ def test_the_job_writes_what_the_scorer_writes_and_counts_every_row(scored: Scor
 
 
 def test_only_shards_with_another_model_or_other_images_are_scored_again(
-    run_job: RunJob, call_job: RunJob, dataset: Path, scored: Scored, tmp_path: Path
+    run_job_here: RunJob, call_job: RunJob, dataset: Path, scored: Scored, tmp_path: Path
 ) -> None:
     planned = call_job("pipeline/score.py", "--dataset", dataset, "--model", scored.model, "--plan")
     assert "would do: scoring 2 of 2 shards: 2 new (a, b)" in succeeded(planned)
@@ -527,7 +527,7 @@ def test_only_shards_with_another_model_or_other_images_are_scored_again(
     write_images(root, {"b": [[image_row(50, picture(50))]]})
     assert "would do: scoring 1 of 2 shards: 1 changed: images (b)" in succeeded(call_job(*command, "--plan"))
     assert times(folder) == first
-    again = succeeded(run_job(*command, "--actors", 1))
+    again = succeeded(run_job_here(*command, "--actors", 1))
     assert "scoring 1 of 2 shards: 1 changed: images (b)" in again
     assert "up to 1 actor, each with a CPU" in again
     second = times(folder)
@@ -558,7 +558,7 @@ def test_scores_of_a_job_that_ended_before_this_one_has_the_lease_are_kept(
 
 
 def test_scores_of_another_model_stay_until_the_new_ones_replace_them(
-    run_job: RunJob, scored: Scored, tmp_path: Path
+    run_job_here: RunJob, scored: Scored, tmp_path: Path
 ) -> None:
     """Two model folders with the same name, where the second model cannot score the first shard."""
     root = shutil.copytree(scored.root, tmp_path / "scored")
@@ -570,13 +570,13 @@ def test_scores_of_another_model_stay_until_the_new_ones_replace_them(
     content[4:2000] = bytes(1996)  # the first images; the footer is intact
     images.write_bytes(content)
     command = ("pipeline/score.py", "--dataset", root, "--name", "marks", "--model", other)
-    assert run_job(*command).returncode == 1
+    assert run_job_here(*command).returncode == 1
     assert written(folder)["a.parquet"] == before["a.parquet"]
     assert pq.read_schema(folder / "b.parquet").names == ["id", "x", "y", "z"]
 
 
 def test_a_job_that_is_killed_and_run_again_writes_the_same_files(
-    run_job: RunJob, start_job: StartJob, tmp_path: Path
+    run_job_here: RunJob, start_job: StartJob, tmp_path: Path
 ) -> None:
     model, shards = save_onnx_folder(tmp_path / "marks"), 20
     pictures = [picture(number) for number in range(40)]
@@ -594,17 +594,17 @@ def test_a_job_that_is_killed_and_run_again_writes_the_same_files(
     job.kill()
     job.wait()
     assert 0 < len(list(killed.glob("*.parquet"))) < shards
-    again = succeeded(run_job(*command))
+    again = succeeded(run_job_here(*command))
     assert f"of {shards} shards: " in again
     assert f"scoring {shards} of " not in again
     assert written(killed) == written(whole)
 
 
-def test_on_s3_the_job_writes_the_same_files(run_job: RunJob, dataset: Path, scored: Scored, bucket: str) -> None:
+def test_on_s3_the_job_writes_the_same_files(run_job_here: RunJob, dataset: Path, scored: Scored, bucket: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).put(str(dataset), f"{bucket}/scored", recursive=True)
-    succeeded(run_job("pipeline/score.py", "--dataset", f"{bucket}/scored", "--model", scored.model))
+    succeeded(run_job_here("pipeline/score.py", "--dataset", f"{bucket}/scored", "--model", scored.model))
     there = Store(f"{bucket}/scored")
     for name in ("a.parquet", "b.parquet", "rejected/a.parquet"):
         assert there.read(f"scores/marks/{name}") == (scored.folder / name).read_bytes()
