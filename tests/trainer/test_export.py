@@ -25,6 +25,7 @@ from trainer.model.xut import XUT
 from trainer.recipe.stages import STAGES
 from trainer.runs.checkpoint import Checkpoints
 from trainer.runs.ema import EMA
+from trainer.runs.power_ema import PowerEMA
 from trainer.runs.training_state import training_state
 from trainer.runs.weights import save_model
 
@@ -247,6 +248,20 @@ def test_a_checkpoint_of_the_released_architecture_becomes_one_file(call_job: Ru
         released = to_released(tensors, config)
         assert load_file(file).keys() == released.keys()
         assert all(torch.equal(tensor, released[name]) for name, tensor in load_file(file).items())
+    tracked = PowerEMA(XUT(config), (0.05, 0.1))
+    for average in tracked.averages[0.1].values():
+        average *= 1.2
+    tracked.updates += 100
+    state = found.state()
+    Checkpoints.of_stage(run, "demo").save(
+        2, {name: found.tensors(name) for name in ("model", "ema")} | {"power_ema": tracked.state_dict()}, state
+    )
+    job = call_job(
+        "trainer/export.py", "--run", run, "--ema-length", 0.1, "--to-released", tmp_path / "long.safetensors"
+    )
+    assert job.returncode == 0, job.stderr
+    released = to_released(found.tensors("model") | tracked.averages[0.1], config)
+    torch.testing.assert_close(load_file(tmp_path / "long.safetensors"), released)
     job = call_job("trainer/export.py", "--run", run, "--dtype", "fp16", "--to-released", tmp_path / "half.safetensors")
     assert job.returncode == 0, job.stderr
     dtypes = {name: tensor.dtype for name, tensor in load_file(tmp_path / "half.safetensors").items()}
@@ -306,7 +321,12 @@ def test_nan_is_kept(release: Path, tmp_path: Path, call_job: RunJob) -> None:
         (["--run", "{folder}", "--to-diffusers", "{folder}"], "exists already. Give --to-diffusers a new path"),
         (["--run", "{run}", "--to-released", "new"], "this model is not of the released architecture, it differs in: "),
         (["--run", "{model}", "--to-diffusers", "new"], "is only a model, without the codec and the text encoder"),
-        (["--run", "{model}", "--weights", "raw", "--to-released", "new"], "--weights belongs to a run"),
+        (
+            ["--run", "{model}", "--weights", "raw", "--to-released", "new"],
+            "--weights and --ema-length belong to a run",
+        ),
+        (["--run", "{run}", "--ema-length", "0.1", "--to-diffusers", "new"], "need --set ema_snapshots above 0"),
+        (["--run", "{run}", "--ema-length", "0.1", "--weights", "ema", "--to-lora", "new"], "leave out --weights"),
         (["--run", "{run}", "--to-released", "s3://bucket/new"], "must be a path on this machine's file system"),
         (["--to-released", "{folder}", "--config", "c"], "--config belongs to --from-released"),
         (["--to-released", "{folder}", "--out", "new"], "--out belongs to --from-released"),

@@ -107,8 +107,13 @@ def stage_row(setup: StageSetup, images: Row, speed: Row, machine: Machine) -> R
 
 
 def checkpoint_bytes(stage: StageConfig, parameters: int) -> int:
-    """Disk space of the checkpoints that a stage keeps and of one being written: weights, averages and two moments, all
-    fp32. Matrices trained with Muon have one moment."""
+    """Disk space of the checkpoints that a stage keeps and of one being written, and of its snapshots of averages.
+
+    A checkpoint has weights, three averages and two moments, all fp32; matrices trained with Muon have one moment. A
+    snapshot has two averages in fp16.
+    """
     steps = stage.samples // stage.batch_size
     kept = stage.keep_last + 1 + (steps // stage.keep_every if stage.keep_every else 0)
-    return 16 * parameters * min(kept, math.ceil(steps / stage.checkpoint_every) + 1)
+    saved = min(kept, math.ceil(steps / stage.checkpoint_every) + 1)
+    averages = len(stage.ema_lengths) if stage.ema_snapshots else 0
+    return parameters * ((16 + 4 * averages) * saved + 2 * averages * stage.ema_snapshots)

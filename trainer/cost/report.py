@@ -89,7 +89,10 @@ def assumptions(
     else:
         small = f"{estimate.BYTES_PER_SMALL_IMAGE // 1000} kB up to {estimate.SMALL_SIDE} pixels (a smaller tier)"
         yield f"images: {estimate.BYTES_PER_IMAGE // 1000} kB each (the papers: 1.4 to 1.8 TB for 7.6M), {small}"
-    yield "checkpoints: 16 bytes a parameter; those kept by keep_last and keep_every, and one being written"
+    yield (
+        "checkpoints: 24 bytes a parameter, 16 with ema_snapshots=0; those kept by keep_last and keep_every, and one "
+        "being written; 4 bytes a parameter for each of the ema_snapshots"
+    )
     yield "not counted: setup, downloads, start of Ray, compiling, evaluation, waiting for data, repeated steps"
 
 

@@ -16,7 +16,7 @@ class ExportJob:
     kind: Kind
     source: str  # a run or a model folder; for from_released a file
     out: Path  # does not exist yet
-    weights: Literal["ema", "raw"] | None
+    weights: Literal["ema", "raw"] | float | None  # a number: averages of this length (trainer/runs/power_ema.py)
     dtype: str | None  # name of a torch dtype
     config: str | None  # JSON file of the architecture; None: that of the public weights
 
@@ -33,17 +33,24 @@ def parse_args(description: str | None) -> ExportJob:
     kinds.add_argument("--to-lora", metavar="DIR", help="New folder for peft: the adapters of a run with --lora")
     kinds.add_argument("--from-released", metavar="FILE", help="Safetensors file with keys unet.model.*, maybe vae.*")
     parser.add_argument("--weights", choices=("ema", "raw"), help="Weights of a run. Default: ema, the averaged ones")
+    parser.add_argument(
+        "--ema-length", type=float, metavar="L", help="Averages of this length instead, relative to the stage: such as "
+        "0.03 or 0.15. Made from the averages that the run has kept"
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="Default: fp32 for a run, unchanged for a model folder")
     parser.add_argument("--out", metavar="DIR", help="With --from-released: the new model folder")
     parser.add_argument(
         "--config", metavar="JSON", help="With --from-released: its architecture. Default: the public 340M"
     )
     args = vars(parser.parse_args())
+    if args["ema_length"] is not None and args["weights"]:
+        raise UsageError("--ema-length chooses the weights: leave out --weights")
     kind: Kind = next(name for name in get_args(Kind) if args[name])
     target, flag = args[kind], f"--{kind.replace('_', '-')}"
     if kind == "from_released":
-        if given := [name for name in ("run", "weights", "dtype") if args[name]]:
-            raise UsageError(f"--{given[0]} does not go with --from-released, which keeps the file's tensors unchanged")
+        if given := [name for name in ("run", "weights", "ema_length", "dtype") if args[name]]:
+            flag = given[0].replace("_", "-")
+            raise UsageError(f"--{flag} does not go with --from-released, which keeps the file's tensors unchanged")
         if not args["out"]:
             raise UsageError("--from-released needs --out, a new folder")
         target, flag = args["out"], "--out"
@@ -59,7 +66,7 @@ def parse_args(description: str | None) -> ExportJob:
         kind=kind,
         source=args["from_released"] or args["run"] or default_run(),
         out=out,
-        weights=args["weights"],
+        weights=args["weights"] if args["ema_length"] is None else args["ema_length"],
         dtype=_DTYPES.get(args["dtype"]),
         config=args["config"],
     )

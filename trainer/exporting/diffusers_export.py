@@ -48,8 +48,8 @@ def export_diffusers(job: ExportJob) -> int:
             "every token. Export it with --to-released."
         )
     picture = PictureModel.load(found.folder, torch.device("cpu"))
-    if job.weights == "raw":
-        picture.model.load_state_dict(trained_model(found, "raw").state_dict())
+    if job.weights not in (None, "ema"):
+        picture.model.load_state_dict(trained_model(found, job.weights).state_dict())
     return write_diffusers(job.out, picture, getattr(torch, job.dtype or "float32"))
 
 

@@ -27,11 +27,13 @@ def import_released(job: ExportJob) -> int:
 
 def export_released(job: ExportJob) -> int:
     if is_model_folder(Path(job.source)):
-        if job.weights:
-            raise UsageError(f"--weights belongs to a run; {job.source} is a model folder with one set of weights")
+        if job.weights is not None:
+            raise UsageError(
+                f"--weights and --ema-length belong to a run; {job.source} is a model folder with one set of weights"
+            )
         config, tensors = load_model(Path(job.source))
     else:
-        model = trained_model(source_checkpoint(job.source), job.weights or "ema")
+        model = trained_model(source_checkpoint(job.source), "ema" if job.weights is None else job.weights)
         config, tensors = model.config, model.state_dict()
     released = to_released(_converted(tensors, job.dtype), config)
     write_released(job.out, config, released)
@@ -46,7 +48,9 @@ def export_lora(job: ExportJob) -> int:
             f"{job.source} has no adapters: it was not trained with --lora. Export a whole model with --to-diffusers "
             "or --to-released."
         )
-    tensors = write_adapters(job.out, _converted(adapters(found, job.weights or "ema"), job.dtype), lora.rank)
+    tensors = write_adapters(
+        job.out, _converted(adapters(found, "ema" if job.weights is None else job.weights), job.dtype), lora.rank
+    )
     return _verified(read_adapters(job.out)[1], tensors, job.out)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.model.xut import Checkpointing, Precision
 from trainer.optimization.optimizers import OptimizerConfig
+from trainer.runs.power_ema import LONGEST
 from trainer.samples.training_text import CaptionConfig
 
 
@@ -36,7 +37,7 @@ class StageConfig:
     flip: float = 0.0  # probability of mirroring a crop; never if the text mentions sides or letters
     hold_out: float = 0.002  # share of the selection kept for validation and never trained on
     seed: int = 0  # of all random numbers of the training
-    streams: int = 16  # of the data order; the number of workers must divide it and does not change the batches
+    streams: int = 16  # of the data order, which does not depend on the number of workers
     window: int = 4  # row groups of a stream that are shuffled together
 
     # --- Model and encoders (sections 3.1, 3.2) ---
@@ -59,6 +60,10 @@ class StageConfig:
     # is in trainer/optimization/outliers.py.
     outlier_threshold: float = 6.0
     ema_decay: float = 0.9999  # of the averaged weights, per optimizer step
+    # Power-function averages of two lengths, and how often they are saved in a stage: `export.py --ema-length` makes
+    # others of them (trainer/runs/power_ema.py). They take 8 bytes a parameter on the GPU. 0: none are kept.
+    ema_lengths: tuple[float, float] = (0.05, 0.10)
+    ema_snapshots: int = 16
 
     # --- Hardware ---
     precision: Precision = "bf16"  # of the model's matrix products; weights, moments and EMA are fp32
@@ -75,12 +80,13 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in _AT_LEAST_1:
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "keep_every", "outlier_threshold"):
+        for name in ("seed", "keep_every", "outlier_threshold", "ema_snapshots"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("selection_rate", "ema_decay", "hold_out"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("clip_norm", "timestep_shift"):
             self._require(name, getattr(self, name) > 0, "above 0")
+        self._require("ema_lengths", all(0 < length <= LONGEST for length in self.ema_lengths), "in (0, 0.2886]")
         self._require("flip", 0 <= self.flip <= 1, "a probability, from 0 to 1")
 
     def _require(self, name: str, valid: bool, wanted: str) -> None:

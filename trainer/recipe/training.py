@@ -56,6 +56,12 @@ class Training:
         """Position in the data order of the first sample of step `step`, which is at least start_step."""
         return self.start_position + (step - self.start_step) * self.stage.batch_size
 
+    def takes_snapshot(self, step: int) -> bool:
+        """True if the power-function averages are saved after `step` steps: at equal distances in the stage."""
+        first = self.anneal.start if self.anneal else 0
+        count = self.stage.ema_snapshots
+        return count > 0 and (step - first) % max(1, (self.stop_step - first) // count) == 0
+
     def schedule(self) -> Schedule:
         return Schedule(self.stage.optimizer, self.stop_step, self.anneal)
 

@@ -1,6 +1,6 @@
 """Saves and finds checkpoints, on the local disk or S3. A checkpoint appears whole or not at all.
 
-RUN/STAGE/checkpoints/step-00001500/{model,ema,optimizer}.safetensors, state.json
+RUN/STAGE/checkpoints/step-00001500/{model,ema,optimizer,power_ema}.safetensors, state.json
 
 state.json lists the other files with their sizes. Locally the folder is written under a temporary name, flushed to disk
 and renamed; on S3 state.json is written last and removed first. So whatever a killed process leaves behind is not
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.storage.shards import Store
 
-Tensors = Mapping[str, Mapping[str, Tensor]]  # by file (model, ema, optimizer), then by name
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file (model, ema, optimizer, power_ema), then by name
 State = dict[str, Any]
 
 _STATE = "state.json"
@@ -64,7 +64,7 @@ class Checkpoint:
         return state
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors by name of model, ema or optimizer. Raises ValueError if the file is damaged or missing."""
+        """Tensors by name of one of the files, such as "ema". Raises ValueError if it is damaged or missing."""
         file = f"{name}.safetensors"
         try:
             with Store(self.folder).local_copy(file) as path:
@@ -146,12 +146,29 @@ class Saver:
 
         Waits for a save in progress first: there is never more than one copy.
         """
+        state = copy.deepcopy(state)
+        self._submit(step, tensors, None, lambda copies: self._checkpoints.save(step, copies, state, **self._keep))
+
+    def submit_snapshot(
+        self, step: int, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]
+    ) -> None:
+        """The same for averages, which `write` gets in float16."""
+        self._submit(step, {"": tensors}, torch.float16, lambda copies: write(copies[""]))
+
+    def _submit(
+        self, step: int, tensors: Tensors, dtype: torch.dtype | None, write: Callable[[Tensors], object]
+    ) -> None:
         self.wait()
         try:
             # Copying a CUDA tensor waits for the work that was queued before.
             copies = {
                 file: {
-                    name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    name: tensor.detach().to(
+                        "cpu",
+                        dtype if tensor.is_floating_point() else None,
+                        copy=True,
+                        memory_format=torch.contiguous_format,
+                    )
                     for name, tensor in named.items()
                 }
                 for file, named in tensors.items()
@@ -159,7 +176,7 @@ class Saver:
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it cannot allocate
             self._failed(step, error)
             return
-        self._thread = threading.Thread(target=self._save, args=(step, copies, copy.deepcopy(state)), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, copies, write), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -168,9 +185,9 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _save(self, step: int, tensors: Tensors, state: State) -> None:
+    def _write(self, step: int, copies: Tensors, write: Callable[[Tensors], object]) -> None:
         try:
-            self._checkpoints.save(step, tensors, state, **self._keep)
+            write(copies)
         except Exception as error:
             self._failed(step, error)
 

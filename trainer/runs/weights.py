@@ -21,10 +21,12 @@ from trainer.model.released import VAE_PREFIX, read_json, read_tensors
 from trainer.model.xut import XUT, Checkpointing
 from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
+from trainer.runs.ema_snapshots import averages_of_length
 from trainer.runs.lora import add_adapters, merge_adapters
 from trainer.runs.run_folder import config_of, find_checkpoint
 
-Weights = Literal["ema", "raw"]  # the moving averages, or the parameters as the optimizer left them
+# The moving averages, the parameters as the optimizer left them, or averages of this relative length (power_ema.py).
+Weights = Literal["ema", "raw"] | float
 
 _CONFIG, _MODEL, _VAE = "config.json", "model.safetensors", "vae.safetensors"
 
@@ -157,6 +159,8 @@ def _loaded(model: XUT, found: Checkpoint, weights: Weights) -> XUT:
         average = EMA(model, decay=0)
         average.load_state_dict(found.tensors("ema"))
         tensors = tensors | average.weights  # "model" provides the buffers, which are not averaged
+    elif weights != "raw":
+        tensors = tensors | averages_of_length(found, weights)[0]
     try:
         load_trainable_state(model, tensors)
     except RuntimeError as error:

@@ -23,6 +23,7 @@ from trainer.optimization.outliers import RecentNorms
 from trainer.optimization.schedule import Schedule, set_learning_rate
 from trainer.recipe.stages import StageConfig
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
+from trainer.runs.power_ema import PowerEMA
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Loop:
         self.model = model
         self.loss_weight_C = loss_weight_C
         self.ema = EMA(model, stage.ema_decay)
+        self.power_ema = PowerEMA(model, stage.ema_lengths) if stage.ema_snapshots else None
         self.optimizer = build_optimizer(model, stage.optimizer)
         self.steps_taken = 0
         # The compiled model shares the parameters.
@@ -172,6 +174,8 @@ class Loop:
         self.norms.add(grad_norm)
         step_unless(skip, self.optimizer)
         self.ema.update(self.model, skip)
+        if self.power_ema:
+            self.power_ema.update(self.model, skip)
         self.steps_taken += 1
         return self._last
 
@@ -192,19 +196,21 @@ class Loop:
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint: model, ema, optimizer. Not copies: a step changes them.
+        """Tensors of a checkpoint: model, ema, optimizer and power_ema, if kept. Not copies: a step changes them.
 
         A partly frozen model, such as one with adapters, gives its trainable parameters only.
         """
         counts = {_SKIPPED: self._last.skipped, _OUTLIERS: self._last.outliers}
         optimizer = optimizer_tensors(self.optimizer, self.model) | counts | self.norms.tensors()
-        return {"model": trainable_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
+        tensors = {"model": trainable_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
+        return tensors | ({"power_ema": self.power_ema.state_dict()} if self.power_ema else {})
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
         """The inverse of `tensors`. On a CPU the following steps are bit-equal to those of an uninterrupted run.
 
-        Without "optimizer" it starts new, and without "ema" the averages start at the loaded weights. ValueError for
-        an optimizer or averages of other shapes, RuntimeError for a model of other shapes.
+        Without "optimizer" it starts new, and without "ema" the averages start at the loaded weights. So do those of
+        "power_ema" if they are missing or of other lengths. ValueError for an optimizer or averages of other shapes,
+        RuntimeError for a model of other shapes.
         """
         load_trainable_state(self.model, tensors["model"])
         if "ema" in tensors:
@@ -218,6 +224,13 @@ class Loop:
         skipped, outliers = (count.to(self.device, copy=True) for count in counts)
         self._last = StepResult.start(skipped, outliers)
         self.steps_taken = steps_taken
+        if self.power_ema and not self.power_ema.load_state_dict(tensors.get("power_ema", {})):
+            self.start_power_ema()
+
+    def start_power_ema(self) -> None:
+        """Power-function averages begin with the next step."""
+        if self.power_ema:
+            self.power_ema = PowerEMA(self.model, self.stage.ema_lengths, began=self.steps_taken)
 
     def roll_back(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
         """Loads an earlier state of this run but keeps the counts of skipped steps.

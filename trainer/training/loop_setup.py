@@ -48,6 +48,8 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     loop = new_loop(training.stage, model, training.schedule(), codec, device)
     if checkpoint:
         loop.load(all_tensors(checkpoint), checkpoint.step)
+        if training.branch and checkpoint.folder == training.branch.folder:
+            loop.start_power_ema()  # its snapshots lie in another folder
     elif training.weights and Lora.of(config_of(training.weights)):
         loop.load({"model": trained_model(training.weights).state_dict()}, steps_taken=0)
     elif training.weights:
@@ -64,7 +66,8 @@ def new_loop(stage: StageConfig, model: XUT, schedule: Schedule, codec: Codec, d
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """The argument of `Loop.load`."""
-    return {name: checkpoint.tensors(name) for name in ("model", "ema", "optimizer")}
+    optional = ["power_ema"] if "power_ema.safetensors" in checkpoint.state()["files"] else []
+    return {name: checkpoint.tensors(name) for name in ("model", "ema", "optimizer", *optional)}
 
 
 def encode(
