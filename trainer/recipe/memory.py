@@ -1,10 +1,12 @@
 """Estimates the GPU memory of one training worker in closed form, and refuses large models without a GPU."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from pipeline.core.errors import UsageError
+from trainer.encoders.latents import EMBEDDED_CODECS
 from trainer.model.config import XUTConfig
 from trainer.model.routing import kept_image_tokens
 from trainer.model.xut import XUT
@@ -12,9 +14,14 @@ from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 
 _BYTES_PER_PARAMETER = 20  # fp32: weight, gradient, AdamW's two moments, EMA
+_BYTES_PER_LENGTH = 4  # each power-function average, fp32
+_BYTES_CAST = 2  # bfloat16 copy of a weight, from its use in the forward pass to the end of the backward pass
 _BYTES_FROZEN = 4  # weight only
-# Frozen encoders in bfloat16 (Qwen3-0.6B: 1.2 GB, VAE: 0.2 GB) and the CUDA context.
+# Frozen encoders in bfloat16 (Qwen3-0.6B: 1.2 GB, VAE: 0.2 GB), the CUDA context, and fragmentation.
 _OVERHEAD = 3_000_000_000
+# The VAE's first level keeps about four tensors of 128 channels at once, in bfloat16.
+_VAE_BYTES_PER_PIXEL = 4 * 128 * 2
+_RECOMPUTED = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the blocks, by StageConfig.checkpointing
 # Models up to this size train on a CPU. Counted, because a model folder has no preset name.
 _CPU_MILLIONS = 20
 
@@ -27,40 +34,64 @@ def parameters(config: XUTConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+class Kept(NamedTuple):
+    """Values that a block keeps per token from its forward to its backward pass, and their bytes."""
+
+    bytes: int
+    dim: int  # times the model's width
+    mlp: int  # times the feed-forward's hidden width
+    cross: int  # times the model's width, of a cross-attention branch
+
+
+# By (compiled, precision). Counted with torch.autograd.graph.saved_tensors_hooks, as the tests do. Compiled, with
+# AOTAutograd's partitioner: 2 residual streams, 2 modulated norms, 2 results of branches, the projection to queries,
+# keys and values (3), rotated queries and keys, and the attention's output are 12 times the width; both halves of the
+# feed-forward and their product are 3 times its width. Cross-attention adds stream, norms of both inputs, keys and
+# values (2), rotated queries and keys, output and result: 9. Without compilation more is kept, some of it in float32,
+# which counts twice.
+KEPT = {
+    (True, "bf16"): Kept(2, 12, 3, 9),
+    (True, "fp32"): Kept(4, 12, 3, 9),
+    (False, "bf16"): Kept(2, 20, 4, 17),
+    (False, "fp32"): Kept(4, 14, 4, 11),
+}
+
+
 def activation_bytes(config: XUTConfig, stage: StageConfig, codec_factor: int) -> int:
     """Bytes that one sample with the longest text keeps from its forward to its backward pass.
 
-    Per token a block keeps 8 values of the model's width (two streams, the results of two branches, queries, keys,
-    values, attention output) and 2 of the feed-forward's. A recomputed block keeps its input only, and one such block
-    is complete at a time. This holds for bfloat16 and a compiled model; otherwise it is 4 times as much, measured with
-    a dense fp32 step at 512 pixels (tests/bench/RESULTS.md: 8.3 GiB for one sample with weights, gradients and
-    moments, 7.5 by this formula).
+    A recomputed block keeps its input only, and one such block is complete at a time.
     """
+    kept = KEPT[stage.compiled, stage.precision]
     image_tokens = (stage.resolution // codec_factor // config.patch_size) ** 2
     dense_tokens = image_tokens + stage.text_tokens
     routed_tokens = kept_image_tokens(image_tokens, stage.selection_rate) + stage.text_tokens
     dense_blocks = config.prev_blocks + config.post_blocks
     routed_blocks = config.depth * (config.enc_blocks + config.dec_blocks)
     tokens = dense_blocks * dense_tokens + routed_blocks * routed_tokens
-    values = 8 * config.dim + 2 * config.mlp_dim
-    recomputed = {"none": 0.0, "blocks": 0.5, "all": 1.0}[stage.checkpointing]
-    kept = (1 - recomputed) * tokens * values + recomputed * tokens * config.dim
-    kept += dense_tokens * values if recomputed else 0
-    return round(2 * kept * (1 if stage.compiled and stage.precision == "bf16" else 4))
+    per_token = kept.dim * config.dim + kept.mlp * config.mlp_dim
+    cross = kept.cross * config.dim if config.skip == "cross" else 0
+    complete = tokens * per_token + config.depth * routed_tokens * cross
+    share = _RECOMPUTED[stage.checkpointing]
+    values = (1 - share) * complete + share * tokens * config.dim
+    values += max(dense_tokens * per_token, routed_tokens * (per_token + cross)) if share else 0
+    return round(kept.bytes * values)
 
 
 def training_bytes(
     config: XUTConfig, stage: StageConfig, micro_batch: int, codec_factor: int, frozen: bool = False
 ) -> int:
-    """20 bytes per parameter, the activations of one micro batch, and 3 GB for frozen encoders and CUDA.
+    """Peak memory of a worker: weights with gradients, moments and averages, a micro batch, and 3 GB for the rest.
 
-    With `frozen`, 4 bytes per parameter. The adapters trained on a frozen model add about a hundredth and are ignored.
+    A micro batch takes its activations or, if that is more, the VAE's, which encodes it before. With `frozen`, 4 bytes
+    per parameter; the adapters trained on a frozen model add about a hundredth and are ignored.
     """
-    return (
-        (_BYTES_FROZEN if frozen else _BYTES_PER_PARAMETER) * parameters(config)
-        + micro_batch * activation_bytes(config, stage, codec_factor)
-        + _OVERHEAD
-    )
+    averages = _BYTES_PER_LENGTH * len(stage.ema_lengths) if stage.ema_snapshots else 0
+    per_parameter = _BYTES_FROZEN if frozen else _BYTES_PER_PARAMETER + averages
+    per_parameter += _BYTES_CAST if stage.precision == "bf16" else 0
+    encoding = _VAE_BYTES_PER_PIXEL * stage.resolution**2 if stage.codec not in EMBEDDED_CODECS else 0
+    sample = max(activation_bytes(config, stage, codec_factor), encoding)
+    return per_parameter * parameters(config) + micro_batch * sample + _OVERHEAD
 
 
 def check_device(training: Training, gpus: int) -> None:
@@ -73,8 +104,8 @@ def check_device(training: Training, gpus: int) -> None:
     sample = activation_bytes(training.model, stage, factor) / 1e6
     raise UsageError(
         f"there is no GPU, and stage {training.stage_name} trains {'adapters on ' if frozen else ''}{millions:.0f}M "
-        f"parameters, for which each worker needs a GPU with about {needed:.0f} GB ({4 if frozen else 20} bytes a "
-        f"parameter + {training.micro_batch} samples of {sample:.0f} MB + 3 GB); less with --set "
+        f"parameters, for which each worker needs a GPU with about {needed:.0f} GB (weights, gradients, moments and "
+        f"averages, {training.micro_batch} samples of {sample:.0f} MB, and 3 GB); less with --set "
         f"micro_batch={max(1, training.micro_batch // 4)}. To try the stage on this machine: --set model=tiny --set "
         "codec=dct --set text_encoder=local --set batch_size=8 --steps 10, and --run with another folder"
     )

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 
 from pipeline.curation.stage_rules import RULES
-from trainer.model.config import XUTConfig
-from trainer.recipe import memory
 from trainer.recipe.stage_config import PRESETS
 from trainer.recipe.stages import STAGES
 
@@ -92,28 +90,3 @@ def test_a_number_out_of_range_is_refused_by_name(field: str, value: float, want
 def test_an_optimizer_number_out_of_range_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         replace(STAGES["256"].optimizer, **{field: value})
-
-
-def test_the_memory_estimate_follows_its_formula() -> None:
-    """20 bytes per parameter, the activations of a micro batch, and 3 GB; recomputation keeps less."""
-    base, stage = XUTConfig.base(), STAGES["512"]
-    assert memory.parameters(base) == pytest.approx(343e6, rel=0.01)
-    one, two = (memory.training_bytes(base, stage, micro, 8) for micro in (1, 2))
-    sample = memory.activation_bytes(base, stage, 8)
-    assert two - one == sample
-    assert one - sample == 20 * memory.parameters(base) + 3_000_000_000
-    kept = [
-        memory.activation_bytes(base, replace(stage, checkpointing=which), 8) for which in ("none", "blocks", "all")
-    ]
-    assert kept[0] > 1.5 * kept[1] > 1.5 * 1.5 * kept[2]
-    routed = memory.activation_bytes(base, replace(stage, checkpointing="none"), 8)
-    assert routed < memory.activation_bytes(base, replace(stage, checkpointing="none", selection_rate=0.0), 8)
-
-
-def test_the_memory_estimate_is_near_one_measured_step() -> None:
-    """tests/bench/RESULTS.md: a dense fp32 step of base at 512 pixels, one sample, 96 text tokens: 8.3 GiB."""
-    stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96,
-                    checkpointing="none")  # fmt: skip
-    base = XUTConfig.base()
-    without_average = 16 * memory.parameters(base) + memory.activation_bytes(base, stage, 8)
-    assert without_average / 2**30 == pytest.approx(8.3, rel=0.15)

@@ -1,0 +1,135 @@
+"""The memory estimate against what torch keeps for the backward pass."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.model.blocks import Block, BranchKind, Context, Modulation
+from trainer.model.config import XUTConfig
+from trainer.model.rope import axial_frequencies, rotary_table
+from trainer.model.xut import XUT, Precision
+from trainer.recipe import memory
+from trainer.recipe.stages import STAGES
+
+BATCH, TOKENS, DIM, MLP = 2, 96, 256, 512
+
+
+def kept_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
+    """Bytes of the storages that a forward pass keeps for its backward pass, without weights and their casts."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    shapes = {tuple(parameter.shape) for parameter in parameters} | {tuple(p.T.shape) for p in parameters}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def bytes_per_token(compiled: bool, precision: Precision, reads_skip: bool) -> float:
+    """What one block keeps, from the difference between two blocks and one."""
+    config = XUTConfig(dim=DIM, heads=2, mlp_dim=MLP, depth=1)
+    torch.manual_seed(0)
+    position_BS2 = torch.rand(BATCH, TOKENS, 2)
+    rotary = rotary_table(position_BS2, axial_frequencies(DIM // 2))
+    one = torch.ones(BATCH, 1, DIM, requires_grad=True)  # a learnt gate keeps the result of its branch
+    modulation = Modulation(one, one, one)
+    mask = torch.ones(BATCH, 1, 1, TOKENS, dtype=torch.bool)
+    shared: dict[BranchKind, Modulation] = {"attn": modulation, "cross": modulation, "mlp": modulation}
+    context = Context(position_BS2, rotary, mask, torch.randn(BATCH, DIM), shared)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    h, skip = (torch.randn(BATCH, TOKENS, DIM, dtype=dtype, requires_grad=True) for _ in range(2))
+
+    def kept(count: int) -> int:
+        blocks = nn.ModuleList(Block(config, reads_skip=reads_skip) for _ in range(count))
+
+        def forward() -> Tensor:
+            out, source = h * 1, skip * 1
+            for block in blocks:
+                out = block(out, context, source if reads_skip else None)
+            return out
+
+        torch._dynamo.reset()
+        run = torch.compile(forward, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else forward
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return kept_bytes(run, list(blocks.parameters()))
+
+    return (kept(2) - kept(1)) / (BATCH * TOKENS)
+
+
+@pytest.mark.parametrize(("compiled", "precision"), [(True, "bf16"), (False, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize("reads_skip", [False, True])
+def test_a_block_keeps_what_the_estimate_counts(compiled: bool, precision: Precision, reads_skip: bool) -> None:
+    """Compiled with the partitioner of torch.compile, which decides what is kept and what is computed again."""
+    counted = memory.KEPT[compiled, precision]
+    values = counted.dim * DIM + counted.mlp * MLP + (counted.cross * DIM if reads_skip else 0)
+    assert bytes_per_token(compiled, precision, reads_skip) == pytest.approx(counted.bytes * values, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "all"])
+def test_a_whole_model_keeps_what_the_estimate_counts(checkpointing: str) -> None:
+    """An uncompiled one with routing, in which the keys of recomputed blocks and small tensors count too."""
+    config = XUTConfig(dim=DIM, heads=2, mlp_dim=MLP, depth=2, text_dim=64, patch_size=1)
+    stage = replace(
+        STAGES["demo"], resolution=64, text_tokens=32, selection_rate=0.5, checkpointing=checkpointing, codec="pixel"
+    )
+    model = XUT(config, checkpointing)  # type: ignore[arg-type]
+    inputs: dict[str, Any] = {
+        "text": torch.randn(BATCH, 32, 64),
+        "position_map": torch.rand(BATCH, 64, 2),
+        "text_mask": torch.ones(BATCH, 32, dtype=torch.bool),
+        "selection_rate": 0.5,
+        "routing_key": torch.arange(BATCH),
+    }
+    latents = torch.randn(BATCH, 4, 8, 8)
+    found = kept_bytes(lambda: model(latents, torch.rand(BATCH), **inputs), list(model.parameters())) / BATCH
+    estimated = memory.activation_bytes(config, stage, 8)
+    if checkpointing != "none":  # the block that is complete during the backward pass is not kept before it
+        complete = memory.KEPT[False, "fp32"]
+        one = complete.bytes * max(
+            96 * (complete.dim * DIM + complete.mlp * MLP),
+            64 * ((complete.dim + complete.cross) * DIM + complete.mlp * MLP),
+        )
+        estimated -= one
+    assert found == pytest.approx(estimated, rel=0.25)
+
+
+def test_the_default_first_stage_does_not_fit_32_gb_with_the_reports_micro_batch() -> None:
+    """An independent count with AOTAutograd's partitioner: 45.9 kB per token and block, 58 GB with 128, 34 with 64."""
+    stage, base = STAGES["256"], XUTConfig.base()
+    blocks = 20
+    per_block = memory.activation_bytes(base, replace(stage, selection_rate=0.0), 8) / blocks / 512
+    assert per_block == pytest.approx(45_900, rel=0.05)
+    sizes = {size: memory.training_bytes(base, stage, size, 8) / 1e9 for size in (32, 64, 128)}
+    assert sizes[128] == pytest.approx(58, rel=0.1)
+    assert sizes[64] == pytest.approx(34, rel=0.15)
+
+
+def test_a_micro_batch_adds_its_activations_or_the_vaes_encoding() -> None:
+    base, stage = XUTConfig.base(), STAGES["512"]
+    assert memory.parameters(base) == pytest.approx(343e6, rel=0.01)
+    plain = replace(stage, checkpointing="none")
+    one, two = (memory.training_bytes(base, plain, micro, 8) for micro in (1, 2))
+    assert two - one == memory.activation_bytes(base, plain, 8)
+    # Weight, gradient, two moments and three averages in fp32, and a cast to bfloat16.
+    assert one - (two - one) == 30 * memory.parameters(base) + 3_000_000_000
+    all_recomputed = replace(STAGES["1024"], checkpointing="all")
+    one, two = (memory.training_bytes(base, all_recomputed, micro, 8) for micro in (1, 2))
+    assert two - one == 1024 * 1024**2 > memory.activation_bytes(base, all_recomputed, 8), "of the VAE"
+
+
+def test_the_estimate_is_near_one_measured_step() -> None:
+    """tests/bench/RESULTS.md: a dense fp32 step of base at 512 pixels, one sample, 96 text tokens: 8.3 GiB."""
+    stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96,
+                    checkpointing="none")  # fmt: skip
+    base = XUTConfig.base()
+    without_average = 16 * memory.parameters(base) + memory.activation_bytes(base, stage, 8)
+    assert without_average / 2**30 == pytest.approx(8.3, rel=0.15)
