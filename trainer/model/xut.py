@@ -32,7 +32,8 @@ Precision = Literal["fp32", "bf16"]  # of matrix products; weights, gradients, o
 _WAVES = (0.5, 1.0, 2.0)  # cycles per unit of the position map, which is about the side of the picture
 POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine of y and of x
 _BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
-_MAX_GRAPHS = 64  # 512 text tokens in steps of 32 are 16 lengths, in training and in evaluation; torch's limit is 8
+# Of a block's code: four for each of 16 text lengths, in training and in evaluation.
+_MAX_GRAPHS = 128  # torch's limit is 8
 
 
 class TimeEmbedding(nn.Module):
@@ -284,14 +285,17 @@ class XUT(nn.Module):
         return x_BRGPPC.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
 
 
-def compiled(model: XUT, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
-    """The forward pass through torch.compile, one full graph for each (resolution, text length, selection rate).
+def compiled(model: XUT, backend: str | Callable[..., Any] = "inductor") -> XUT:
+    """The model itself, whose blocks run through torch.compile from now on.
 
-    Static shapes give the fastest kernels, and a run has few of them because texts are padded to a multiple.
+    Blocks of one kind share their graphs: four for each number of tokens, instead of one of the whole model with all of
+    its blocks. Static shapes give the fastest kernels, and a run has few of them,
+    because texts are padded to a multiple. A shape too many runs without compilation instead of ending the run.
     """
     torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    forward: Callable[..., Tensor] = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
-    return forward
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.compile(backend=backend, dynamic=False)
+    return model
 
 
 def _waves(position_BN2: Tensor) -> Tensor:

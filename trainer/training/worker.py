@@ -5,6 +5,7 @@ All workers take the same steps on equal weights. Rank 0 writes checkpoints and 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -24,7 +25,9 @@ from trainer.model.xut import Standardization
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints, Saver
 from trainer.runs.ema_snapshots import Snapshots
+from trainer.runs.run_folder import write_config
 from trainer.samples.data import Batch, TrainingData, example_texts
+from trainer.training import fit_memory
 from trainer.training.loop import Reading, TrainingInputs
 from trainer.training.loop_setup import all_tensors, build_loop, encode, from_newest
 from trainer.training.metrics import (
@@ -82,10 +85,13 @@ class Worker:
         self.group, self.device, self.source, self.reporter = group, device, source, reporter
         # Rank 0 looks for it alone. Otherwise a checkpoint that appears meanwhile would be loaded by some workers only.
         self.training, checkpoint = group.broadcast(from_newest(training) if group.is_rank_zero else (training, None))
-        self.batches = source.batches(self.training)  # reading begins while the models load
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        probes = not self._recall_micro_batch()
+        if not probes:
+            self.batches = source.batches(self.training)  # reading begins while the models load
         self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
         self.encoder: TextEncoder = load_text_encoder(
             training.text_encoder, device, training.model.text_layers, training.model.text_prefix
@@ -93,17 +99,22 @@ class Worker:
         self.loop = build_loop(self.training, checkpoint, self.codec, device)
         if checkpoint is None and training.weights is None and training.lora is None:
             self._standardize_text()
+        if probes:
+            self._probe_micro_batch()
+            self.batches = source.batches(self.training)
         self.saver: Saver | None = None
         self.log: Log | None = None
         if group.is_rank_zero:
             checkpoints = Checkpoints(training.checkpoints)
             self.saver = Saver(checkpoints, keep_last=stage.keep_last, keep_every=stage.keep_every)
-            self.log = Log(Path(training.folder), self.training.start_step, training.wandb, training.record())
+            record = self.training.record()
+            write_config(Path(training.run), training.stage_name, record)  # with the micro batch that was chosen
+            self.log = Log(Path(training.folder), self.training.start_step, training.wandb, record)
         self.context = JobContext(
             start_step=self.training.start_step,
             stop_step=training.stop_step,
             workers=group.size,
-            peak_teraflops=peak_teraflops(torch.cuda.get_device_name(device)) if on_gpu else None,
+            peak_teraflops=peak_teraflops(self.device_name) if on_gpu else None,
             price_per_hour=training.price_per_hour,
             **({"before": self.log.before} if self.log else {}),
         )
@@ -125,8 +136,16 @@ class Worker:
     def run(self) -> int:
         """Trains and returns the number of steps taken: the stage's last one, or fewer if a stop was requested.
 
-        JobFailed if a restart would fail in the same way.
+        JobFailed if a restart would fail in the same way. If memory runs out, the next start uses half the micro batch.
         """
+        try:
+            return self._train()
+        except (RuntimeError, MemoryError) as error:
+            if fit_memory.is_out_of_memory(error):
+                self._lower_micro_batch(error)
+            raise
+
+    def _train(self) -> int:
         stops = False
         while self.loop.steps_taken < self.training.stop_step and not stops:
             self._step(self.batches)
@@ -146,6 +165,46 @@ class Worker:
                 self._evaluate()
         self._finish()
         return self.loop.steps_taken
+
+    # --- Memory -------------------------------------------------------------------------------------------------------
+
+    def _recall_micro_batch(self) -> bool:
+        """Takes over the recorded or given micro batch. False if it is to be probed, beginning with the estimate."""
+        training = self.training
+        recalled = self.group.broadcast(fit_memory.remembered(training, self.device_name))
+        if recalled is not None:
+            self.training = recalled
+        elif self.device.type == "cuda" and not fit_memory.is_chosen_by_stage(training):
+            available = min(self.group.gather(torch.cuda.mem_get_info(self.device)[0]))
+            self.training = fit_memory.with_fit(training, fit_memory.estimated(training, available))
+            return False
+        return True
+
+    def _probe_micro_batch(self) -> None:
+        """Chooses the largest micro batch that fits on the GPUs of all workers, and records it."""
+        text_is_padded = pads_text(self.training.model)
+        size, figures = fit_memory.probe(self.training, self.loop, self.codec, self.encoder, text_is_padded)
+        smallest = min(self.group.gather(size))
+        if smallest == 0:
+            error = torch.OutOfMemoryError("a probe of one sample does not fit")
+            self._lower_micro_batch(error)
+            raise error
+        self.training = replace(self.training, micro_batch=smallest)
+        if self.group.is_rank_zero:
+            fit_memory.record(self.training, self.device_name, figures)
+            self.reporter.warn(
+                f"micro batch {smallest}, recomputed blocks: {self.training.checkpointing}; {figures} on one "
+                f"{self.device_name}"
+            )
+
+    def _lower_micro_batch(self, error: BaseException) -> None:
+        """Records the smaller micro batch with which the next start goes on from the newest checkpoint."""
+        lower = fit_memory.lowered(self.training, error)
+        fit_memory.record(lower, self.device_name, f"memory was full with {self.training.micro_batch} samples")
+        self.reporter.warn(
+            f"memory is full with a micro batch of {self.training.micro_batch} ({fit_memory.first_line(error)}): going "
+            f"on from the newest checkpoint with {lower.micro_batch}, recomputed blocks: {lower.checkpointing}"
+        )
 
     def _standardize_text(self) -> None:
         """Gives new weights the statistics of the selection's texts. Every worker gets those of rank 0."""
@@ -293,7 +352,8 @@ class Worker:
             self.loop.model, self.codec, self.encoder, self.stage.text_tokens, self.device, self.loop.steps_taken,
             self.training.record(), self.loop.precision,
         )  # fmt: skip
-        share = draw_share(model, self.loop.ema, prompts, seeds, settings, self.group.rank, self.group.size)
+        with self._eager():
+            share = draw_share(model, self.loop.ema, prompts, seeds, settings, self.group.rank, self.group.size)
         pictures = interleave(self.group.gather(share))
         if self.log:
             if self.tagger:
@@ -305,6 +365,11 @@ class Worker:
         # The time of the evaluation does not count as training.
         now = self._snapshot()
         self.last = replace(now, step=min(self.last.step, now.step))
+
+    def _eager(self) -> AbstractContextManager[object]:
+        """Runs blocks without compiling them: a grid of pictures has other shapes than a training step."""
+        is_compiled = self.stage.compiled and self.device.type == "cuda"
+        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
     def _held_out_inputs(self, count: int) -> Iterator[TrainingInputs]:
         numbers = range(count)[self.group.rank :: self.group.size]

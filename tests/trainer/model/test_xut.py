@@ -444,32 +444,49 @@ ROUTED: dict[str, Any] = {
 }
 
 
-def test_training_forward_is_one_graph_per_resolution_and_text_length() -> None:
-    """Also if there are more than torch's own limit, here two; the limit is raised to what a run needs."""
+def _graphs(model: XUT, shapes: list[tuple[int, int]]) -> int:
+    """Graphs of training steps with these (side of the latents, text tokens), each with two masks and routing keys."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
-    shapes = [(4, 2), (8, 2), (8, 4)]
+    compiled(model, backend=counter)
+    for side, text_tokens in shapes:
+        for seed in range(2):
+            batch = inputs(side=side, text_tokens=text_tokens, seed=seed)
+            mask = torch.arange(text_tokens) < torch.tensor([[seed + 1], [text_tokens]])
+            key = torch.tensor([seed, 7 * seed])
+            model(**batch, text_mask=mask, selection_rate=0.5, routing_key=key).square().mean().backward()
+    return int(counter.frame_count)
+
+
+def test_blocks_of_one_kind_share_their_graphs_at_any_depth() -> None:
+    """For each shape: a plain block on all tokens, a plain one on the kept tokens, and there one whose skip is its own
+    input, after the last encoder stage, and one with another skip."""
+    shapes = [(4, 2)]
+    assert _graphs(small_model(depth=2, dec_blocks=2), shapes) == 4 * len(shapes)
+    assert _graphs(small_model(depth=3, dec_blocks=2), shapes) == 4 * len(shapes)
+
+
+def test_the_limit_of_graphs_is_raised_to_what_a_run_needs_and_exceeding_it_does_not_end_the_run() -> None:
+    torch._dynamo.reset()
+    model, counter = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0), CompileCounter()
+    expected = [model(**inputs(text_tokens=tokens)) for tokens in range(1, 6)]
     with torch._dynamo.config.patch(recompile_limit=2):
-        forward = compiled(model, backend=counter)
-        assert torch._dynamo.config.recompile_limit >= 2 * 512 // 32, "text lengths in training and evaluation"
-        for side, text_tokens in shapes:
-            for seed in range(2):
-                batch = inputs(side=side, text_tokens=text_tokens, seed=seed)
-                mask = torch.arange(text_tokens) < torch.tensor([[seed + 1], [text_tokens]])
-                key = torch.tensor([seed, 7 * seed])
-                forward(**batch, text_mask=mask, selection_rate=0.5, routing_key=key).square().mean().backward()
-    assert counter.frame_count == len(shapes)
+        compiled(model, backend=counter)
+        assert torch._dynamo.config.recompile_limit >= 2 * 2 * 2 * 512 // 32
+        torch._dynamo.config.recompile_limit = 2
+        for tokens, velocity in enumerate(expected, start=1):
+            torch.testing.assert_close(model(**inputs(text_tokens=tokens)), velocity, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count < 2 * len(expected)
 
 
 def test_the_compiled_model_equals_eager_in_velocity_and_gradients() -> None:
-    """As one traced graph with the compiler's decompositions, but without its kernels."""
+    """As traced graphs with the compiler's decompositions, but without its kernels."""
     torch._dynamo.reset()
     model = small_model(depth=1, dec_blocks=1, prev_blocks=0, post_blocks=0)
     results = []
-    for run in (model, compiled(model, "aot_eager_decomp_partition")):
-        model.zero_grad()
-        velocity = run(**inputs(), **ROUTED)
+    for prepare in (lambda model: model, lambda model: compiled(model, "aot_eager_decomp_partition")):
+        prepare(model).zero_grad()
+        velocity = model(**inputs(), **ROUTED)
         velocity.square().mean().backward()
         results.append([velocity.detach(), *(parameter.grad for parameter in model.parameters())])
     for eager, traced in zip(*results, strict=True):

@@ -123,11 +123,12 @@ def test_the_adapters_of_a_block_learn_and_nothing_else(adaln: str) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_the_compiled_model_is_still_one_graph_and_the_same_function() -> None:
+def test_the_compiled_model_is_the_same_function() -> None:
     model = small()
     add_adapters(model, 2)
     scatter(trainable_state(model))
-    torch.testing.assert_close(velocity(compiled(model, backend="eager")), velocity(model), atol=1e-5, rtol=1e-5)
+    expected = velocity(model)
+    torch.testing.assert_close(velocity(compiled(model, backend="eager")), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_takes_slightly_more_operations_than_the_closed_form_says() -> None:
@@ -249,8 +250,8 @@ def test_defaults_of_a_run_of_adapters(ask: Callable[..., Training], random_run:
     assert newest(random_run).folder in training.notes[-1]
     check_device(training, gpus=0)
     large = replace(training, stage=replace(training.stage, model="base"), model=XUTConfig.base())
-    with pytest.raises(UsageError, match=r"trains adapters on 343M parameters, .* about \d GB \(4 bytes a parameter"):
-        check_device(replace(large, micro_batch=1), gpus=0)
+    with pytest.raises(UsageError, match=r"trains adapters on 343M parameters, .* at least about \d GB\. To try"):
+        check_device(large, gpus=0)
     with pytest.raises(UsageError, match="there is no GPU"):  # whatever preset the stage names
         check_device(replace(training, model=XUTConfig.base()), gpus=0)
 
