@@ -28,6 +28,8 @@ from trainer.encoders.pretrained import cached_folder, first_line, frozen_dtype,
 # Few lengths, so few compiled graphs, with little padding. Without a compiler a smaller multiple is faster.
 LENGTH_MULTIPLE = 32
 
+_KEPT_AT_END = 32  # tokens of a text that is too long: its quality, era, rating and meta words
+
 _CONFIG_FILES = ("config.json",)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _KIND = ("text encoder", "config.json, tokenizer.json and *.safetensors", "Qwen/Qwen3-0.6B")
@@ -51,6 +53,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.layers = layers
         self.prefix = prefix
+        self.cut_texts = 0  # so far
         self.dim = int(model.config.get_text_config().hidden_size)
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         # For empty texts, which many tokenizers turn into no token at all, and for padding that is masked.
@@ -65,18 +68,22 @@ class TextEncoder:
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D), float32, 0 at padding, and a mask (B, T), True at real tokens.
 
-        T is the length of the longest text rounded up to a multiple, at most max_tokens; longer texts are cut. Padding
-        is on the right, where it cannot affect the real tokens of a causal model. Every text has at least one token.
+        T is the length of the longest text rounded up to a multiple, at most max_tokens. Longer texts are cut before
+        their last quarter, at most _KEPT_AT_END tokens, and counted in `cut_texts`: a training text ends with quality,
+        era, rating and meta words, and before them comes the caption, whose end is the least loss. Padding is on the
+        right, where it cannot affect the real tokens of a causal model. Every text has at least one token.
 
-        padding_is_text, for the public weights: T is max_tokens, padding has the hidden states that the model computes
-        for it, and the mask is True everywhere.
+        padding_is_text, for the public weights: T is max_tokens, longer texts are cut at their end, padding has the
+        hidden states that the model computes for it, and the mask is True everywhere.
         """
         assert texts, "nothing to encode"
         if max_tokens < 1:
             raise ValueError(f"max_tokens {max_tokens} must be at least 1")
         # With a prefix, the BOS that some tokenizers add would be a second one.
         ids = self.tokenizer(list(texts), verbose=False, add_special_tokens=not self.prefix)["input_ids"]
-        ids = [row[:max_tokens] or [self._empty_token] for row in ids]
+        self.cut_texts += sum(len(row) > max_tokens for row in ids)
+        end = 0 if padding_is_text else min(_KEPT_AT_END, max_tokens // 4)
+        ids = [_shortened(row, max_tokens, end) or [self._empty_token] for row in ids]
         longest = max(len(row) for row in ids)
         length = max_tokens if padding_is_text else min(max_tokens, math.ceil(longest / multiple) * multiple)
         padding = self._padding_token if padding_is_text else self._empty_token  # which is masked anyway
@@ -116,6 +123,11 @@ class TextEncoder:
         deviation_D = (squares_D / count - mean_D.square()).clamp(min=0).sqrt()
         # A feature that does not vary must not be blown up.
         return mean_D.float(), deviation_D.clamp(min=max(1e-6, 0.01 * deviation_D.median().item())).float()
+
+
+def _shortened(row: list[int], most: int, end: int) -> list[int]:
+    """At most `most` tokens: the first ones and the last `end`."""
+    return row if len(row) <= most else row[: most - end] + row[len(row) - end :]
 
 
 def load_text_encoder(

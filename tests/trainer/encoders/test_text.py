@@ -130,6 +130,24 @@ def test_an_empty_text_has_one_real_token(encoder: TextEncoder) -> None:
     assert (embeddings_BTD[0, 0] - embeddings_BTD[1, 0]).norm() > 1
 
 
+def test_a_text_that_is_too_long_keeps_its_beginning_and_its_last_words(encoder: TextEncoder) -> None:
+    caption = ", ".join(captions(20))
+    states_BTD, mask_BT = encoder.encode([f"red star, {caption}, night sky, outdoors"], 32)
+    assert mask_BT.sum() == 32
+    ids = tokens(encoder, [f"red star, {caption}, night sky, outdoors"])[0]
+    kept = ids[:24] + ids[-8:]
+    with torch.no_grad():
+        reference = encoder.model(input_ids=torch.tensor([kept])).last_hidden_state[0]
+    torch.testing.assert_close(states_BTD[0], reference, atol=1e-5, rtol=0)
+
+
+def test_texts_that_are_cut_are_counted(folder: Path) -> None:
+    encoder = load_text_encoder(folder)
+    encoder.encode(["red star", "blue ball, " * 40], 32)
+    encoder.encode(["green house, " * 40], 32)
+    assert encoder.cut_texts == 2
+
+
 # --- Prefix and statistics --------------------------------------------------------------------------------------------
 
 
