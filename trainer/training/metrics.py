@@ -52,6 +52,7 @@ METRICS = {
         "steps skipped because loss or gradient were not finite or the gradient norm an outlier, over all starts",
     ),
     "outlier_steps": Metric("steps", "steps skipped because the gradient norm was an outlier, over all starts"),
+    "cut_text_share": Metric("", "share of the texts that were longer than the stage's text_tokens and were cut"),
     "replaced_samples": Metric("samples", "unreadable samples replaced by others, since this start"),
     "failed_saves": Metric("", "checkpoints that could not be saved, since this start"),
     "failed_writes": Metric("", "lines and pictures that could not be logged, since this start"),
@@ -70,6 +71,7 @@ class Counts:
     waiting_seconds: float = 0  # for batches
     encoding_seconds: float = 0
     replaced: float = 0  # samples
+    cut_texts: float = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(a + b for a, b in zip(self.numbers(), other.numbers(), strict=True)))
@@ -90,6 +92,7 @@ def batch_counts(
     selection_rate: float,
     waiting_seconds: float = 0,
     replaced: int = 0,
+    cut_texts: int = 0,
     frozen: bool = False,
 ) -> Counts:
     """Counts of one micro batch. `text_tokens` includes padding. frozen: only adapters are trained."""
@@ -100,6 +103,7 @@ def batch_counts(
         operations=images * (done.frozen_step if frozen else done.step),
         waiting_seconds=waiting_seconds,
         replaced=replaced,
+        cut_texts=cut_texts,
     )
 
 
@@ -176,6 +180,7 @@ def log_line(
         "hours_left": (job.stop_step - now.step) * now.seconds / (now.step - job.start_step) / 3600,
         "skipped_steps": skipped_steps,
         "outlier_steps": outlier_steps,
+        "cut_text_share": done.cut_texts / max(1.0, done.images),
         "replaced_samples": now.counts.replaced,
         "failed_saves": failed_saves,
         "failed_writes": failed_writes,

@@ -229,11 +229,13 @@ class Worker:
                 waited = time.perf_counter() - asked
                 ids.extend(batch.ids)
                 self._note_replaced(batch)
+                cut_before = self.encoder.cut_texts
                 inputs = self._encode(batch)
                 image_tokens = (inputs.latents_BCHW.shape[-1] // self.stage.patch_size) ** 2
                 self.counts += batch_counts(
                     self.training.model, len(batch.ids), image_tokens, inputs.text_BTD.shape[1],
-                    self.stage.selection_rate, waited, len(batch.replaced), frozen=self.training.lora is not None,
+                    self.stage.selection_rate, waited, len(batch.replaced), self.encoder.cut_texts - cut_before,
+                    frozen=self.training.lora is not None,
                 )  # fmt: skip
                 yield inputs
 

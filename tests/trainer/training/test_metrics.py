@@ -35,7 +35,7 @@ NOW = Snapshot(
     step=160,
     seconds=210.0,
     counts=Counts(
-        images=480, tokens=4800, operations=4.05e15, waiting_seconds=2.0, encoding_seconds=5.0, replaced=3
+        images=480, tokens=4800, operations=4.05e15, waiting_seconds=2.0, encoding_seconds=5.0, replaced=3, cut_texts=4
     ),
 )  # fmt: skip
 
@@ -63,6 +63,7 @@ def test_a_line_has_averages_since_the_last_one_and_totals_since_the_start() -> 
         "hours_left": pytest.approx(140 * 3.5 / 3600),  # 140 steps at the 210 s / 60 of this start
         "skipped_steps": 4,
         "outlier_steps": 1,
+        "cut_text_share": 0.05,  # 4 of 80
         "replaced_samples": 3,
         "failed_saves": 5,
         "failed_writes": 6,
