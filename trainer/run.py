@@ -33,9 +33,15 @@ def _train(command: Command) -> None:
         return
     if not os.environ.get("RAY_ADDRESS"):
         check_device(training, torch.cuda.device_count())  # before starting Ray; an existing cluster is asked later
+    auto = torch.cuda.is_available() and "auto" in (training.stage.micro_batch, training.stage.checkpointing)
+    batches = (
+        "micro batches that fit the GPU"
+        if auto
+        else (f"{training.accumulation} micro batches of {training.micro_batch}")
+    )
     print(
         f"run: steps {training.start_step} to {training.stop_step} of {training.stage.batch_size} samples: "
-        f"{training.workers} workers x {training.accumulation} micro batches of {training.micro_batch}",
+        f"{training.workers} workers x {batches}",
         flush=True,
     )
     with cluster("run", dashboard=True, niceness=0):

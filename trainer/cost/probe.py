@@ -54,7 +54,7 @@ def measure(setups: Sequence[StageSetup], seconds: float) -> list[Row]:
 def _measure_stage(setup: StageSetup, seconds: float) -> Row | None:
     """Times steps after a first one, which allocates memory and on a GPU compiles, for minutes. A GPU's micro batch is
     halved until it fits into memory; None if one sample does not fit."""
-    on_gpu, samples, begun = torch.cuda.is_available(), setup.stage.micro_batch, time.perf_counter()
+    on_gpu, samples, begun = torch.cuda.is_available(), setup.micro_batch, time.perf_counter()
     codec, text = _encoders(setup.stage.codec, setup.stage.text_encoder, setup.stage.compiled and on_gpu)
     text = TextEncoder(text.model, text.tokenizer, setup.model.text_layers, setup.model.text_prefix)
     model = replace(setup.model, in_channels=codec.channels, text_dim=text.dim)
@@ -94,7 +94,7 @@ def _step(setup: StageSetup, size: int, codec: Any, text: TextEncoder) -> Callab
     tokens, side = setup.text_tokens, setup.stage.resolution
     stage = replace(setup.stage, micro_batch=size, batch_size=size, text_tokens=tokens, text_multiple=1)
     loop = new_loop(
-        stage, XUT(setup.model, stage.checkpointing), Schedule(stage.optimizer, stage.samples), codec, _DEVICE
+        stage, XUT(setup.model, setup.checkpointing), Schedule(stage.optimizer, stage.samples), codec, _DEVICE
     )
     batch = Batch(
         ids=[str(i) for i in range(size)],

@@ -12,7 +12,6 @@ from trainer.cost.stage_setup import StageSetup
 from trainer.recipe import memory
 from trainer.recipe.stages import STAGES
 
-_MEMORY_SHARE = 0.95  # of a GPU's memory that training can use
 _PAPERS_DOLLARS = "${}-{}".format(*PAPERS["dollars"])
 _PAPERS_PRICES = "${:.3f} to ${:.3f}".format(*PAPERS_PRICES)
 NO_GPU = "no commands: run.py refuses a model of this size without a GPU; --set model=tiny plans what it would train"
@@ -72,11 +71,8 @@ def assumptions(
         tokens = ", ".join(f"{s.name} {s.text_tokens}" for s in setups if s.text_source == source)
         yield f"text tokens with padding: {tokens}: {source}"
     for setup in setups:
-        size, fitting = setup.stage.micro_batch, fitting_micro_batch(setup, machine)
-        if fitting < size:
-            fix = f"--set {setup.name}.micro_batch={fitting} fits" if fitting else "not even one sample fits"
-            needed = memory.training_bytes(setup.model, setup.stage, size, setup.codec_factor) / 1e9
-            yield f"stage {setup.name}: a micro batch of {size} needs about {needed:.0f} GB (an estimate): {fix}"
+        if (line := memory_line(setup, machine)) is not None:
+            yield line
     if machine.price is not None:
         middle = f", the middle of what the papers paid ({_PAPERS_PRICES})" if job.price is None else ""
         yield f"dollars: ${machine.price:.4g} a GPU hour{middle}"
@@ -96,12 +92,21 @@ def assumptions(
     yield "not counted: setup, downloads, start of Ray, compiling, evaluation, waiting for data, repeated steps"
 
 
-def fitting_micro_batch(setup: StageSetup, machine: Machine) -> int:
-    """The stage's micro batch, halved until it fits into the GPU's memory, if that is known; 0: no sample fits."""
-    size, available = setup.stage.micro_batch, _MEMORY_SHARE * (machine.gigabytes or 1e9) * 2**30
-    while size and memory.training_bytes(setup.model, setup.stage, size, setup.codec_factor) > available:
-        size //= 2
-    return size
+def memory_line(setup: StageSetup, machine: Machine) -> str | None:
+    """What run.py is expected to fit into the GPU's memory; None if that is not known."""
+    if machine.gigabytes is None:
+        return None
+    stage, available = setup.stage, machine.gigabytes * 2**30
+    fit = memory.fitting(setup.model, stage, machine.count, setup.codec_factor, available)
+    if fit is None:
+        return f"stage {setup.name}: not even one sample fits into {machine.gigabytes} GB (an estimate)"
+    needed = memory.training_bytes(
+        setup.model, stage, fit.micro_batch, setup.codec_factor, checkpointing=fit.checkpointing
+    )
+    return (
+        f"stage {setup.name}: run.py is expected to choose a micro batch of {fit.micro_batch} and to recompute "
+        f"{fit.checkpointing} of the blocks, about {needed / 1e9:.0f} GB (an estimate)"
+    )
 
 
 def training_commands(setups: Sequence[StageSetup], machine: Machine, dataset: str | None) -> Iterator[str]:
@@ -119,8 +124,6 @@ def training_commands(setups: Sequence[StageSetup], machine: Machine, dataset: s
         values = dict(setup.settings)
         if stage.samples != STAGES[setup.name].samples:
             values["samples"] = str(stage.samples)
-        if 0 < (fitting := fitting_micro_batch(setup, machine)) < stage.micro_batch:
-            values["micro_batch"] = str(fitting)
         for name, value in values.items():
             words += ["--set", f"{name}={value}"]
         if machine.price is not None:

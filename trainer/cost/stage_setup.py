@@ -13,7 +13,9 @@ from trainer.cost.machines import PAPERS
 from trainer.encoders.load_codec import codec_shape
 from trainer.model.config import XUTConfig
 from trainer.model.flops import count_flops
+from trainer.model.xut import Checkpointing
 from trainer.recipe import overrides
+from trainer.recipe.memory import RECOMPUTED, Fit
 from trainer.recipe.stage_config import PRESETS, check_grid, micro_batch, stage_config, total_steps
 from trainer.recipe.stages import STAGES, StageConfig
 
@@ -23,7 +25,9 @@ _VAE_PER_PIXEL, _VAE_PER_SQUARED_PIXELS = 4_128_642, 0.5
 # Qwen3-0.6B without its vocabulary, and the attention of its 28 layers with 16 heads of 128; also as counted.
 _QWEN_PER_TOKEN, _QWEN_PER_SQUARED_TOKENS = 880_803_840, 28 * 4 * 16 * 128
 EMBEDDED_CODECS, EMBEDDED_ENCODER = ("dct", "pixel"), "local"  # their arithmetic is negligible
-_RECOMPUTED = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the forward pass, by StageConfig.checkpointing
+# Micro batch and recomputation of the papers, whose speeds are scaled; run.py takes what fits the GPU, and is faster.
+_PAPERS_FIT = {"256": Fit(128, "none"), "512": Fit(64, "all"), "768": Fit(64, "all"), "1024": Fit(16, "all")}
+_OTHER_FIT = Fit(32, "none")
 # Shape of the recipe's VAE, which need not be here; width of the local text encoder, which takes seconds to import.
 _VAE_SHAPE, _LOCAL_TEXT_WIDTH = (4, 8), 128
 
@@ -32,6 +36,8 @@ _VAE_SHAPE, _LOCAL_TEXT_WIDTH = (4, 8), 128
 class StageSetup:
     name: str
     stage: StageConfig
+    micro_batch: int
+    checkpointing: Checkpointing
     model: XUTConfig
     codec_factor: int  # pixels along the side of a latent
     text_tokens: int  # of a padded text, averaged over the micro batches
@@ -45,7 +51,7 @@ class StageSetup:
         stage, tokens, pixels = self.stage, self.text_tokens, self.stage.resolution**2
         image_tokens = (stage.resolution // self.codec_factor // self.model.patch_size) ** 2
         step = count_flops(self.model, image_tokens, tokens, stage.selection_rate)
-        total = step.step + _RECOMPUTED[stage.checkpointing] * step.hidden
+        total = step.step + RECOMPUTED[self.checkpointing] * step.hidden
         if stage.codec not in EMBEDDED_CODECS:
             total += _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
         if stage.text_encoder != EMBEDDED_ENCODER:
@@ -84,7 +90,10 @@ def stage_setup(name: str, settings: Mapping[str, str], gpus: int, root: str | N
     stage, model_fields, _ = stage_config(name, dict(settings))
     total_steps(stage, None)
     try:
-        stage = replace(stage, micro_batch=micro_batch(stage, gpus))
+        fit = _PAPERS_FIT.get(name, _OTHER_FIT)
+        auto = replace(stage, micro_batch=fit.micro_batch) if stage.micro_batch == "auto" else stage
+        micro = micro_batch(auto, gpus)
+        kind = fit.checkpointing if stage.checkpointing == "auto" else stage.checkpointing
         here = stage.codec in EMBEDDED_CODECS or Path(stage.codec).is_dir()
         channels, factor = codec_shape(stage.codec) if here else _VAE_SHAPE
         width = {"text_dim": _LOCAL_TEXT_WIDTH} if stage.text_encoder == EMBEDDED_ENCODER else {}
@@ -95,8 +104,8 @@ def stage_setup(name: str, settings: Mapping[str, str], gpus: int, root: str | N
     tokens, source = stage.text_tokens, "no dataset: every text has the recipe's text_tokens, as in the papers"
     if root is not None:
         lengths, source = text_lengths(selection_of(root, stage), stage)
-        tokens = padded_tokens(lengths, stage.text_tokens, stage.text_multiple, stage.micro_batch)
-    return StageSetup(name, stage, model, factor, tokens, source, settings)
+        tokens = padded_tokens(lengths, stage.text_tokens, stage.text_multiple, micro)
+    return StageSetup(name, stage, micro, kind, model, factor, tokens, source, settings)
 
 
 def padded_tokens(lengths: Mapping[int, int], longest: int, multiple: int, micro_batch: int) -> int:

@@ -31,6 +31,7 @@ class Command:
     tagger: str | None = None
     prompts: str | None = None
     max_failures: int = 3
+    s3_wait: float = 6.0  # hours
 
     def __post_init__(self) -> None:
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
@@ -45,6 +46,8 @@ class Command:
             raise UsageError("--anneal continues a checkpoint: leave out --from, or name a checkpoint")
         if self.max_failures < 0:
             raise UsageError(f"--max-failures {self.max_failures}: must be at least 0")
+        if not 0 <= self.s3_wait < math.inf:
+            raise UsageError(f"--s3-wait {self.s3_wait}: give the hours to wait for S3, at least 0")
 
     def grid_prompts(self) -> list[str] | None:
         """The non-empty lines of the file given by --prompts, or None without the flag."""
@@ -143,5 +146,9 @@ def parse_args(description: str | None) -> Command:
     add(
         "--max-failures", type=int, default=3, metavar="N",
         help="Lost workers or nodes after which the job gives up. Default: 3.",
+    )  # fmt: skip
+    add(
+        "--s3-wait", type=float, default=6.0, metavar="HOURS",
+        help="Wait so long for samples while S3 cannot be reached. Default: 6.",
     )  # fmt: skip
     return Command(**vars(parser.parse_args()))

@@ -9,7 +9,7 @@ from pipeline.core.errors import UsageError
 from trainer.encoders.latents import EMBEDDED_CODECS
 from trainer.model.config import XUTConfig
 from trainer.model.routing import kept_image_tokens
-from trainer.model.xut import XUT
+from trainer.model.xut import XUT, Checkpointing
 from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 
@@ -21,7 +21,10 @@ _BYTES_FROZEN = 4  # weight only
 _OVERHEAD = 3_000_000_000
 # The VAE's first level keeps about four tensors of 128 channels at once, in bfloat16.
 _VAE_BYTES_PER_PIXEL = 4 * 128 * 2
-_RECOMPUTED = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the blocks, by StageConfig.checkpointing
+RECOMPUTED: dict[Checkpointing, float] = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the blocks
+MARGIN = 0.08  # of a GPU's memory that is left free: for fragmentation, and for evaluations
+_ENOUGH_TOKENS = 2048  # of a micro batch: with more a GPU is hardly faster, so that fewer are no reason to recompute
+_LARGEST_MICRO_BATCH = 128  # the report's
 # Models up to this size train on a CPU. Counted, because a model folder has no preset name.
 _CPU_MILLIONS = 20
 
@@ -57,7 +60,9 @@ KEPT = {
 }
 
 
-def activation_bytes(config: XUTConfig, stage: StageConfig, codec_factor: int) -> int:
+def activation_bytes(
+    config: XUTConfig, stage: StageConfig, codec_factor: int, checkpointing: Checkpointing = "none"
+) -> int:
     """Bytes that one sample with the longest text keeps from its forward to its backward pass.
 
     A recomputed block keeps its input only, and one such block is complete at a time.
@@ -72,14 +77,19 @@ def activation_bytes(config: XUTConfig, stage: StageConfig, codec_factor: int) -
     per_token = kept.dim * config.dim + kept.mlp * config.mlp_dim
     cross = kept.cross * config.dim if config.skip == "cross" else 0
     complete = tokens * per_token + config.depth * routed_tokens * cross
-    share = _RECOMPUTED[stage.checkpointing]
+    share = RECOMPUTED[checkpointing]
     values = (1 - share) * complete + share * tokens * config.dim
     values += max(dense_tokens * per_token, routed_tokens * (per_token + cross)) if share else 0
     return round(kept.bytes * values)
 
 
 def training_bytes(
-    config: XUTConfig, stage: StageConfig, micro_batch: int, codec_factor: int, frozen: bool = False
+    config: XUTConfig,
+    stage: StageConfig,
+    micro_batch: int,
+    codec_factor: int,
+    frozen: bool = False,
+    checkpointing: Checkpointing = "none",
 ) -> int:
     """Peak memory of a worker: weights with gradients, moments and averages, a micro batch, and 3 GB for the rest.
 
@@ -90,8 +100,41 @@ def training_bytes(
     per_parameter = _BYTES_FROZEN if frozen else _BYTES_PER_PARAMETER + averages
     per_parameter += _BYTES_CAST if stage.precision == "bf16" else 0
     encoding = _VAE_BYTES_PER_PIXEL * stage.resolution**2 if stage.codec not in EMBEDDED_CODECS else 0
-    sample = max(activation_bytes(config, stage, codec_factor), encoding)
+    sample = max(activation_bytes(config, stage, codec_factor, checkpointing), encoding)
     return per_parameter * parameters(config) + micro_batch * sample + _OVERHEAD
+
+
+class Fit(NamedTuple):
+    micro_batch: int
+    checkpointing: Checkpointing
+
+
+def micro_batches(stage: StageConfig, workers: int) -> list[int]:
+    """The micro batches that are possible: divisors of a worker's share of the batch, largest first."""
+    share = stage.batch_size // workers
+    largest = _LARGEST_MICRO_BATCH if stage.micro_batch == "auto" else stage.micro_batch
+    return [size for size in range(min(share, largest), 0, -1) if share % size == 0]
+
+
+def fitting(
+    config: XUTConfig, stage: StageConfig, workers: int, codec_factor: int, available: float, frozen: bool = False
+) -> Fit | None:
+    """The micro batch and the recomputation that the estimate expects to fit `available` bytes; None if none does.
+
+    What the stage sets is kept. Less recomputation comes first if it leaves room for enough tokens; a fraction of a
+    block's time is lost by recomputing it, but hardly any by a smaller micro batch.
+    """
+    tokens = (stage.resolution // codec_factor // config.patch_size) ** 2 + stage.text_tokens
+    kinds: list[Checkpointing] = list(RECOMPUTED) if stage.checkpointing == "auto" else [stage.checkpointing]
+    sizes, best = micro_batches(stage, workers), None
+    for kind in kinds:
+        room = available * (1 - MARGIN)
+        size = next((s for s in sizes if training_bytes(config, stage, s, codec_factor, frozen, kind) <= room), 0)
+        if size and (size == sizes[0] or size * tokens >= _ENOUGH_TOKENS):
+            return Fit(size, kind)
+        if size and (best is None or size > best.micro_batch):
+            best = Fit(size, kind)
+    return best
 
 
 def check_device(training: Training, gpus: int) -> None:
@@ -100,12 +143,10 @@ def check_device(training: Training, gpus: int) -> None:
     if gpus or millions < _CPU_MILLIONS:
         return
     stage, factor, frozen = training.stage, training.codec_factor, training.lora is not None
-    needed = training_bytes(training.model, stage, training.micro_batch, factor, frozen) / 1e9
-    sample = activation_bytes(training.model, stage, factor) / 1e6
+    needed = training_bytes(training.model, stage, 1, factor, frozen, "all") / 1e9
+    what = f"{'adapters on ' if frozen else ''}{millions:.0f}M parameters"
     raise UsageError(
-        f"there is no GPU, and stage {training.stage_name} trains {'adapters on ' if frozen else ''}{millions:.0f}M "
-        f"parameters, for which each worker needs a GPU with about {needed:.0f} GB (weights, gradients, moments and "
-        f"averages, {training.micro_batch} samples of {sample:.0f} MB, and 3 GB); less with --set "
-        f"micro_batch={max(1, training.micro_batch // 4)}. To try the stage on this machine: --set model=tiny --set "
-        "codec=dct --set text_encoder=local --set batch_size=8 --steps 10, and --run with another folder"
+        f"there is no GPU, and stage {training.stage_name} trains {what}, for which each worker needs a GPU with at "
+        f"least about {needed:.0f} GB. To try the stage on this machine: --set model=tiny --set codec=dct --set "
+        "text_encoder=local --set batch_size=8 --steps 10, and --run with another folder"
     )

@@ -88,13 +88,15 @@ def _value(text: str, hint: Any) -> Any:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return text
     if origin in (Union, types.UnionType):
-        if type(None) in choices and text == "none":
-            return None
-        (inner,) = [choice for choice in choices if choice is not type(None)]
+        words = {word: word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)}
+        words |= {"none": None} if type(None) in choices else {}
+        if text in words:
+            return words[text]
+        (inner,) = [choice for choice in choices if choice is not type(None) and get_origin(choice) is not Literal]
         try:
             return _value(text, inner)
         except ValueError as error:
-            raise ValueError(f"{error}, or none") from error
+            raise ValueError(f"{error}, or {' or '.join(words)}") from error
     if origin is tuple:
         parts = [part.strip() for part in text.split(",")]
         if len(parts) != len(choices):

@@ -79,6 +79,7 @@ def resolve(command: Command) -> Training:
         example_prompts=examples,
         workers=command.workers,
         micro_batch=micro,
+        checkpointing="none" if stage.checkpointing == "auto" else stage.checkpointing,
         start_step=0,
         stop_step=total,
         anneal=_anneal(branch) if branch else None,
@@ -94,6 +95,7 @@ def resolve(command: Command) -> Training:
         price_per_hour=command.price_per_hour,
         wandb=command.wandb,
         tagger=command.tagger_folder(),
+        s3_wait=command.s3_wait,
         max_failures=command.max_failures,
     )
     if newest is not None:

@@ -1,6 +1,5 @@
 """A stage of the recipe with the changes of --set, its number of steps, and the micro batch of each worker."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ _LORA_DEFAULTS = {
     "keep_every": 0,
     "evaluate_every": 250,
 }
+_CPU_MICRO_BATCH = 32
 # Model fields that cannot be set, and the stage field that determines each.
 _DETERMINED_BY = {"model.in_channels": "codec", "model.text_dim": "text_encoder", "model.patch_size": "patch_size"}
 
@@ -100,15 +100,16 @@ def total_steps(stage: StageConfig, asked: int | None) -> int:
 def micro_batch(stage: StageConfig, workers: int) -> int:
     """Samples per forward pass of a worker: the largest divisor of its share of the batch up to stage.micro_batch.
 
-    UsageError unless the number of workers divides the streams of the data order.
+    For "auto" that is up to 32, as on a CPU, where more samples at once are not faster; a GPU's worker chooses later.
+    UsageError unless the number of workers divides the batch.
     """
-    streams = math.gcd(stage.streams, stage.batch_size)
-    if workers < 1 or streams % workers:
-        fitting = [count for count in range(1, streams + 1) if streams % count == 0]
+    if workers < 1 or stage.batch_size % workers:
+        fitting = [count for count in range(1, stage.batch_size + 1) if stage.batch_size % count == 0]
         nearest = sorted(sorted(fitting, key=lambda count: abs(count - workers))[:2])
         raise UsageError(
-            f"--workers {workers} does not divide the {streams} streams of the batch of {stage.batch_size} (the "
-            f"greatest common divisor of streams={stage.streams} and the batch); nearest: {nearest}"
+            f"--workers {workers} does not divide the batch of {stage.batch_size}; nearest: {nearest}; or change the "
+            "batch with --set batch_size=N"
         )
     share = stage.batch_size // workers
-    return max(size for size in range(1, min(share, stage.micro_batch) + 1) if share % size == 0)
+    largest = _CPU_MICRO_BATCH if stage.micro_batch == "auto" else stage.micro_batch
+    return max(size for size in range(1, min(share, largest) + 1) if share % size == 0)

@@ -4,17 +4,17 @@ The stages 256, 512, 768 and 1024 follow the table in section 4.2 of the HDM rep
 
 - The report gives muP learning rates at base width 1. Here they are divided by `OptimizerConfig.base_width`, 128.
 - The report has no averaged weights. `ema_decay` gives the average a half-life of at most a tenth of the stage.
-- Stage 256 puts the report's 128 crops per GPU into one micro batch, which takes a card of about 40 GB.
-  `--set micro_batch=64` takes the same steps with half of the activations.
-
+- The report's micro batches of 128, 64, 64 and 16 crops, and its recomputation of all blocks from stage 512 on, are
+  left to the memory of the GPU (`trainer/recipe/memory.py`). Smaller micro batches without recomputation take the same
+  steps in less time.
 
 `checkpoint_every` is 35 to 45 minutes at the speed of the authors' four RTX 5090: 243, 98, 56 and 20.7 images/s.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from trainer.model.xut import Checkpointing, Precision
+from trainer.model.xut import Precision
 from trainer.optimization.optimizers import OptimizerConfig
 from trainer.runs.power_ema import LONGEST
 from trainer.samples.training_text import CaptionConfig
@@ -33,7 +33,8 @@ class StageConfig:
     resolution: int  # pixels: side of the square crop
     samples: int  # crops seen in the whole stage
     batch_size: int  # crops per optimizer step, summed over all workers
-    micro_batch: int  # crops per forward pass of a worker, at most; affects memory and speed only
+    # Crops per forward pass of a worker, at most; affects memory and speed only. auto: as many as fit the GPU's memory.
+    micro_batch: int | Literal["auto"] = "auto"
     flip: float = 0.0  # probability of mirroring a crop; never if the text mentions sides or letters
     hold_out: float = 0.002  # share of the selection kept for validation and never trained on
     seed: int = 0  # of all random numbers of the training
@@ -67,7 +68,8 @@ class StageConfig:
 
     # --- Hardware ---
     precision: Precision = "bf16"  # of the model's matrix products; weights, moments and EMA are fp32
-    checkpointing: Checkpointing = "none"  # blocks whose activations are recomputed in the backward pass
+    # Blocks whose activations are recomputed in the backward pass. auto: as few as the GPU's memory allows.
+    checkpointing: Literal["auto", "none", "blocks", "all"] = "auto"
     compiled: bool = True  # torch.compile the model and the VAE on a GPU, which takes minutes at the start
 
     # --- Checkpoints and logs, in optimizer steps ---
@@ -80,6 +82,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in _AT_LEAST_1:
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        if self.micro_batch != "auto":
+            self._require("micro_batch", self.micro_batch >= 1, "auto, or at least 1")
         for name in ("seed", "keep_every", "outlier_threshold", "ema_snapshots"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("selection_rate", "ema_decay", "hold_out"):
@@ -95,7 +99,7 @@ class StageConfig:
 
 
 _AT_LEAST_1 = (
-    *("resolution", "samples", "batch_size", "micro_batch", "patch_size", "text_tokens", "text_multiple"),
+    *("resolution", "samples", "batch_size", "patch_size", "text_tokens", "text_multiple"),
     *("streams", "window", "checkpoint_every", "keep_last", "evaluate_every", "log_every"),
 )
 
@@ -126,7 +130,6 @@ STAGES = {
         resolution=64,
         samples=36_000,
         batch_size=32,
-        micro_batch=32,
         model="tiny",
         patch_size=1,
         codec="dct",
@@ -156,7 +159,6 @@ STAGES = {
         resolution=256,
         samples=152_500_000,
         batch_size=2048,
-        micro_batch=128,
         text_tokens=256,
         selection_rate=0.5,
         checkpoint_every=250,
@@ -171,8 +173,6 @@ STAGES = {
         resolution=512,
         samples=42_340_000,
         batch_size=512,
-        micro_batch=64,
-        checkpointing="all",  # "blocks" recomputes half as much and needs 12 GB more
         text_tokens=256,
         selection_rate=0.5,
         checkpoint_every=500,
@@ -188,8 +188,6 @@ STAGES = {
         resolution=768,
         samples=8_469_000,
         batch_size=512,
-        micro_batch=64,
-        checkpointing="all",
         text_tokens=256,
         selection_rate=0.5,
         checkpoint_every=250,
@@ -206,8 +204,6 @@ STAGES = {
         resolution=1024,
         samples=3_649_000,
         batch_size=256,
-        micro_batch=16,
-        checkpointing="all",
         text_tokens=512,
         selection_rate=0.0,  # off: pictures drawn with guidance are better for it (section 4.2)
         timestep_shift=1.0,  # the report's; SD3 and PRX use 3 at this size, where the same noise hides less

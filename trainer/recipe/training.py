@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.model.config import XUTConfig
+from trainer.model.xut import Checkpointing
 from trainer.optimization.schedule import Anneal, Schedule
 from trainer.recipe.stages import StageConfig
 from trainer.runs.checkpoint import Checkpoint
@@ -29,7 +30,10 @@ class Training:
     text_encoder: str  # folder or hub name
     example_prompts: list[str]  # texts of the selection that serve as example prompts
     workers: int
-    micro_batch: int  # samples per forward pass of a worker
+    # Samples per forward pass of a worker, and the blocks that are recomputed. Where the stage says "auto", a worker on
+    # a GPU replaces them before its first step, see trainer/training/fit_memory.py.
+    micro_batch: int
+    checkpointing: Checkpointing
     start_step: int  # optimizer steps already taken; above 0 the weights come from the stage's newest checkpoint
     stop_step: int  # last step of this job and of the learning rate schedule
     anneal: Anneal | None  # decay of the learning rate from a checkpoint on; None: the schedule of the stage
@@ -45,6 +49,7 @@ class Training:
     price_per_hour: float | None  # dollars, for the whole cluster
     wandb: bool
     tagger: str | None  # folder of the classifier that scores the picture grid
+    s3_wait: float  # hours to wait for samples while S3 cannot be reached
     max_failures: int  # lost workers or nodes after which the job ends; each one resumes from the newest checkpoint
 
     @property
@@ -84,6 +89,8 @@ class Training:
             "steps": self.stop_step,
             "anneal": asdict(self.anneal) if self.anneal else None,
             "workers": self.workers,
+            "micro_batch": self.micro_batch,
+            "checkpointing": self.checkpointing,
             "checkpoints": self.checkpoint_home,
             "began_from": self.began_from,
             "lora": asdict(self.lora) if self.lora else None,

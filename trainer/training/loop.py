@@ -179,6 +179,17 @@ class Loop:
         self.steps_taken += 1
         return self._last
 
+    def rehearse(self, inputs: TrainingInputs) -> None:
+        """Takes the memory of a step on one micro batch, and changes nothing but that moments of zero may appear."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._sample_losses(inputs).sum())
+        skip = torch.ones((), dtype=torch.bool, device=self.device)
+        step_unless(skip, self.optimizer)
+        self.ema.update(self.model, skip)
+        if self.power_ema:
+            self.power_ema.update(self.model, skip)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def read(self) -> Reading:
         """Statistics of the steps since the last reading. Makes the host wait for the device: only call it to log."""
         last, self._last = self._last, StepResult.start(self._last.skipped, self._last.outliers, self._last.run)

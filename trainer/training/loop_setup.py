@@ -41,9 +41,9 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     """
     torch.manual_seed(training.stage.seed)
     if training.lora is None:
-        model = XUT(training.model, training.stage.checkpointing)  # on the CPU, where random numbers are reproducible
+        model = XUT(training.model, training.checkpointing)  # on the CPU, where random numbers are reproducible
     else:
-        model = training.lora.base_model(training.stage.checkpointing)
+        model = training.lora.base_model(training.checkpointing)
         add_adapters(model, training.lora.rank)
     loop = new_loop(training.stage, model, training.schedule(), codec, device)
     if checkpoint:

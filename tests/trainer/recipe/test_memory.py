@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from trainer.model.blocks import Block, BranchKind, Context, Modulation
 from trainer.model.config import XUTConfig
 from trainer.model.rope import axial_frequencies, rotary_table
-from trainer.model.xut import XUT, Precision
+from trainer.model.xut import XUT, Checkpointing, Precision
 from trainer.recipe import memory
+from trainer.recipe.stage_config import PRESETS
 from trainer.recipe.stages import STAGES
 
 BATCH, TOKENS, DIM, MLP = 2, 96, 256, 512
@@ -75,13 +76,11 @@ def test_a_block_keeps_what_the_estimate_counts(compiled: bool, precision: Preci
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "blocks", "all"])
-def test_a_whole_model_keeps_what_the_estimate_counts(checkpointing: str) -> None:
+def test_a_whole_model_keeps_what_the_estimate_counts(checkpointing: Checkpointing) -> None:
     """An uncompiled one with routing, in which the keys of recomputed blocks and small tensors count too."""
     config = XUTConfig(dim=DIM, heads=2, mlp_dim=MLP, depth=2, text_dim=64, patch_size=1)
-    stage = replace(
-        STAGES["demo"], resolution=64, text_tokens=32, selection_rate=0.5, checkpointing=checkpointing, codec="pixel"
-    )
-    model = XUT(config, checkpointing)  # type: ignore[arg-type]
+    stage = replace(STAGES["demo"], resolution=64, text_tokens=32, selection_rate=0.5, codec="pixel")
+    model = XUT(config, checkpointing)
     inputs: dict[str, Any] = {
         "text": torch.randn(BATCH, 32, 64),
         "position_map": torch.rand(BATCH, 64, 2),
@@ -91,7 +90,7 @@ def test_a_whole_model_keeps_what_the_estimate_counts(checkpointing: str) -> Non
     }
     latents = torch.randn(BATCH, 4, 8, 8)
     found = kept_bytes(lambda: model(latents, torch.rand(BATCH), **inputs), list(model.parameters())) / BATCH
-    estimated = memory.activation_bytes(config, stage, 8)
+    estimated = memory.activation_bytes(config, stage, 8, checkpointing)
     if checkpointing != "none":  # the block that is complete during the backward pass is not kept before it
         complete = memory.KEPT[False, "fp32"]
         one = complete.bytes * max(
@@ -116,20 +115,51 @@ def test_the_default_first_stage_does_not_fit_32_gb_with_the_reports_micro_batch
 def test_a_micro_batch_adds_its_activations_or_the_vaes_encoding() -> None:
     base, stage = XUTConfig.base(), STAGES["512"]
     assert memory.parameters(base) == pytest.approx(343e6, rel=0.01)
-    plain = replace(stage, checkpointing="none")
-    one, two = (memory.training_bytes(base, plain, micro, 8) for micro in (1, 2))
-    assert two - one == memory.activation_bytes(base, plain, 8)
+    one, two = (memory.training_bytes(base, stage, micro, 8) for micro in (1, 2))
+    assert two - one == memory.activation_bytes(base, stage, 8)
     # Weight, gradient, two moments and three averages in fp32, and a cast to bfloat16.
     assert one - (two - one) == 30 * memory.parameters(base) + 3_000_000_000
-    all_recomputed = replace(STAGES["1024"], checkpointing="all")
-    one, two = (memory.training_bytes(base, all_recomputed, micro, 8) for micro in (1, 2))
-    assert two - one == 1024 * 1024**2 > memory.activation_bytes(base, all_recomputed, 8), "of the VAE"
+    last = STAGES["1024"]
+    one, two = (memory.training_bytes(base, last, micro, 8, checkpointing="all") for micro in (1, 2))
+    assert two - one == 1024 * 1024**2 > memory.activation_bytes(base, last, 8, "all"), "of the VAE"
 
 
 def test_the_estimate_is_near_one_measured_step() -> None:
     """tests/bench/RESULTS.md: a dense fp32 step of base at 512 pixels, one sample, 96 text tokens: 8.3 GiB."""
-    stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96,
-                    checkpointing="none")  # fmt: skip
+    stage = replace(STAGES["512"], precision="fp32", compiled=False, selection_rate=0.0, text_tokens=96)
     base = XUTConfig.base()
     without_average = 16 * memory.parameters(base) + memory.activation_bytes(base, stage, 8)
     assert without_average / 2**30 == pytest.approx(8.3, rel=0.15)
+
+
+@pytest.mark.parametrize("gigabytes", [24, 32, 80])
+@pytest.mark.parametrize("model", ["small", "base", "large"])
+@pytest.mark.parametrize("name", ["256", "512", "768", "1024"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_stage_and_preset_fits_common_cards_without_a_setting(
+    gigabytes: int, model: str, name: str, workers: int
+) -> None:
+    """Cards offer a little less than their nominal GiB: a 4090 23.5, a 5090 31.4, an A100 79.2."""
+    stage, available = STAGES[name], 0.975 * gigabytes * 2**30
+    config = PRESETS[model]()
+    fit = memory.fitting(config, stage, workers, 8, available)
+    assert fit is not None
+    assert stage.batch_size % (workers * fit.micro_batch) == 0
+    needed = memory.training_bytes(config, stage, fit.micro_batch, 8, checkpointing=fit.checkpointing)
+    assert needed <= (1 - memory.MARGIN) * available
+    if gigabytes == 80:
+        assert fit.checkpointing == "none", "nothing is recomputed where there is room"
+
+
+def test_the_reports_cards_need_no_recomputation_for_the_base_model() -> None:
+    """An independent estimate for 32 GB: 16 samples at 512, 8 at 768 and 2 at 1024, nothing recomputed."""
+    base, available = XUTConfig.base(), 31.4 * 2**30
+    fits = {name: memory.fitting(base, STAGES[name], 4, 8, available) for name in ("256", "512", "768", "1024")}
+    assert fits == {"256": (32, "none"), "512": (16, "none"), "768": (8, "none"), "1024": (4, "none")}
+
+
+def test_what_a_stage_sets_is_kept_and_what_cannot_fit_is_none() -> None:
+    base = XUTConfig.base()
+    given = replace(STAGES["512"], micro_batch=3, checkpointing="all")
+    assert memory.fitting(base, given, 4, 8, 80e9) == (2, "all")
+    assert memory.fitting(base, STAGES["1024"], 4, 8, 12e9) is None

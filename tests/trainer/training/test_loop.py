@@ -384,6 +384,17 @@ def test_a_step_on_a_gpu_is_queued_without_waiting(kind: str, precision: str) ->
     assert loop.read().skipped == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rehearsed_step_changes_nothing(kind: str) -> None:
+    loop, other = new_loop(kind), new_loop(kind)
+    loop.rehearse(batch_of(5))
+    for each in (loop, other):
+        train(each, range(2))
+    loop.rehearse(batch_of(6))
+    assert_bit_equal(copy_of(loop), copy_of(other))
+    assert (loop.steps_taken, loop.read().skipped) == (2, 0)
+
+
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
