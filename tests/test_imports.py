@@ -42,9 +42,9 @@ ONLY_IN = {
         "pipeline/core/row_pipeline.py",
         "pipeline/core/shard_progress.py",
         "trainer/cluster/launch.py",
-        "trainer/cluster/loader_actors.py",
         "trainer/cluster/monitor.py",
         "trainer/cluster/replicas.py",
+        "trainer/cluster/sample_stream.py",
     },
     "transformers": {
         "pipeline/pictures/classifiers.py",
@@ -81,7 +81,12 @@ ONLY_IN = {
 # Runs on a machine that has torch and nothing else.
 TORCH_ONLY = ("trainer/model/", "trainer/optimization/", "trainer/diffusion/", "trainer/training/loop.py")
 # Only in type annotations of these: importing them does not import torch.
-NO_TORCH = ("trainer/samples/order.py", "trainer/samples/row_groups.py", "trainer/samples/training_text.py")
+NO_TORCH = (
+    "trainer/samples/blocks.py",
+    "trainer/samples/order.py",
+    "trainer/samples/row_groups.py",
+    "trainer/samples/training_text.py",
+)
 
 
 def _imports(path: Path) -> set[str]:

@@ -86,7 +86,7 @@ def _connect(address: str | None, dashboard: bool) -> Any:
                 f"requires its token: {_TOKEN}"
             ) from error
     keep_token_private()
-    # At least two: training and its loader take turns on one core, but Ray would wait for a second CPU for ever.
+    # At least two: training and its reader take turns on one core, but Ray would wait for a second CPU for ever.
     cpus = max(2, os.cpu_count() or 2)
     # By default Ray ends idle processes beyond one per CPU after a second. A row pipeline has more, for tasks that
     # mostly wait, and needs 1.5 s of a core to start one again (ray 2.60).

@@ -8,9 +8,9 @@ WebDataset are installed in a separate environment (--environment), read files t
 worker of torch's DataLoader per CPU.
 
 The readers take turns, each time in new processes, and ratios are taken within a round. Not measured: imports, the
-conversion, and the first seconds after the first batch. All readers run at the niceness of the training's loaders, so
-that other work on the machine slows them equally. Row groups are small, so that an epoch has more of them than the
-loaders hold, as a real epoch does.
+conversion, and the first seconds after the first batch. All readers run at the niceness of the training's read tasks,
+so that other work on the machine slows them equally. Row groups are small, so that an epoch has more of them than the
+tasks hold, as a real epoch does.
 
 The memory is that of Ray and all its processes together, with shared pages counted once. The datasets of 4 and 16 times
 the size hard-link the same files under other names.
@@ -51,7 +51,7 @@ from pipeline.pictures.crops import Crop, downsize, square_crop
 from pipeline.pictures.decoder import Header, Picture
 from pipeline.storage.shards import Store
 from trainer.cluster.launch import keep_freed_memory
-from trainer.cluster.loader_actors import loader_source
+from trainer.cluster.sample_stream import stream_source
 from trainer.diffusion.keyed_random import Stream, sample_generator
 from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
@@ -67,13 +67,13 @@ SIDE = 256  # pixels
 DRAWN = 48  # different pictures; each row has one of them, made unique by appended bytes
 GROUP_ROWS = 16  # rows per row group: 2 MB
 SHARD_ROWS = 256
-OWN = "Ray loader actors"
+OWN = "Ray Data stream"
 IGNORED = 2.0  # seconds after the first batch
 MEASURED = 4.0  # seconds after the ignored ones
 MONITORED = 16.0  # seconds of streaming in which memory is measured
 INTERVAL = 0.5  # seconds between measurements of memory
 SETTLING = 5.0  # seconds until the processes of the previous stream have ended
-NICENESS = 19  # of the training's loaders on a machine without a GPU
+NICENESS = 19  # of the training's read tasks on a machine without a GPU
 
 
 def main() -> None:
@@ -196,13 +196,13 @@ def load_data(training: Training) -> TrainingData:
 
 
 def through_ray(training: Training, data: Any, ignored: float, seconds: float) -> Figures:
-    """Measures in a Ray worker process, as in training. It and its loaders end with the measurement."""
+    """Measures in a Ray worker process, as in training. It and its read tasks end with the measurement."""
 
     @ray.remote(num_cpus=0, max_calls=1)
     def consume(training: Training, data: TrainingData) -> Figures:
         keep_freed_memory()
         started = time.perf_counter()
-        source = loader_source(data, training, WorkerGroup(0, 1, None))
+        source = stream_source(data, training, WorkerGroup(0, 1, None), print)
         return measure(started, source.batches(training), ignored, seconds)
 
     figures: Figures = ray.get(consume.remote(training, data))

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from pipeline.core.cluster import cluster
 from trainer.cluster.launch import train
-from trainer.cluster.loader_actors import loader_source
+from trainer.cluster.sample_stream import Warn, stream_source
 from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
 from trainer.recipe.training import Training
@@ -26,8 +26,8 @@ from trainer.training.worker_group import WorkerGroup
 STEPS = 40  # per block
 
 
-def alternate(data: TrainingData, training: Training, group: WorkerGroup) -> SampleSource:
-    source = loader_source(data, training, group)
+def alternate(data: TrainingData, training: Training, group: WorkerGroup, warn: Warn) -> SampleSource:
+    source = stream_source(data, training, group, warn)
     count = STEPS * training.accumulation
 
     def batches(training: Training) -> Iterator[Batch]:

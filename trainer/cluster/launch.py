@@ -1,23 +1,23 @@
-"""Runs a training job with Ray Train. loader_actors.py reads its samples; replicas.py draws pictures with Ray Serve."""
+"""Runs a training job with Ray Train. sample_stream.py reads its samples; replicas.py draws pictures with Ray Serve."""
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.core.cluster import node_resources, nodes_of
 from pipeline.core.errors import JobFailed, UsageError
 from trainer.cluster.control_actor import ControlActor
-from trainer.cluster.loader_actors import cpus_per_worker, loader_source
 from trainer.cluster.monitor import ActorReporter, JobMonitor
+from trainer.cluster.sample_stream import Warn, cpus_per_worker, stream_source
 from trainer.recipe.memory import check_device
 from trainer.recipe.training import Training
 from trainer.samples.data import TrainingData
@@ -26,7 +26,10 @@ from trainer.training.run_log import check_writers
 from trainer.training.worker import SampleSource, Worker
 from trainer.training.worker_group import WorkerGroup
 
-MakeSource = Callable[[TrainingData, Training, WorkerGroup], SampleSource]
+# After which a collective operation fails, besides the time that another worker may wait for S3. Ray's default.
+_COLLECTIVE_SECONDS: Final = 1800
+
+MakeSource = Callable[[TrainingData, Training, WorkerGroup, Warn], SampleSource]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TrainingResult:
     was_stopped: bool  # by SIGTERM, after saving a checkpoint
 
 
-def train(training: Training, make_source: MakeSource = loader_source) -> TrainingResult:
+def train(training: Training, make_source: MakeSource = stream_source) -> TrainingResult:
     """Runs the job on the connected Ray. JobFailed if the workers fail for good.
 
     On SIGTERM, as before a spot machine goes away, the workers save a checkpoint and end. A second SIGTERM ends the job
@@ -50,6 +53,7 @@ def train(training: Training, make_source: MakeSource = loader_source) -> Traini
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"training": training, "data": ray.put(data), "control": control, "source": make_source},
+        torch_config=TorchConfig(timeout_s=int(3600 * training.s3_wait) + _COLLECTIVE_SECONDS),
         scaling_config=scaling,
         run_config=RunConfig(
             name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
@@ -83,7 +87,7 @@ def _data(training: Training) -> TrainingData:
 
 
 def _scaling(training: Training) -> ScalingConfig:
-    """Resources of each worker: a GPU if there are any, and CPUs, of which some are left to the loaders. Workers run
+    """Resources of each worker: a GPU if there are any, and CPUs, of which some are left to read tasks. Workers run
     on nodes that offer `trainer`, if any does, and then count only their GPUs: those of captioner nodes are not free
     for them."""
     gpus = sum(node.get("GPU", 0.0) for node in nodes_of("trainer"))
@@ -111,14 +115,10 @@ def _train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
         keep_freed_memory()
     group = WorkerGroup.from_process_group()
-    source = config["source"](ray.get(config["data"]), training, group)
+    reporter = ActorReporter(control)
+    source = config["source"](ray.get(config["data"]), training, group, reporter.warn)
     try:
-        steps = Worker(training, group, ray.train.torch.get_device(), source, ActorReporter(control)).run()
-    except torch.OutOfMemoryError as error:
-        fewer = max(1, training.micro_batch // 2)
-        remedy = f"run the same command with --set micro_batch={fewer}, which takes the same steps"
-        ray.get(control.fail.remote(f"the GPU's memory is full ({str(error).splitlines()[0]}); {remedy}"))
-        raise
+        steps = Worker(training, group, ray.train.torch.get_device(), source, reporter).run()
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(control.fail.remote(str(error)))
         raise

@@ -43,7 +43,7 @@ class Order:
 
     counts_G: Sequence[int] | NDArray[np.integer[Any]]  # samples of each row group; may be 0
     batch_size: int  # samples per optimizer step, summed over the workers
-    streams: int  # divides the batch size; a multiple of the number of workers
+    streams: int  # divides the batch size; best a multiple of the number of workers
     window: int  # row groups of a stream that are shuffled together and so must fit into memory
     seed: int
     first_epoch: int = 0  # number of the epoch at position 0; above 0 after a change of the data order

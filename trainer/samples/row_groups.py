@@ -4,7 +4,9 @@ Reading one picture costs reading its row group, up to 48 MB. The data order tak
 at a time, so a worker with this cache reads each row group about once per epoch.
 """
 
+import errno
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,7 @@ from trainer.samples.row_index import RowIndex, Selection, held_out, id_hash, st
 Value = TypeVar("Value")
 
 _THREADS = 8  # per process: enough to hide the latency of S3
+_RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses between attempts to read a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class RowGroups:
 
 
 def read_row_group(index: RowIndex, group: int) -> RowGroup:
-    """Reads one row group. A file that cannot be read gives a RowGroup with a `failure`.
+    """Reads one row group. A file that cannot be read in several attempts gives a RowGroup with a `failure`.
 
     ValueError if the file's rows have changed, pipeline.core.errors.S3Unavailable if S3 does not answer.
     """
@@ -88,7 +91,7 @@ def read_row_group(index: RowIndex, group: int) -> RowGroup:
     hash_R = id_hash(texts["id"])
     row_T = np.flatnonzero(~held_out(hash_R, index.hold_out))
     try:
-        pictures = _pictures(selection, shard, int(index.group_G[group]))
+        pictures = retried(partial(_pictures, selection, shard, int(index.group_G[group])))
     except (OSError, pa.ArrowException) as error:
         return RowGroup(rows, hash_R, row_T, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     if pictures.num_rows != stop - first:
@@ -103,7 +106,23 @@ def read_row_group(index: RowIndex, group: int) -> RowGroup:
 @lru_cache(maxsize=16)
 def selection_rows(dataset: str, name: str, shard: str) -> pa.Table:
     """A shard of the selection, with the schema SELECTION."""
-    return Store(dataset).read_table(f"selections/{name}/{shard}.parquet")
+    return retried(lambda: Store(dataset).read_table(f"selections/{name}/{shard}.parquet"))
+
+
+def retried(read: Callable[[], Value]) -> Value:
+    """The result of `read`, called again after an error of the operating system, such as EIO or ETIMEDOUT.
+
+    Raises the error of the last attempt, and at once what does not pass: a file that is missing or may not be read, or
+    damaged contents, for which pyarrow raises OSError without a number.
+    """
+    for seconds in _RETRY_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in (None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
+                raise
+            time.sleep(seconds)
+    return read()
 
 
 def _pictures(selection: Selection, shard: str, group: int) -> pa.Table:

@@ -3,6 +3,7 @@
 The dataset is drawn, ingested, captioned and curated by the pipeline's functions in this process.
 """
 
+import errno
 import io
 import pickle
 import shutil
@@ -343,6 +344,25 @@ def test_a_lost_shard_is_replaced_and_a_lost_dataset_ends_the_job(broken: Store)
     Path(broken.path(f"images/{danbooru}.parquet")).unlink()
     with pytest.raises(JobFailed, match=r"cannot be read: FileNotFoundError.*repair"):
         load_batch(data, range(8))
+
+
+def test_a_read_that_fails_for_a_moment_loses_no_picture(dataset: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, pauses, read = load(dataset), list[float](), row_groups._pictures
+    whole = epoch_of(data)
+    row_groups_read = Counter[int]()
+
+    def fails_twice(selection: Selection, shard: str, group: int) -> pa.Table:
+        row_groups_read[group] += 1
+        if row_groups_read[group] <= 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(selection, shard, group)
+
+    ROW_GROUPS.forget()
+    monkeypatch.setattr(row_groups, "_pictures", fails_twice)
+    monkeypatch.setattr(row_groups.time, "sleep", pauses.append)
+    assert same(epoch_of(data), whole)
+    assert pauses[:2].count(0.5) >= 1
+    assert set(pauses) == {0.5, 2.0}
 
 
 def test_an_unreadable_held_out_picture_is_replaced(broken: Store) -> None:
