@@ -51,7 +51,9 @@ _TOGETHER = {
 }
 # Files that take longest are started first, so that both processes end at about the same time.
 _LONGEST = (
+    "tests/deploy/test_jobs.py",
     *_TOGETHER["trained run"],
+    "tests/test_bench.py",
     "tests/pipeline/test_jobs.py",
     *_TOGETHER["served page"],
     "tests/pipeline/core/",
@@ -70,6 +72,9 @@ _LONGEST = (
 def pytest_configure() -> None:
     # With Ray's default of 15, the workers of one test would starve while another test, or other work, computes.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # torch.compile: one file of C++ per graph instead of one per kernel, without a pool of processes that import torch.
+    os.environ.setdefault("TORCHINDUCTOR_CPP_WRAPPER", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -254,7 +259,7 @@ def bucket(s3_server: FaultyProxy) -> str:
 
 @pytest.fixture(scope="session")
 def ray_address(bucket: str) -> Iterator[str]:
-    """The address of a local Ray with 3 logical CPUs: for two training workers and one loader.
+    """The address of a local Ray with 3 logical CPUs: for two training workers and one reader of samples.
 
     Its workers inherit the environment, so the bucket must exist first.
     """

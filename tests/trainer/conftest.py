@@ -1,16 +1,20 @@
-"""One small dataset and one undisturbed run for all tests of training jobs."""
+"""One small dataset and one run for all tests of training jobs. The run is killed once and resumed."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import TextIO
 
 import pytest
 
@@ -23,10 +27,10 @@ STEPS = 12
 SETTINGS = ("--steps", STEPS, "--set", "log_every=1", "--set", "checkpoint_every=4", "--set", f"evaluate_every={STEPS}")
 
 
-def training(dataset: Path, run: Path, *more: object) -> tuple[object, ...]:
-    """The command that `run_job` and `start_job` take; `more` stands in for two workers."""
+def training(dataset: Path, run: Path) -> tuple[object, ...]:
+    """The command of the job with two workers."""
     start = ("trainer/run.py", "--stage", "demo", "--dataset", dataset, "--run", run, "--audit", run / "audit")
-    return (*start, *SETTINGS, *(more or ("--workers", 2)))
+    return (*start, *SETTINGS, "--workers", 2)
 
 
 @pytest.fixture(scope="session")
@@ -43,28 +47,87 @@ def dataset(make_with_job: Callable[..., None], tmp_path_factory: pytest.TempPat
     return folder / "dataset"
 
 
-@pytest.fixture(scope="session")
-def undisturbed(
-    dataset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
-    """The folder and the job of a run of two workers, which communicate over gloo. The job starts Ray itself, as on a
-    laptop. It may still run, so that other jobs can be tested meanwhile."""
-    run = tmp_path_factory.mktemp("runs") / "two workers"
-    command = [sys.executable, *map(str, training(dataset, run))]
-    environment = os.environ | {"RAY_ADDRESS": ""}
-    with (run.parent / "printed").open("w") as printed:
-        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed, text=True)
-    yield run, job
-    job.terminate()  # Ray ends with it
-    job.wait(timeout=60)
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step, of the last time that it was taken."""
+    file = run / "demo" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "demo" / "checkpoints").glob("step-*"))
+
+
+def wait_until(is_true: Callable[[], bool], job: "subprocess.Popen[str]", seconds: float = 480) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert job.poll() is None, f"the job ended with {job.returncode}"
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes started by this one, directly or not."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, size = {pid}, 0
+    while size < len(found):
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return sorted(found - {pid})
+
+
+def is_train_worker(pid: int) -> bool:
+    try:
+        return "RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@contextmanager
+def started(dataset: Path, run: Path, address: str, output: int | TextIO) -> "Iterator[subprocess.Popen[str]]":
+    """The job with two workers on the Ray at `address`, or on one that it starts; killed at the end of the block."""
+    command, environment = [sys.executable, *map(str, training(dataset, run))], os.environ | {"RAY_ADDRESS": address}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield job
+    finally:
+        job.kill()
+        job.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")
-def whole(undisturbed: tuple[Path, "subprocess.Popen[str]"]) -> Path:
-    """The undisturbed run, finished."""
-    run, job = undisturbed
-    assert job.wait(timeout=300) == 0, (run.parent / "printed").read_text()[-2000:]
+def killed(dataset: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers, which communicate over gloo. Driver and workers are killed between two checkpoints."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    with started(dataset, run, ray_address, subprocess.DEVNULL) as job:
+        wait_until(lambda: max(losses(run), default=0) >= 5 and bool(saved(run)), job)
+        workers = [pid for pid in descendants(os.getpid()) if is_train_worker(pid)]
+        assert len(workers) >= 2
+        for pid in [job.pid, *descendants(job.pid), *workers]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
     return run
+
+
+@pytest.fixture(scope="session")
+def resumed(dataset: Path, killed: Path) -> tuple[Path, str]:
+    """The killed run, resumed to its end, and what the job printed. The job starts Ray itself, as on a laptop."""
+    run, printed = shutil.copytree(killed, killed.parent / "resumed"), killed.parent / "printed"
+    with printed.open("w") as output, started(dataset, run, "", output) as job:
+        assert job.wait(timeout=480) == 0, printed.read_text()[-2000:]
+    return run, printed.read_text()
+
+
+@pytest.fixture(scope="session")
+def whole(resumed: tuple[Path, str]) -> Path:
+    """A finished run."""
+    return resumed[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The training and sampling jobs as users run them: output files, pictures, and refused commands."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +34,13 @@ def _refuses(finished: CompletedProcess[str], *words: str) -> None:
     assert all(word in last for word in words), last
 
 
-def test_a_run_writes_metrics_pictures_and_record(whole: Path) -> None:
-    folder = whole / "demo"
+def test_a_run_writes_metrics_pictures_and_record(resumed: tuple[Path, str]) -> None:
+    run, printed = resumed
+    folder = run / "demo"
+    [began] = [int(step) for step in re.findall(r"going on from step (\d+)", printed)]
     record = json.loads((folder / "run.json").read_text())
-    assert (record["rows_in"], record["rows_out"], record["steps"]) == (12 * 32, 12 * 32, 12)
+    samples = (12 - began) * 32
+    assert (record["rows_in"], record["rows_out"], record["steps"]) == (samples, samples, 12)
     [evaluation] = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert evaluation["step"] == 12
     assert evaluation["loss"] > 0
