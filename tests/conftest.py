@@ -43,6 +43,8 @@ _TOGETHER = {
         "tests/trainer/test_resume.py",
         "tests/trainer/test_run.py",
         "tests/trainer/training/test_worker.py",
+        "tests/trainer/training/test_fit_memory.py",
+        "tests/trainer/cluster/test_sample_stream.py",
         "tests/trainer/runs/test_lora.py",
         "tests/trainer/evaluation/test_evaluate.py",
         "tests/trainer/evaluation/test_rows.py",
@@ -51,14 +53,15 @@ _TOGETHER = {
 }
 # Files that take longest are started first, so that both processes end at about the same time.
 _LONGEST = (
-    "tests/deploy/test_jobs.py",
     *_TOGETHER["trained run"],
-    "tests/test_bench.py",
     "tests/pipeline/test_jobs.py",
     *_TOGETHER["served page"],
     "tests/pipeline/core/",
     "tests/pipeline/test_caption.py",
     "tests/pipeline/test_score.py",
+    "tests/pipeline/captions/test_steps.py",
+    "tests/pipeline/scores/test_steps.py",
+    "tests/pipeline/ingestion/test_steps.py",
     "tests/pipeline/storage/test_s3.py",
     "tests/trainer/cluster/",
     "tests/trainer/runs/",
