@@ -111,6 +111,12 @@ class Batch:
             self.replaced,
         )  # fmt: skip
 
+    def take(self, numbers: Sequence[int]) -> "Batch":
+        """The samples with these numbers, in this order, with the whole list `replaced`."""
+        ids, texts = ([values[number] for number in numbers] for values in (self.ids, self.texts))
+        where = list(numbers)
+        return Batch(ids, self.pixels_BHW3[where], self.frame_B4[where], texts, self.keys_B[where], self.replaced)
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -119,6 +125,12 @@ class _Sample:
     text: str
     key: int
     replaced: list[tuple[str, str]]
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The numbers of texts with these lengths, ascending by length, in parts of `size`. Equal ones keep their order."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
@@ -149,6 +161,9 @@ def held_out_batch(data: TrainingData, numbers: Sequence[int]) -> Batch:
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch of all their samples, in order."""
+    if len(batches) == 1:
+        return batches[0]
     return Batch(
         ids=[name for batch in batches for name in batch.ids],
         pixels_BHW3=np.concatenate([batch.pixels_BHW3 for batch in batches]),

@@ -90,8 +90,6 @@ def batch_counts(
     image_tokens: int,
     text_tokens: int,
     selection_rate: float,
-    waiting_seconds: float = 0,
-    replaced: int = 0,
     cut_texts: int = 0,
     frozen: bool = False,
 ) -> Counts:
@@ -101,8 +99,6 @@ def batch_counts(
         images=images,
         tokens=images * (image_tokens + text_tokens),
         operations=images * (done.frozen_step if frozen else done.step),
-        waiting_seconds=waiting_seconds,
-        replaced=replaced,
         cut_texts=cut_texts,
     )
 

@@ -26,7 +26,7 @@ from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints, Saver
 from trainer.runs.ema_snapshots import Snapshots
 from trainer.runs.run_folder import write_config
-from trainer.samples.data import Batch, TrainingData, example_texts
+from trainer.samples.data import Batch, TrainingData, by_length, concatenate, example_texts
 from trainer.training import fit_memory
 from trainer.training.loop import Reading, TrainingInputs
 from trainer.training.loop_setup import all_tensors, build_loop, encode, from_newest
@@ -220,29 +220,35 @@ class Worker:
     # --- A step -------------------------------------------------------------------------------------------------------
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        ids: list[str] = []
-
-        def encoded() -> Iterator[TrainingInputs]:
-            for _ in range(self.training.accumulation):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - asked
-                ids.extend(batch.ids)
-                self._note_replaced(batch)
-                cut_before = self.encoder.cut_texts
-                inputs = self._encode(batch)
-                image_tokens = (inputs.latents_BCHW.shape[-1] // self.stage.patch_size) ** 2
-                self.counts += batch_counts(
-                    self.training.model, len(batch.ids), image_tokens, inputs.text_BTD.shape[1],
-                    self.stage.selection_rate, waited, len(batch.replaced), self.encoder.cut_texts - cut_before,
-                    frozen=self.training.lora is not None,
-                )  # fmt: skip
-                yield inputs
-
-        self.loop.step(encoded())
+        batch = concatenate([self._read(batches) for _ in range(self.training.accumulation)])
+        self.loop.step(self._encoded(batch))
         if self.training.audit:
-            line = {"step": self.loop.steps_taken, "rank": self.group.rank, "ids": ids}
+            line = {"step": self.loop.steps_taken, "rank": self.group.rank, "ids": batch.ids}
             self._append(Path(self.training.audit), line)
+
+    def _read(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro batch. JobFailed if too many samples were replaced."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self._note_replaced(batch)
+        self.counts += Counts(waiting_seconds=time.perf_counter() - asked, replaced=len(batch.replaced))
+        return batch
+
+    def _encoded(self, batch: Batch) -> Iterator[TrainingInputs]:
+        """This worker's share of a step in micro batches of texts of about the same length, so that little is padded.
+
+        Which samples share a micro batch changes only the order of a sum.
+        """
+        lengths = self.encoder.lengths(batch.texts, self.stage.text_tokens)
+        for numbers in by_length(lengths, self.training.micro_batch):
+            cut_before = self.encoder.cut_texts
+            inputs = self._encode(batch.take(numbers))
+            image_tokens = (inputs.latents_BCHW.shape[-1] // self.stage.patch_size) ** 2
+            self.counts += batch_counts(
+                self.training.model, len(numbers), image_tokens, inputs.text_BTD.shape[1], self.stage.selection_rate,
+                cut_texts=self.encoder.cut_texts - cut_before, frozen=self.training.lora is not None,
+            )  # fmt: skip
+            yield inputs
 
     def _encode(self, batch: Batch) -> TrainingInputs:
         with self.encoding.running():

@@ -45,6 +45,7 @@ from trainer.samples.data import (
     Batch,
     CropConfig,
     TrainingData,
+    by_length,
     can_mirror,
     concatenate,
     held_out_batch,
@@ -501,3 +502,26 @@ def test_pictures_whose_text_mentions_sides_or_writing_are_never_mirrored(parts:
 def test_an_invalid_flip_probability_is_refused(flip: float) -> None:
     with pytest.raises(ValueError, match="flip"):
         replace(CROP, flip=flip)
+
+
+def test_texts_of_about_the_same_length_share_a_micro_batch_and_each_is_in_one() -> None:
+    lengths = [7, 3, 9, 3, 1, 8]
+    assert by_length(lengths, 2) == [[4, 1], [3, 0], [5, 2]]
+    assert sorted(number for part in by_length(lengths, 4) for number in part) == list(range(6))
+
+
+def test_joined_batches_are_taken_apart_again() -> None:
+    def batch(first: int, count: int) -> Batch:
+        numbers = np.arange(first, first + count)
+        pixels = np.broadcast_to(numbers[:, None, None, None].astype(np.uint8), (count, 2, 2, 3))
+        frame = np.broadcast_to(numbers[:, None].astype(np.float32), (count, 4))
+        names = [str(number) for number in numbers]
+        return Batch(names, pixels, frame, [f"text {name}" for name in names], numbers, [(names[0], "damaged")])
+
+    joined = concatenate([batch(0, 2), batch(2, 3)])
+    assert joined.ids == ["0", "1", "2", "3", "4"]
+    assert joined.replaced == [("0", "damaged"), ("2", "damaged")]
+    taken = joined.take([4, 0, 3])
+    assert (taken.ids, taken.texts) == (["4", "0", "3"], ["text 4", "text 0", "text 3"])
+    for values in (taken.pixels_BHW3[:, 0, 0, 0], taken.frame_B4[:, 0], taken.keys_B):
+        assert values.tolist() == [4, 0, 3]

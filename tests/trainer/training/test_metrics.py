@@ -94,10 +94,9 @@ def test_counts_can_be_summed_over_workers_as_plain_numbers() -> None:
 
 def test_a_batch_counts_the_arithmetic_of_its_images() -> None:
     model = XUTConfig.tiny(in_channels=4, text_dim=16)
-    counts = batch_counts(model, images=3, image_tokens=64, text_tokens=8, selection_rate=0.5, waiting_seconds=0.25,
-                          replaced=1)  # fmt: skip
+    counts = batch_counts(model, images=3, image_tokens=64, text_tokens=8, selection_rate=0.5, cut_texts=1)
     step = count_flops(model, 64, 8, 0.5).step
-    assert counts == Counts(images=3, tokens=3 * 72, operations=3 * step, waiting_seconds=0.25, replaced=1)
+    assert counts == Counts(images=3, tokens=3 * 72, operations=3 * step, cut_texts=1)
 
 
 @pytest.mark.parametrize(
