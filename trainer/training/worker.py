@@ -108,7 +108,7 @@ class Worker:
             checkpoints = Checkpoints(training.checkpoints)
             self.saver = Saver(checkpoints, keep_last=stage.keep_last, keep_every=stage.keep_every)
             record = self.training.record()
-            write_config(Path(training.run), training.stage_name, record)  # with the micro batch that was chosen
+            self._write(lambda: write_config(Path(training.run), training.stage_name, record))  # with its micro batch
             self.log = Log(Path(training.folder), self.training.start_step, training.wandb, record)
         self.context = JobContext(
             start_step=self.training.start_step,
@@ -166,6 +166,13 @@ class Worker:
         self._finish()
         return self.loop.steps_taken
 
+    def _write(self, write: Callable[[], None]) -> None:
+        """Writes to the run folder at the start. A full disk does not end the training."""
+        try:
+            write()
+        except OSError as error:
+            self.reporter.warn(f"{self.training.folder} cannot be written ({error}); training goes on")
+
     # --- Memory -------------------------------------------------------------------------------------------------------
 
     def _recall_micro_batch(self) -> bool:
@@ -191,7 +198,7 @@ class Worker:
             raise error
         self.training = replace(self.training, micro_batch=smallest)
         if self.group.is_rank_zero:
-            fit_memory.record(self.training, self.device_name, figures)
+            self._write(lambda: fit_memory.record(self.training, self.device_name, figures))
             self.reporter.warn(
                 f"micro batch {smallest}, recomputed blocks: {self.training.checkpointing}; {figures} on one "
                 f"{self.device_name}"
