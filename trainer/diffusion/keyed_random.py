@@ -3,8 +3,8 @@
 Every random number of a sample is a hash of (seed, epoch, position), its purpose and its index. There is no state, so a
 sample has the same noise and time in any batch, on any worker and device, and resuming needs no saved generator.
 
-Does not import torch, like everything that read tasks import: they are separate processes, which torch would make 160 MB
-larger and a second slower to start.
+Does not import torch, like everything that read tasks import: they are separate processes, which torch would make
+160 MB larger and a second slower to start.
 
 Axes: B batch, N elements.
 """

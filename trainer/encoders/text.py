@@ -62,6 +62,11 @@ class TextEncoder:
         # BOS, or the end-of-text token of models without BOS, such as Qwen3.
         self._prefix_tokens = [self._empty_token] if prefix else []
 
+    def lengths(self, texts: Sequence[str], max_tokens: int) -> list[int]:
+        """Tokens of each text, at most max_tokens, without prefix and padding."""
+        ids = self.tokenizer(list(texts), verbose=False, add_special_tokens=not self.prefix)["input_ids"]
+        return [max(1, min(len(row), max_tokens)) for row in ids]
+
     @torch.no_grad()
     def encode(
         self, texts: Sequence[str], max_tokens: int, multiple: int = LENGTH_MULTIPLE, padding_is_text: bool = False
