@@ -29,7 +29,7 @@ from trainer.samples.data import Batch, TrainingData, held_out_batch
 from trainer.training.worker import SampleSource
 from trainer.training.worker_group import WorkerGroup
 
-_QUEUED: Final = 2  # complete micro batches waiting in the worker
+_QUEUED: Final = 2  # complete micro batches waiting in the worker, or those of a step if these are more
 _MAX_READERS: Final = 8  # per worker
 _READER_CPUS: Final = 0.01  # reserved; a reader uses a whole CPU, but so it always finds a place
 _SEGMENT_SAMPLES: Final = 1 << 16  # of a worker; the next segment is read by other tasks, perhaps in other processes
@@ -47,7 +47,7 @@ def stream_source(data: TrainingData, training: Training, group: WorkerGroup, wa
     """The samples of the selection. `warn` is told what interrupts the stream."""
     return SampleSource(
         data=data,
-        batches=lambda training: ReadAhead(_batches(data, training, group, warn)),
+        batches=lambda training: ReadAhead(_batches(data, training, group, warn), max(_QUEUED, training.accumulation)),
         held_out=lambda numbers: held_out_batch(data, numbers),
     )
 
@@ -201,10 +201,10 @@ class _Failures:
 
 
 class ReadAhead(Iterator[Batch]):
-    """Iterates in a thread, from its creation on, `_QUEUED` batches ahead of the worker."""
+    """Iterates in a thread, from its creation on, `ahead` batches ahead of the worker."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._ready: Queue[Batch | BaseException] = Queue(_QUEUED)
+    def __init__(self, batches: Iterator[Batch], ahead: int = _QUEUED) -> None:
+        self._ready: Queue[Batch | BaseException] = Queue(ahead)
         self._closed = threading.Event()
         threading.Thread(target=self._run, args=(batches,), daemon=True, name="samples").start()
 
