@@ -14,6 +14,7 @@ D width, V = C * patch_size^2 values of a patch, 2 = position (y, x).
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -202,8 +203,8 @@ class XUT(nn.Module):
 
     def _velocities(self, h_BND: Tensor) -> Tensor:
         """The output projection, not under autocast: guidance would multiply the rounding of a bfloat16 velocity."""
-        dtype = next(self.patch_out.parameters()).dtype
-        with torch.autocast(h_BND.device.type, enabled=False):
+        dtype, device = next(self.patch_out.parameters()).dtype, h_BND.device.type
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             out_BNV: Tensor = self.patch_out(h_BND.to(dtype))
         return out_BNV
 
