@@ -52,7 +52,7 @@ class RowGroups:
         `uses`: number of samples needed from each. `capacity`: number of row groups kept afterwards.
         """
         selection = index.selection
-        files = (selection.dataset, selection.name, selection.digest, selection.images)
+        files = (selection.dataset, selection.name, selection.digest, selection.images, index.hold_out)
         reading = {
             group: self._held.take(
                 (*files, group),

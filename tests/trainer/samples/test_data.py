@@ -7,6 +7,8 @@ import errno
 import io
 import pickle
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -360,7 +362,15 @@ def test_a_read_that_fails_for_a_moment_loses_no_picture(dataset: Store, monkeyp
 
     ROW_GROUPS.forget()
     monkeypatch.setattr(row_groups, "_pictures", fails_twice)
-    monkeypatch.setattr(row_groups.time, "sleep", pauses.append)
+    sleep = time.sleep
+
+    def paused(seconds: float) -> None:
+        if threading.current_thread().name.startswith("row-group"):
+            pauses.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(row_groups.time, "sleep", paused)
     assert same(epoch_of(data), whole)
     assert pauses[:2].count(0.5) >= 1
     assert set(pauses) == {0.5, 2.0}
@@ -525,3 +535,11 @@ def test_joined_batches_are_taken_apart_again() -> None:
     assert (taken.ids, taken.texts) == (["4", "0", "3"], ["text 4", "text 0", "text 3"])
     for values in (taken.pixels_BHW3[:, 0, 0, 0], taken.frame_B4[:, 0], taken.keys_B):
         assert values.tolist() == [4, 0, 3]
+
+
+def test_row_groups_in_memory_are_not_mixed_up_between_selections_that_hold_out_other_shares(dataset: Store) -> None:
+    ROW_GROUPS.forget()
+    fresh = epoch_of(load(dataset, hold_out=0.2))
+    ROW_GROUPS.forget()
+    epoch_of(load(dataset))
+    assert same(epoch_of(load(dataset, hold_out=0.2)), fresh)
