@@ -35,11 +35,12 @@ from pipeline.core.shard_progress import FAILURE, FATAL, Meter, Pending, ShardPr
 from pipeline.core.tables import DIED, SHARD, TABLE_BYTES
 
 _RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
-_READ_CPUS: Final = 0.02  # of tasks that mostly wait for a disk or for S3
+_READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for those that read and commit
 _POLL_SECONDS: Final = 1.0
 _LOST_SECONDS: Final = 60.0  # without any node that an actor could run on, before the job fails
 _QUIET_SECONDS: Final = 300.0  # without a row, before the terminal shows what the cluster has free
+_NOTICED_SECONDS: Final = 25.0  # Ray takes a node for lost after five failed checks, 3 s apart (ray 2.60)
 _ISOLATED_PASSES: Final = 3  # at most: one is repeated if a node was lost in it
 
 Work = Callable[[pa.Table], Iterator[pa.Table]]
@@ -121,6 +122,10 @@ def stream_rows(
         for _ in range(_ISOLATED_PASSES):
             before = _node_ids()
             run(isolated=True, died=False)
+            if not progress.items(died=True):
+                break
+            if len(before) > 1:  # until Ray has noticed that a node is lost, tasks that are sent to it fail
+                _wait(_NOTICED_SECONDS, watch)
             if before <= _node_ids():
                 break
         progress.check_died(job)
@@ -304,6 +309,13 @@ class ClusterWatch:
 
 def _offers(node: Mapping[str, float], need: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= amount for name, amount in need.items())
+
+
+def _wait(seconds: float, watch: ClusterWatch) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+        watch.check()
 
 
 def _node_ids() -> set[str]:

@@ -25,7 +25,7 @@ from pipeline.core.tables import REPORT, ROW, SHARD
 FAILURE: Final = "hdm_failure"  # why the rest of the shard cannot be done
 FATAL: Final = "hdm_fatal"  # True if no other shard could be done either
 
-_COMMIT_CPUS: Final = 0.02  # mostly waits for a disk or for S3; not 0, which would allow the head node
+_COMMIT_CPUS: Final = 0.1  # mostly waits for a disk or for S3; not 0, which would allow the head node
 _COMMIT_BYTES: Final = 300 << 20  # least memory of a commit: two row groups of images, twice, and the process
 _RETRIES: Final = 1
 _POLL_SECONDS: Final = 1.0
@@ -74,7 +74,7 @@ class ShardProgress:
             num_cpus=_COMMIT_CPUS, memory=at_most_a_node(max(_COMMIT_BYTES, commit_memory)), max_retries=_RETRIES,
             scheduling_strategy="SPREAD",
         )(_call)  # fmt: skip
-        self._most_commits = max(1, int(ray.cluster_resources().get("CPU", 0)) // 2)
+        self._most_commits = max(2, int(ray.cluster_resources().get("CPU", 0)) // 2)
         self._ready = deque(name for name in todo if name not in self._missing)
         self._committing: dict[Any, str] = {}
         self._reported = 0.0

@@ -17,6 +17,8 @@ from pipeline.storage.manifest import Catalog
 from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
 
+_LEAST_READS = 2  # shards at a time
+
 
 def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestRules) -> dict[str, str]:
     """Writes images/, rejected/ and the smaller tier of these shards, by name. Returns the reason for each that
@@ -76,4 +78,4 @@ def downsize_shards(shards: Mapping[str, RawShard], dataset: Store, rules: Inges
 
 def _most_reads() -> int:
     """Shards to read at a time: enough for the tasks that check, and few, so that few shards are unfinished."""
-    return max(1, int(sum(node.get("CPU", 0) for node in nodes())) // 2)
+    return max(_LEAST_READS, int(sum(node.get("CPU", 0) for node in nodes())) // 2)
