@@ -35,7 +35,7 @@ from pipeline.core.shard_progress import FAILURE, FATAL, Meter, Pending, ShardPr
 from pipeline.core.tables import DIED, SHARD, TABLE_BYTES
 
 _RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
-_READ_CPUS: Final = 0.1  # of tasks that mostly wait for a disk or for S3
+_READ_CPUS: Final = 0.02  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for those that read and commit
 _POLL_SECONDS: Final = 1.0
 _LOST_SECONDS: Final = 60.0  # without any node that an actor could run on, before the job fails
@@ -77,7 +77,7 @@ class Step:
 
     name: str
     work: Work | Actors
-    cpus: float = 1
+    cpus: float = CHECK_CPUS  # actors with whole CPUs would leave none for reading on the nodes that are left
     memory: int = 0  # bytes
     most: int | None = None  # tasks at a time; None: as many as the cluster has room for
     rows: int | None = None  # gather at least this many rows for one call, except at the end; None: any table
@@ -124,9 +124,8 @@ def stream_rows(
             run(isolated=True, died=False)
             if not progress.items(died=True):
                 break
-            if len(before) > 1:  # until Ray has noticed that a node is lost, tasks that are sent to it fail
-                _wait(_NOTICED_SECONDS, watch)
-            if before <= _node_ids():
+            # Until Ray has noticed that a node is lost, tasks that are sent to it fail.
+            if not _loses_node(before, _NOTICED_SECONDS if len(before) > 1 else 0, watch):
                 break
         progress.check_died(job)
         run(isolated=True, died=True)
@@ -311,11 +310,15 @@ def _offers(node: Mapping[str, float], need: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= amount for name, amount in need.items())
 
 
-def _wait(seconds: float, watch: ClusterWatch) -> None:
+def _loses_node(before: set[str], seconds: float, watch: ClusterWatch) -> bool:
+    """True as soon as one of these nodes is gone, False if all are there for this long."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while before <= _node_ids():
+        if time.monotonic() > end:
+            return False
         time.sleep(_POLL_SECONDS)
         watch.check()
+    return True
 
 
 def _node_ids() -> set[str]:

@@ -25,7 +25,7 @@ from pipeline.core.tables import REPORT, ROW, SHARD
 FAILURE: Final = "hdm_failure"  # why the rest of the shard cannot be done
 FATAL: Final = "hdm_fatal"  # True if no other shard could be done either
 
-_COMMIT_CPUS: Final = 0.1  # mostly waits for a disk or for S3; not 0, which would allow the head node
+_COMMIT_CPUS: Final = 0.02  # mostly waits for a disk or for S3; not 0, which would allow the head node
 _COMMIT_BYTES: Final = 300 << 20  # least memory of a commit: two row groups of images, twice, and the process
 _RETRIES: Final = 1
 _POLL_SECONDS: Final = 1.0

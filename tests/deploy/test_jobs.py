@@ -596,7 +596,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with cluster("actors"):
         todo = {name: Pending(shard=name, rows=np.zeros(1, np.int32)) for name in "abcdefgh"}
-        step = Step(name="work", work=Actors(make=make, least=2, most=2), cpus=0.5)
+        step = Step(name="work", work=Actors(make=make, least=2, most=2), cpus=0.4)
         print(stream_rows("actors", todo, read, [step], commit))
 """
 
