@@ -34,7 +34,9 @@ from pipeline.core.progress import progress_bar
 from pipeline.core.shard_progress import FAILURE, FATAL, Meter, Pending, ShardProgress
 from pipeline.core.tables import DIED, SHARD, TABLE_BYTES
 
-_RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
+_TASK_RETRIES: Final = 1  # of a task whose process or node died, before its rows are run one by one
+# A retried call waits for its own actor, for ever where no other node has room for it: its rows go to others instead.
+_ACTOR_RETRIES: Final = 0
 _READ_CPUS: Final = 0.02  # of tasks that mostly wait for a disk or for S3
 CHECK_CPUS: Final = 0.9  # of tasks that decode: beside them there is room for those that read and commit
 _POLL_SECONDS: Final = 1.0
@@ -179,12 +181,14 @@ def _operators(job: str, items: list[dict[str, Any]], steps: Sequence[Step], iso
                 resources=dict(actors.resources) or None,
                 runtime_env=dict(actors.runtime_env) or None,
                 max_restarts=-1,
-                max_task_retries=_RETRIES,
+                max_task_retries=_ACTOR_RETRIES,
                 **shared,
             )
         else:
             tasks = ray.data.TaskPoolStrategy(step.most and min(step.most, len(items)))  # Ray warns of more
-            dataset = dataset.map_batches(_named(step.name, step.work), compute=tasks, max_retries=_RETRIES, **shared)
+            dataset = dataset.map_batches(
+                _named(step.name, step.work), compute=tasks, max_retries=_TASK_RETRIES, **shared
+            )
     return dataset
 
 

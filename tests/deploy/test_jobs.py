@@ -563,7 +563,8 @@ def test_from_a_laptop_a_model_that_the_captioner_node_lacks_is_refused_in_one_l
 
 # --- A node is killed -------------------------------------------------------------------------------------------------
 
-# Two actors, one on each node. Each shard has one row, whose work ends when the file `go` exists.
+# Two actors, one on each node, and neither node has room for both. Each shard has one row, whose work ends when the file
+# `go` exists.
 WITH_ACTORS = """
 import sys, time
 from pathlib import Path
@@ -596,7 +597,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with cluster("actors"):
         todo = {name: Pending(shard=name, rows=np.zeros(1, np.int32)) for name in "abcdefgh"}
-        step = Step(name="work", work=Actors(make=make, least=2, most=2), cpus=0.4)
+        step = Step(name="work", work=Actors(make=make, least=2, most=2), cpus=0.6)
         print(stream_rows("actors", todo, read, [step], commit))
 """
 
