@@ -563,8 +563,7 @@ def test_from_a_laptop_a_model_that_the_captioner_node_lacks_is_refused_in_one_l
 
 # --- A node is killed -------------------------------------------------------------------------------------------------
 
-# Two actors, one on each node, and neither node has room for both. Each shard has one row, whose work ends when the file
-# `go` exists.
+# Two actors: the first node has room for one of them. Each shard has one row, done when the file `go` exists.
 WITH_ACTORS = """
 import sys, time
 from pathlib import Path

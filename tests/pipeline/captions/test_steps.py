@@ -237,8 +237,8 @@ def test_a_picture_that_kills_its_process_costs_its_row_and_is_not_tried_again(
 
 
 def drive(root: str, log: str) -> None:
-    """The driver of a job: captions on nodes that offer the resource `captioner`, waits after HELD_AFTER requests until the
-    file `go` is beside the log, and prints the meter's record."""
+    """The driver of a job: captions on nodes that offer the resource `captioner` and prints the meter's record. After
+    HELD_AFTER requests it waits until the file `go` is beside the log."""
     row_pipeline._LOST_SECONDS = 5.0
     parts = [ImageShard(shard, 200, f"digest of {shard}") for shard in "ab"]
     with connected("caption"):
