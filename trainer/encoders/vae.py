@@ -20,6 +20,8 @@ _CONFIG = "config.json"
 # at full resolution: a bfloat16 tensor takes 1 GiB, of which a residual block holds several, and has far fewer values
 # than the 2^31 that many kernels can index.
 _PIXELS_AT_ONCE = 1 << 22
+# Attention scores per encoder call, 8 bytes each while they are normalised: 16 pictures of 512 pixels, or 1 of 1024.
+_SCORES_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class VaeCodec(nn.Module):
         """uint8 (B, 3, H, W) -> float32 latents (B, C, h, w). Raises ValueError unless factor divides H and W."""
         check_sides(self.name, self.factor, pixels_B3HW)
         batch, _, height, width = pixels_B3HW.shape
-        slices = min(batch, math.ceil(batch * height * width / _PIXELS_AT_ONCE))
+        pixels, scores = batch * height * width, batch * (height * width // self.factor**2) ** 2
+        slices = min(batch, max(math.ceil(pixels / _PIXELS_AT_ONCE), math.ceil(scores / _SCORES_AT_ONCE)))
         z_BChw = torch.cat([self._encode(part_B3HW) for part_B3HW in pixels_B3HW.tensor_split(max(1, slices))])
         return (z_BChw - self.mean_C11) / self.std_C11
 

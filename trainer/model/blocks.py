@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model.attention import Kernel, Padding, attention
 from trainer.model.config import XUTConfig
 from trainer.model.rope import rotary_table, rotate
 
@@ -33,7 +34,8 @@ class Context(NamedTuple):
 
     position: Tensor  # (B, S, 2), float32, (y, x); text tokens are at (0, 0)
     rotary: Tensor | None  # (B, S, 1, P, 2), cosines and sines; None if every attention layer learns its frequencies
-    key_mask: Tensor | None  # (B, 1, 1, S), True where a token may be attended to; None: all, on the fastest kernel
+    padding: Padding | None  # None: all tokens are real
+    kernel: Kernel
     condition: Tensor  # (B, D), embedding of time and aspect ratio
     shared: dict[BranchKind, Modulation] | None  # None if every branch has its own adaLN
 
@@ -88,16 +90,14 @@ class Attention(nn.Module):
         self.log_frequency = nn.Parameter(log_pi) if config.rotary == "learned" else None
 
     def attend(self, q_BSAE: Tensor, k_BSAE: Tensor, v_BSAE: Tensor, context: Context) -> Tensor:
-        """Output (B, S, D) of attention over all tokens that `context.key_mask` allows."""
+        """Output (B, S, D) of attention over all real tokens."""
         rotary = context.rotary
         if self.log_frequency is not None:
             rotary = rotary_table(context.position, self.log_frequency.exp())
         assert rotary is not None
         q_BSAE, k_BSAE = rotate(self.q_norm(q_BSAE), rotary), rotate(self.k_norm(k_BSAE), rotary)
-        attended_BASE = F.scaled_dot_product_attention(
-            q_BSAE.transpose(1, 2), k_BSAE.transpose(1, 2), v_BSAE.transpose(1, 2), attn_mask=context.key_mask
-        )
-        out_BSD: Tensor = self.out(attended_BASE.transpose(1, 2).flatten(2))
+        attended_BSAE = attention(q_BSAE, k_BSAE, v_BSAE, context.padding, context.kernel)
+        out_BSD: Tensor = self.out(attended_BSAE.flatten(2))
         return out_BSD
 
 

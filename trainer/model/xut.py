@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.model.attention import Kernel, padding_of
 from trainer.model.blocks import AdaLN, Attention, Block, BranchKind, Context, RMSNorm, SwiGLU
 from trainer.model.config import XUTConfig
 from trainer.model.rope import axial_frequencies, rotary_table
@@ -96,6 +97,7 @@ class XUT(nn.Module):
                 f"checkpointing must be one of {', '.join(get_args(Checkpointing))}: got {checkpointing!r}"
             )
         self.config = config
+        self.attention_kernel: Kernel = "default"  # how attention is computed; changes results by rounding only
         dim, patch_values = config.dim, config.in_channels * config.patch_size**2
 
         self.patch_in = nn.Linear(patch_values, dim)
@@ -166,9 +168,10 @@ class XUT(nn.Module):
         """Velocity (B, C, H, W), an estimate of noise - data, of latents at time t (B,) in [0, 1]; 1 is pure noise.
 
         text: (B, T, text_dim), hidden states of the text encoder. text_mask: (B, T), True for real tokens; None if all
-        are, which is faster. position_map: (B, N, 2), the (y, x) of every token (`trainer.diffusion.positions`), or
-        (B, H * W, 2), that of every latent pixel, for configs with position_grid="latent". aspect: (B,), log(width /
-        height) of the whole picture (width / height for the released weights); None adds nothing to the condition.
+        are, which is faster. With the attention kernel varlen the real tokens of a text come first. position_map:
+        (B, N, 2), the (y, x) of every token (`trainer.diffusion.positions`), or (B, H * W, 2), that of every latent
+        pixel, for configs with position_grid="latent". aspect: (B,), log(width / height) of the whole picture (width /
+        height for the released weights); None adds nothing to the condition.
 
         selection_rate: the share of image tokens, in [0, 1), that TREAD routes AROUND the U; 0 is the dense model, the
         papers train with 0.5. routing_key: (B,) int64, required if the rate is above 0. Which tokens a sample keeps is
@@ -234,10 +237,10 @@ class XUT(nn.Module):
     ) -> Context:
         batch, image_tokens, _ = position_BN2.shape
         position_BS2 = torch.cat([position_BN2, position_BN2.new_zeros(batch, text_tokens, 2)], dim=1)
-        key_mask_B11S = None
+        padding = None
         if text_mask is not None:
             image_mask_BN = text_mask.new_ones(batch, image_tokens, dtype=torch.bool)
-            key_mask_B11S = torch.cat([image_mask_BN, text_mask.bool()], dim=1)[:, None, None, :]
+            padding = padding_of(torch.cat([image_mask_BN, text_mask.bool()], dim=1), self.attention_kernel)
         condition_BD: Tensor = self.time_in(t_B)
         if aspect is not None:
             condition_BD = condition_BD + self.aspect_out(F.mish(self.aspect_in(aspect.float()[:, None])))
@@ -245,7 +248,7 @@ class XUT(nn.Module):
         if self.adaln is not None:
             shared = {kind: self.adaln[kind](condition_BD) for kind in _BRANCH_KINDS if kind in self.adaln}
         rotary_BS1P2 = None if self.frequency is None else rotary_table(position_BS2, self.frequency)
-        return Context(position_BS2, rotary_BS1P2, key_mask_B11S, condition_BD, shared)
+        return Context(position_BS2, rotary_BS1P2, padding, self.attention_kernel, condition_BD, shared)
 
     def _token_positions(self, position_map: Tensor, x_BCHW: Tensor) -> Tensor:
         """Token positions (B, N, 2), float32, from a map of tokens or, for the release, of latent pixels.
@@ -311,5 +314,5 @@ def _of_kept_tokens(context: Context, index_BK: Tensor) -> Context:
     return context._replace(
         position=gather_tokens(context.position, index_BK),
         rotary=None if context.rotary is None else gather_tokens(context.rotary, index_BK),
-        key_mask=None if context.key_mask is None else context.key_mask.gather(3, index_BK[:, None, None, :]),
+        padding=None if context.padding is None else context.padding.of_kept(index_BK, context.position.shape[1]),
     )

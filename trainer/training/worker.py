@@ -27,7 +27,7 @@ from trainer.runs.checkpoint import Checkpoints, Saver
 from trainer.runs.ema_snapshots import Snapshots
 from trainer.runs.run_folder import write_config
 from trainer.samples.data import Batch, TrainingData, by_length, concatenate, example_texts
-from trainer.training import fit_memory
+from trainer.training import choose_attention, fit_memory
 from trainer.training.loop import Reading, TrainingInputs
 from trainer.training.loop_setup import all_tensors, build_loop, encode, from_newest
 from trainer.training.metrics import (
@@ -97,6 +97,7 @@ class Worker:
             training.text_encoder, device, training.model.text_layers, training.model.text_prefix
         )
         self.loop = build_loop(self.training, checkpoint, self.codec, device)
+        self._choose_attention()
         if checkpoint is None and training.weights is None and training.lora is None:
             self._standardize_text()
         if probes:
@@ -172,6 +173,17 @@ class Worker:
             write()
         except OSError as error:
             self.reporter.warn(f"{self.training.folder} cannot be written ({error}); training goes on")
+
+    def _choose_attention(self) -> None:
+        """All workers take the kernel that is fastest on rank 0, so that they round alike."""
+        chosen = None
+        if self.group.is_rank_zero:
+            chosen = choose_attention.choose(self.training, self.device, self.device_name)
+        kernel, seconds = self.group.gather(chosen)[0] or ("default", {})
+        self.loop.model.attention_kernel = kernel
+        if seconds and self.group.is_rank_zero:
+            times = ", ".join(f"{name} {each * 1e3:.2f} ms" for name, each in seconds.items())
+            self.reporter.warn(f"attention by {kernel}: {times}")
 
     # --- Memory -------------------------------------------------------------------------------------------------------
 

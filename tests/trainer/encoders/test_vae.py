@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.encoders import vae
-from trainer.encoders.load_codec import codec_shape, load_codec
+from trainer.encoders.load_codec import attend_by_matmul, codec_shape, load_codec
 from trainer.encoders.vae import VaeCodec, latent_statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -145,6 +145,19 @@ def test_a_batch_is_encoded_as_its_pictures_are_one_by_one(saved: Path, monkeypa
     torch.testing.assert_close(codec.encode(pixels), one_by_one, atol=1e-5, rtol=0)
     assert runs == [2, 2, 1]
     assert codec.encode(noise(1, 64, 64)).shape == (1, 4, 8, 8)  # more than the limit, but one cannot be split
+
+
+def test_attention_by_matrix_products_equals_torchs(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, pixels = load(saved), noise(5)
+    expected = codec.encode(pixels)
+    attend_by_matmul(codec.vae)
+    runs = []
+    monkeypatch.setattr(vae, "_SCORES_AT_ONCE", 2 * (32 * 48 // 64) ** 2)
+    codec.vae.encoder.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    torch.testing.assert_close(codec.encode(pixels), expected, atol=1e-5, rtol=0)
+    assert runs == [2, 2, 1]
+    processors = [type(each.processor).__name__ for each in codec.vae.encoder.mid_block.attentions]
+    assert processors == ["AttnProcessor"]
 
 
 def test_the_memory_layout_of_the_pixels_makes_no_difference(saved: Path) -> None:

@@ -227,7 +227,7 @@ def test_the_u_sees_the_kept_tokens_with_their_own_positions_and_mask() -> None:
             (origin,) = (h_BSD[sample] == token).all(-1).nonzero()[0].tolist()
             assert torch.equal(kept.position[sample, k], whole.position[sample, origin])
             assert torch.equal(kept.rotary[sample, k], whole.rotary[sample, origin])
-            assert kept.key_mask[sample, 0, 0, k] == whole.key_mask[sample, 0, 0, origin]
+            assert kept.padding.key_mask[sample, 0, 0, k] == whole.padding.key_mask[sample, 0, 0, origin]
 
 
 def test_rate_zero_is_the_dense_model_and_keeping_all_tokens_equals_it() -> None:
