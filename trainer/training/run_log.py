@@ -22,7 +22,8 @@ from pipeline.core.errors import UsageError
 from trainer.training.metrics import EarlierCost, Line
 
 METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
-_STARTS_FILE = "starts.jsonl"  # one line per resumed start: its first step and the cost before it
+# One line per resumed start: its first step, the cost before it, and the last step logged before it in each file.
+_STARTS_FILE = "starts.jsonl"
 _INSTALL = 'pip install -c deploy/constraints.txt -e ".[{}]"'
 _WANDB_PROJECT = "homemade-diffusion"
 
@@ -52,13 +53,15 @@ def check_writers(with_wandb: bool) -> None:
 class Log:
     """The log of one stage of a run, written by one process.
 
-    `start_step`: step of the checkpoint that the run resumes from. Lines of later steps are removed.
+    `start_step`: step of the checkpoint that the run resumes from. Lines of later steps are removed, also from
+    TensorBoard's curves. wandb cannot replace what it has, so a repeated step keeps its first values there.
     """
 
     def __init__(self, folder: Path, start_step: int, with_wandb: bool, record: Mapping[str, Any]) -> None:
         self.folder = folder
         self.failures = 0  # writes that failed
         self.before = EarlierCost()
+        self._logged: dict[str, int] = {}  # file -> last step in it, also if the line has been removed since
         self._wandb: Any = None
         self._try(folder.mkdir, parents=True, exist_ok=True)
         self.rewind(start_step)
@@ -76,12 +79,12 @@ class Log:
 
     def evaluation(self, line: Line, grid: bytes | None = None) -> None:
         """Logs the results of an evaluation. `grid` is a PNG, stored as grids/step-<step>.png."""
-        self._write(EVALUATION_FILE, "validation", line)
+        is_new = self._write(EVALUATION_FILE, "validation", line)
         if grid is not None:
             step = _step(line)
             self._try(_write_whole, self.folder / "grids" / f"step-{step:08d}.png", grid)
             self._try(self._tensorboard.image, step, "validation/grid", grid)
-            if self._wandb is not None:
+            if is_new and self._wandb is not None:
                 self._try(self._send_image, step, grid)
 
     def close(self) -> None:
@@ -89,15 +92,19 @@ class Log:
         if self._wandb is not None:
             self._try(self._wandb.finish)
 
-    def _write(self, file: str, part: str, line: Line) -> None:
+    def _write(self, file: str, part: str, line: Line) -> bool:
+        """False if the step was logged before, by an earlier start or before a rollback."""
         step = _step(line)
+        is_new = step > self._logged.get(file, 0)
+        self._logged[file] = max(step, self._logged.get(file, 0))
         finite = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
         # JSON has no NaN: values that are not finite become null.
         self._try(append_line, self.folder / file, {name: finite.get(name) for name in line})
         scalars = {f"{part}/{name}": value for name, value in finite.items() if name != "step"}
         self._try(self._tensorboard.scalars, step, scalars)
-        if self._wandb is not None:
+        if is_new and self._wandb is not None:
             self._try(self._wandb.log, {"step": step, **scalars})
+        return is_new
 
     def _try(self, write: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         try:
@@ -111,10 +118,13 @@ class Log:
                     print(text, file=sys.stderr, flush=True)
 
     def _rewind_files(self, step: int) -> None:
-        self.before = earlier_cost(self.folder / METRICS_FILE, self.folder / _STARTS_FILE)
-        if self.before != EarlierCost():
+        starts = self.folder / _STARTS_FILE
+        self.before = earlier_cost(self.folder / METRICS_FILE, starts)
+        for file in (METRICS_FILE, EVALUATION_FILE):
+            self._logged[file] = max(self._logged.get(file, 0), _last_step(self.folder / file, starts))
+        if self.before != EarlierCost() or any(self._logged.values()):
             # Stored before its lines are removed: a start that is killed before its first line has a cost, too.
-            append_line(self.folder / _STARTS_FILE, {"step": step, **asdict(self.before)})
+            append_line(starts, {"step": step, **asdict(self.before), **self._logged})
         for file in (METRICS_FILE, EVALUATION_FILE):
             remove_lines_after(step, self.folder / file)
 
@@ -133,7 +143,7 @@ class Log:
             config=dict(record),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # wandb's own step may only grow, but a resumed run repeats steps. So "step" is logged as a metric.
+        # The x-axis of all curves. wandb's own step counts calls of `log`, from 0 again in each offline start.
         self._wandb.define_metric("*", step_metric="step")
 
     def _send_image(self, step: int, png: bytes) -> None:
@@ -170,6 +180,12 @@ def earlier_cost(*paths: Path) -> EarlierCost:
         seconds=max((line.get("seconds") or 0 for line in lines), default=0),
         dollars=max((line.get("dollars") or 0 for line in lines), default=0),
     )
+
+
+def _last_step(path: Path, starts: Path) -> int:
+    """Last step that has ever been in a file, according to its lines and those of the starts; 0 without any."""
+    steps = [line["step"] for line in _lines(path)] + [line.get(path.name, 0) for line in _lines(starts)]
+    return max(steps, default=0)
 
 
 def skipped_steps(folder: Path) -> int:

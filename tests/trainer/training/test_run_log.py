@@ -4,10 +4,12 @@ import json
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,29 @@ def noise_png(side: int, seed: int = 0) -> bytes:
     buffer = BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def wandb_rows(path: Path) -> list[dict[str, Any]]:
+    """The logged rows of a .wandb file: protobuf messages in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, message, rows = path.read_bytes(), 7, b"", []  # after wandb's own header
+    while at + 7 <= len(data):
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if kind == 0:  # padding at the end of a block
+            at += 32768 - at % 32768
+            continue
+        if at + 7 + length > len(data):  # not written to its end yet
+            break
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        at += -at % 32768 if 32768 - at % 32768 < 7 else 0
+        if kind in (1, 4):  # whole, or its last part
+            record, message = Record.FromString(message), b""
+            items = record.history.item
+            if items:
+                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return rows
 
 
 @contextmanager
@@ -126,12 +151,74 @@ def test_tensorboard_reads_metrics_and_grid(tmp_path: Path) -> None:
     assert (tmp_path / "grids" / "step-00000002.png").read_bytes() == grid
 
 
-def test_in_tensorboard_a_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
-    first = Log(tmp_path, 0, False, {})
-    for step in (1, 2, 3):
-        first.metrics({"step": step, "loss": float(step)})
-    Log(tmp_path, 1, False, {}).metrics({"step": 2, "loss": 20.0})
-    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 20.0)]
+# --- Restarts ---------------------------------------------------------------------------------------------------------
+
+# Starts of a run: the step of the checkpoint that each one begins from, and the last step that it logs. The second is
+# killed before it has repeated what was logged before it, and the third resumes from the same checkpoint.
+STARTS = ((0, 6), (4, 5), (4, 8), (8, 9))
+JOINED = [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (5, 2.0), (6, 2.0), (7, 2.0), (8, 2.0), (9, 3.0)]  # step, its start
+
+
+def log_start(log: Log, number: int, last: int) -> None:
+    """Logs the steps of a start after the checkpoint, and an evaluation at every second step."""
+    for step in range(STARTS[number][0] + 1, last + 1):
+        log.metrics({"step": step, "loss": float(number)})
+        if step % 2 == 0:
+            log.evaluation({"step": step, "loss": float(number)}, noise_png(20, seed=number))
+
+
+def test_after_each_resume_the_newest_values_of_repeated_steps_remain(tmp_path: Path) -> None:
+    for number, (step, last) in enumerate(STARTS):
+        log = Log(tmp_path, step, False, {})
+        log_start(log, number, last)
+        assert log.failures == 0
+        curve = scalars(tmp_path / "tensorboard", "train/loss")
+        steps = [step for step, _ in curve]
+        assert steps == list(range(1, last + 1)), "no step twice, none of a lost attempt"
+        assert [(line["step"], line["loss"]) for line in lines(tmp_path / "metrics.jsonl")] == curve
+    assert curve == JOINED
+    evaluated = [(step, number) for step, number in JOINED if step % 2 == 0]
+    assert scalars(tmp_path / "tensorboard", "validation/loss") == evaluated
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path / "evaluation.jsonl")] == evaluated
+    grids = [
+        (image.step, image.encoded_image_string) for image in events(tmp_path / "tensorboard").Images("validation/grid")
+    ]
+    assert grids == [(step, noise_png(20, seed=int(number))) for step, number in evaluated]
+
+
+def test_after_a_rollback_the_values_of_the_other_samples_remain(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, False, {})
+    log_start(log, 0, 6)
+    log.rewind(2)
+    log.metrics({"step": 3, "loss": 30.0})
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 0.0), (2, 0.0), (3, 30.0)]
+    assert scalars(tmp_path / "tensorboard", "validation/loss") == [(2, 0.0)]
+
+
+def test_wandb_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recorder in place of wandb, which cannot replace what it was sent. Also after a rollback."""
+    sent: list[dict[str, Any]] = []
+    ids: list[str] = []
+
+    def init(*, id: str, **_: Any) -> Any:
+        ids.append(id)
+        return SimpleNamespace(define_metric=lambda *_, **__: None, log=sent.append, finish=lambda: None)
+
+    fake = SimpleNamespace(init=init, Settings=dict, Image=lambda image: image)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for number, (step, last) in enumerate(STARTS):
+        log = Log(tmp_path, step, True, {})
+        log_start(log, number, last)
+        log.rewind(step)
+        log_start(log, number, last)
+        assert log.failures == 0
+    assert len(set(ids)) == 1, "one run of wandb"
+    for name, wanted in (
+        ("train/loss", range(1, 10)),
+        ("validation/loss", (2, 4, 6, 8)),
+        ("validation/grid", (2, 4, 6, 8)),
+    ):
+        assert [row["step"] for row in sent if name in row] == list(wanted)
 
 
 # --- Failing writes ---------------------------------------------------------------------------------------------------
@@ -230,11 +317,17 @@ def test_wandb_offline_stores_the_run_in_its_folder(monkeypatch: pytest.MonkeyPa
 
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for start in (0, 1):
-        log = Log(tmp_path / "run", start, True, {"stage": {"resolution": 64}})
-        log.metrics({"step": start + 1, "loss": 0.5})
-        log.evaluation({"step": start + 1, "loss": 0.5}, noise_png(20))
+    for number, (step, last) in enumerate(STARTS):
+        log = Log(tmp_path / "run", step, True, {"stage": {"resolution": 64}})
+        log_start(log, number, last)
         log.close()
         assert log.failures == 0
     kept = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.name for path in kept} == {f"run-{(tmp_path / 'run' / 'wandb-run').read_text()}.wandb"}
+    rows: list[dict[str, Any]] = []
+    until = time.monotonic() + 60
+    while not any(row["step"] == 9 for row in rows):  # wandb's process may write the last rows after `close`
+        assert time.monotonic() < until, rows
+        rows = [row for path in kept for row in wandb_rows(path)]
+    assert sorted(row["step"] for row in rows if "train/loss" in row) == list(range(1, 10))
+    assert sorted(row["step"] for row in rows if "validation/loss" in row) == [2, 4, 6, 8]
