@@ -18,7 +18,7 @@ class Command:
     dataset: str
     run: str
     checkpoints: str | None = None  # folder or s3:// prefix that holds <stage>/checkpoints; None: the run folder
-    workers: int = 1
+    workers: int | str = 1  # N, or FEWEST-MOST
     steps: int | None = None  # optimizer steps in total; None: the stage's own number
     anneal: int | None = None  # optimizer steps of a decay from a checkpoint; None: train the stage
     settings: Sequence[str] = ()  # the FIELD=VALUE of each --set
@@ -48,6 +48,15 @@ class Command:
             raise UsageError(f"--max-failures {self.max_failures}: must be at least 0")
         if not 0 <= self.s3_wait < math.inf:
             raise UsageError(f"--s3-wait {self.s3_wait}: give the hours to wait for S3, at least 0")
+
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers. UsageError unless --workers is N or FEWEST-MOST."""
+        fewest, dash, most = str(self.workers).partition("-")
+        if not (fewest.isdecimal() and (most.isdecimal() if dash else True)):
+            raise UsageError(f"--workers {self.workers!r}: give a number, such as 4, or a range, such as 1-4")
+        if dash and int(fewest) > int(most):
+            raise UsageError(f"--workers {self.workers}: the range begins with the smaller number: {most}-{fewest}")
+        return int(fewest), int(most) if dash else int(fewest)
 
     def grid_prompts(self) -> list[str] | None:
         """The non-empty lines of the file given by --prompts, or None without the flag."""
@@ -104,8 +113,9 @@ def parse_args(description: str | None) -> Command:
         help="Folder or s3:// prefix for checkpoints, which go to HOME/<stage>/checkpoints. Default: the run folder.",
     )  # fmt: skip
     add(
-        "--workers", type=int, default=os.environ.get("HDM_WORKERS") or 1, metavar="N",
-        help="Training processes, one per GPU. Default: $HDM_WORKERS, then 1.",
+        "--workers", default=os.environ.get("HDM_WORKERS") or 1, metavar="N",
+        help="Training processes, one per GPU. A range, such as 1-4, starts with as many as there is room for, goes on "
+        "with fewer when a node is lost, and with more when one joins. Default: $HDM_WORKERS, then 1.",
     )  # fmt: skip
     add("--steps", type=int, metavar="N", help="Optimizer steps in total. Default: the stage's samples / batch_size.")
     add(
@@ -145,7 +155,7 @@ def parse_args(description: str | None) -> Command:
     add("--prompts", metavar="FILE", help="Prompts of those pictures, one per line. Default: texts of the selection.")
     add(
         "--max-failures", type=int, default=3, metavar="N",
-        help="Lost workers or nodes after which the job gives up. Default: 3.",
+        help="Failures in a row, without a new checkpoint in between, after which the job gives up. Default: 3.",
     )  # fmt: skip
     add(
         "--s3-wait", type=float, default=6.0, metavar="HOURS",

@@ -18,7 +18,7 @@ from trainer.recipe.changes import Changes, affecting
 from trainer.recipe.command import Command
 from trainer.recipe.initial_weights import find_adapter_base, find_initial_checkpoint, refuse_initial
 from trainer.recipe.local_text_encoder import prepare_text_encoder
-from trainer.recipe.stage_config import PRESETS, check_grid, micro_batch, stage_config, total_steps
+from trainer.recipe.stage_config import PRESETS, check_grid, dividing_counts, micro_batch, stage_config, total_steps
 from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 from trainer.runs import run_folder
@@ -47,7 +47,8 @@ def resolve(command: Command) -> Training:
         command.stage, overrides.parse(command.settings), adapters.stage_fields() if adapters else None
     )
     total = branch.step + (command.anneal or 0) if branch else total_steps(stage, command.steps)
-    micro = micro_batch(stage, command.workers)
+    fewest, most = command.worker_range()
+    counts = dividing_counts(stage, fewest, most)
     selection = _selection(command.dataset, command.stage, stage)
     with _value_errors_are_usage_errors():
         channels, factor = codec_shape(stage.codec)
@@ -77,8 +78,9 @@ def resolve(command: Command) -> Training:
         checkpoint_home=home,
         text_encoder=text_encoder,
         example_prompts=examples,
-        workers=command.workers,
-        micro_batch=micro,
+        workers=counts[-1],
+        fewest_workers=counts[0],
+        micro_batch=micro_batch(stage, counts[-1]),
         checkpointing="none" if stage.checkpointing == "auto" else stage.checkpointing,
         start_step=0,
         stop_step=total,

@@ -97,19 +97,27 @@ def total_steps(stage: StageConfig, asked: int | None) -> int:
     return total
 
 
+def dividing_counts(stage: StageConfig, fewest: int, most: int) -> list[int]:
+    """The numbers of workers from `fewest` to `most` that divide the batch. UsageError if there is none."""
+    found = [count for count in range(max(1, fewest), most + 1) if stage.batch_size % count == 0]
+    if not found:
+        given = fewest if fewest == most else f"{fewest}-{most}"
+        fitting = [count for count in range(1, stage.batch_size + 1) if stage.batch_size % count == 0]
+        nearest = sorted(sorted(fitting, key=lambda count: abs(count - most))[:2])
+        raise UsageError(
+            f"--workers {given} does not divide the batch of {stage.batch_size}; nearest: {nearest}; or change the "
+            "batch with --set batch_size=N"
+        )
+    return found
+
+
 def micro_batch(stage: StageConfig, workers: int) -> int:
     """Samples per forward pass of a worker: the largest divisor of its share of the batch up to stage.micro_batch.
 
     For "auto" that is up to 32, as on a CPU, where more samples at once are not faster; a GPU's worker chooses later.
     UsageError unless the number of workers divides the batch.
     """
-    if workers < 1 or stage.batch_size % workers:
-        fitting = [count for count in range(1, stage.batch_size + 1) if stage.batch_size % count == 0]
-        nearest = sorted(sorted(fitting, key=lambda count: abs(count - workers))[:2])
-        raise UsageError(
-            f"--workers {workers} does not divide the batch of {stage.batch_size}; nearest: {nearest}; or change the "
-            "batch with --set batch_size=N"
-        )
+    dividing_counts(stage, workers, workers)
     share = stage.batch_size // workers
     largest = _CPU_MICRO_BATCH if stage.micro_batch == "auto" else stage.micro_batch
     return max(size for size in range(1, min(share, largest) + 1) if share % size == 0)

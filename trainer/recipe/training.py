@@ -6,6 +6,7 @@ from typing import Any
 from trainer.model.config import XUTConfig
 from trainer.model.xut import Checkpointing
 from trainer.optimization.schedule import Anneal, Schedule
+from trainer.recipe.stage_config import dividing_counts, micro_batch
 from trainer.recipe.stages import StageConfig
 from trainer.runs.checkpoint import Checkpoint
 from trainer.runs.training_state import training_state
@@ -29,7 +30,8 @@ class Training:
     checkpoint_home: str | None  # value of --checkpoints
     text_encoder: str  # folder or hub name
     example_prompts: list[str]  # texts of the selection that serve as example prompts
-    workers: int
+    workers: int  # of a range, the most
+    fewest_workers: int  # the number may change between this one and `workers` as nodes come and go
     # Samples per forward pass of a worker, and the blocks that are recomputed. Where the stage says "auto", a worker on
     # a GPU replaces them before its first step, see trainer/training/fit_memory.py.
     micro_batch: int
@@ -50,12 +52,22 @@ class Training:
     wandb: bool
     tagger: str | None  # folder of the classifier that scores the picture grid
     s3_wait: float  # hours to wait for samples while S3 cannot be reached
-    max_failures: int  # lost workers or nodes after which the job ends; each one resumes from the newest checkpoint
+    max_failures: int  # in a row without a new checkpoint, after which the job ends; each resumes from the newest one
 
     @property
     def accumulation(self) -> int:
         """Micro batches of one worker per optimizer step."""
         return self.stage.batch_size // (self.workers * self.micro_batch)
+
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers of the range that divide the batch, ascending."""
+        return dividing_counts(self.stage, self.fewest_workers, self.workers)
+
+    def with_workers(self, workers: int) -> "Training":
+        """The job on this number of workers, with a micro batch for it."""
+        if workers == self.workers:
+            return self
+        return replace(self, workers=workers, micro_batch=micro_batch(self.stage, workers))
 
     def position(self, step: int) -> int:
         """Position in the data order of the first sample of step `step`, which is at least start_step."""

@@ -34,13 +34,17 @@ def is_chosen_by_stage(training: Training) -> bool:
 
 
 def remembered(training: Training, device: str) -> Training | None:
-    """The job with the choice recorded in its folder; None without one for this device and these settings."""
+    """The job with the choice recorded in its folder; None without one for this device and these settings.
+
+    What fits with another number of workers fits too, but it may not divide a worker's share of the batch.
+    """
     try:
         record = json.loads((Path(training.folder) / _FILE).read_text())
-        if record["chosen_for"] != _chosen_for(training, device):
+        if record["chosen_for"] | {"workers": training.workers} != _chosen_for(training, device):
             return None
-        fit = Fit(record["micro_batch"], record["checkpointing"])
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = memory.micro_batches(training.stage, training.workers)
+        fit = Fit(next(size for size in sizes if size <= record["micro_batch"]), record["checkpointing"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
     return with_fit(training, fit)
 

@@ -401,3 +401,26 @@ def test_help_imports_no_heavy_package_and_names_every_stage() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"), [("1-4", [1, 2, 4]), (2, [2]), ("3-5", [4]), ("2-2", [2]), ("5-16", [8, 16])]
+)
+def test_a_range_of_workers_leaves_out_those_that_do_not_divide_the_batch(
+    ask: Any, given: int | str, counts: list[int]
+) -> None:
+    training = ask("demo", workers=given)
+    assert training.worker_counts() == counts
+    assert training.workers == counts[-1]
+    for count in counts:
+        on = training.with_workers(count)
+        assert on.accumulation * on.micro_batch * count == on.stage.batch_size
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [("5-7", "--workers 5-7 does not divide .*nearest: .*--set batch_size"), ("4-1", "1-4"), ("1-", "such as 1-4")],
+)
+def test_an_impossible_range_of_workers_is_refused(ask: Any, given: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        ask("demo", workers=given)
