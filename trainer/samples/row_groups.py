@@ -5,6 +5,7 @@ at a time, so a worker with this cache reads each row group about once per epoch
 """
 
 import errno
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -93,7 +94,10 @@ def read_row_group(index: RowIndex, group: int) -> RowGroup:
     try:
         pictures = retried(partial(_pictures, selection, shard, int(index.group_G[group])))
     except (OSError, pa.ArrowException) as error:
-        return RowGroup(rows, hash_R, row_T, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        line = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return RowGroup(
+            rows, hash_R, row_T, None, f"row group {index.group_G[group]} of {shard} cannot be read: {line}"
+        )
     if pictures.num_rows != stop - first:
         raise stale_selection(selection, shard)
     if len(inside) < pictures.num_rows:
@@ -101,6 +105,12 @@ def read_row_group(index: RowIndex, group: int) -> RowGroup:
     if not pictures["id"].equals(texts["id"]):
         raise stale_selection(selection, shard)
     return RowGroup(rows, hash_R, row_T, pictures["image"], "")
+
+
+def lost_row_group(reason: str) -> str | None:
+    """The row group that cannot be read according to the reason why a picture was replaced; None for another reason."""
+    found = re.match(r"row group \d+ of .+? cannot be read", reason)
+    return found[0] if found else None
 
 
 @lru_cache(maxsize=16)

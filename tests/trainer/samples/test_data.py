@@ -47,7 +47,6 @@ from trainer.samples.data import (
     Batch,
     CropConfig,
     TrainingData,
-    by_length,
     can_mirror,
     concatenate,
     held_out_batch,
@@ -56,6 +55,7 @@ from trainer.samples.data import (
     text_parts,
 )
 from trainer.samples.order import micro_batches
+from trainer.samples.row_groups import lost_row_group
 from trainer.samples.row_index import _ARRAYS, ROW_INDEX_FILE, RowIndex, Selection, held_out, id_hash
 from trainer.samples.training_text import CaptionConfig, TextParts, full_text
 
@@ -330,6 +330,8 @@ def test_a_damaged_row_group_is_replaced_by_the_pictures_of_the_next(broken: Sto
     found = epoch_of(data)
     of_group = [selected_ids(broken)[index.counts_G[:g].sum() :][: index.counts_G[g]] for g in (lost, lost + 1)]
     assert sorted(name for name, _ in found.replaced) == sorted(of_group[0])
+    reasons = {lost_row_group(why) for _, why in found.replaced}
+    assert reasons == {f"row group {place} of {index.selection.shards[0]} cannot be read"}
     changed = [(a, b) for a, b in zip(sound.ids, found.ids, strict=True) if a != b]
     assert sorted(a for a, _ in changed) == sorted(of_group[0])
     assert {b for _, b in changed} <= set(of_group[1])
@@ -512,12 +514,6 @@ def test_pictures_whose_text_mentions_sides_or_writing_are_never_mirrored(parts:
 def test_an_invalid_flip_probability_is_refused(flip: float) -> None:
     with pytest.raises(ValueError, match="flip"):
         replace(CROP, flip=flip)
-
-
-def test_texts_of_about_the_same_length_share_a_micro_batch_and_each_is_in_one() -> None:
-    lengths = [7, 3, 9, 3, 1, 8]
-    assert by_length(lengths, 2) == [[4, 1], [3, 0], [5, 2]]
-    assert sorted(number for part in by_length(lengths, 4) for number in part) == list(range(6))
 
 
 def test_joined_batches_are_taken_apart_again() -> None:
