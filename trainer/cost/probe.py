@@ -23,7 +23,8 @@ from trainer.encoders.text import TextEncoder
 from trainer.model.xut import XUT
 from trainer.optimization.schedule import Schedule
 from trainer.samples.data import Batch
-from trainer.training.loop_setup import encode, new_loop
+from trainer.training.encoding import encode
+from trainer.training.loop_setup import new_loop
 from trainer.training.metrics import peak_teraflops
 
 _CPU_STEPS = 4  # a CPU's micro batch is so small that this many steps fit; the recipe's would take minutes

@@ -210,7 +210,8 @@ class PictureModel:
         map_BN2 = camera(map_N2, settings.x_shift, settings.y_shift, settings.zoom).expand(len(texts), -1, -1)
         sides_2B = torch.tensor([[width], [height]], device=self.device).expand(-1, len(texts))
         aspect_B = aspect(config, *sides_2B.double()).float()
-        text_BTD, mask_BT = self.encoder.encode(texts, self.text_tokens, padding_is_text=pads_text(config))
+        # No graph is compiled for its shape, so no text is padded beyond the longest.
+        text_BTD, mask_BT = self.encoder.encode(texts, self.text_tokens, 1, pads_text(config))
         bf16 = self.precision == "bf16"
 
         def velocity(x_BCHW: Tensor, t_B: Tensor) -> Tensor:

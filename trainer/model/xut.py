@@ -34,8 +34,8 @@ Precision = Literal["fp32", "bf16"]  # of matrix products; weights, gradients, o
 _WAVES = (0.5, 1.0, 2.0)  # cycles per unit of the position map, which is about the side of the picture
 POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine of y and of x
 _BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
-# Of a block's code: four for each of 16 text lengths, in training and in evaluation.
-_MAX_GRAPHS = 128  # torch's limit is 8
+MOST_TEXT_LENGTHS = 64  # of a compiled model: graphs are made for each
+_MAX_GRAPHS = 2 * 4 * MOST_TEXT_LENGTHS  # four a length, in training and in evaluation; torch's limit is 8
 
 
 class TimeEmbedding(nn.Module):

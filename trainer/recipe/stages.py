@@ -14,7 +14,7 @@ The stages 256, 512, 768 and 1024 follow the table in section 4.2 of the HDM rep
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.model.xut import Precision
+from trainer.model.xut import MOST_TEXT_LENGTHS, Precision
 from trainer.optimization.optimizers import OptimizerConfig
 from trainer.runs.power_ema import LONGEST
 from trainer.samples.training_text import CaptionConfig
@@ -91,6 +91,12 @@ class StageConfig:
         for name in ("clip_norm", "timestep_shift"):
             self._require(name, getattr(self, name) > 0, "above 0")
         self._require("ema_lengths", all(0 < length <= LONGEST for length in self.ema_lengths), "in (0, 0.2886]")
+        lengths = -(-self.text_tokens // self.text_multiple)
+        if self.compiled and lengths > MOST_TEXT_LENGTHS:
+            least = -(-self.text_tokens // MOST_TEXT_LENGTHS)
+            self._require(
+                "text_multiple", False, f"at least {least}, for no more than {MOST_TEXT_LENGTHS} text lengths"
+            )
         self._require("flip", 0 <= self.flip <= 1, "a probability, from 0 to 1")
 
     def _require(self, name: str, valid: bool, wanted: str) -> None:

@@ -127,12 +127,6 @@ class _Sample:
     replaced: list[tuple[str, str]]
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The numbers of texts with these lengths, ascending by length, in parts of `size`. Equal ones keep their order."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def load_batch(data: TrainingData, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
     """The samples at these positions of the data order; equal on every machine and worker.
 

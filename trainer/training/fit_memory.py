@@ -23,8 +23,8 @@ from trainer.recipe.memory import Fit
 from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 from trainer.samples.data import Batch
+from trainer.training.encoding import encode
 from trainer.training.loop import Loop
-from trainer.training.loop_setup import encode
 
 _FILE = "memory.json"
 

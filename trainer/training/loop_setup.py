@@ -1,14 +1,10 @@
-"""What a worker starts with: the newest checkpoint, the loop in that state, and batches encoded for it."""
-
-from typing import Any
+"""What a worker starts with: the newest checkpoint and the loop in that state."""
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.errors import JobFailed
 from trainer.encoders.latents import Codec
-from trainer.encoders.text import TextEncoder
 from trainer.model.xut import XUT
 from trainer.optimization.schedule import Schedule
 from trainer.recipe.stages import StageConfig
@@ -17,8 +13,7 @@ from trainer.runs.checkpoint import Checkpoint, Checkpoints
 from trainer.runs.lora import add_adapters
 from trainer.runs.run_folder import config_of
 from trainer.runs.weights import Lora, trained_model
-from trainer.samples.data import Batch
-from trainer.training.loop import Loop, TrainingInputs
+from trainer.training.loop import Loop
 
 
 def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
@@ -68,31 +63,3 @@ def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """The argument of `Loop.load`."""
     optional = ["power_ema"] if "power_ema.safetensors" in checkpoint.state()["files"] else []
     return {name: checkpoint.tensors(name) for name in ("model", "ema", "optimizer", *optional)}
-
-
-def encode(
-    batch: Batch,
-    codec: Codec,
-    encoder: TextEncoder,
-    stage: StageConfig,
-    device: torch.device,
-    padding_is_text: bool = False,
-) -> TrainingInputs:
-    """Pixels -> latents and texts -> embeddings, by the frozen encoders."""
-    text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple, padding_is_text)
-    pixels_B3HW = _on_device(batch.pixels_BHW3, device).permute(0, 3, 1, 2)
-    return TrainingInputs(
-        latents_BCHW=codec.encode(pixels_B3HW),
-        text_BTD=text_BTD,
-        text_mask_BT=mask_BT,
-        frame_B4=_on_device(batch.frame_B4, device),
-        keys_B=_on_device(batch.keys_B, device),
-    )
-
-
-def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copies without making the host wait for the GPU, which takes pinned memory."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from trainer.diffusion.positions import full_position_map
 from trainer.model.blocks import Branch, Modulation
 from trainer.model.config import XUTConfig
-from trainer.model.xut import XUT, Standardization, TimeEmbedding, compiled
+from trainer.model.xut import MOST_TEXT_LENGTHS, XUT, Standardization, TimeEmbedding, compiled
 
 TEXT_DIM = 16
 
@@ -472,7 +472,7 @@ def test_the_limit_of_graphs_is_raised_to_what_a_run_needs_and_exceeding_it_does
     expected = [model(**inputs(text_tokens=tokens)) for tokens in range(1, 6)]
     with torch._dynamo.config.patch(recompile_limit=2):
         compiled(model, backend=counter)
-        assert torch._dynamo.config.recompile_limit >= 2 * 2 * 2 * 512 // 32
+        assert torch._dynamo.config.recompile_limit >= 2 * 4 * MOST_TEXT_LENGTHS
         torch._dynamo.config.recompile_limit = 2
         for tokens, velocity in enumerate(expected, start=1):
             torch.testing.assert_close(model(**inputs(text_tokens=tokens)), velocity, atol=1e-5, rtol=1e-5)

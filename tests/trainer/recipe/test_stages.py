@@ -75,6 +75,7 @@ def test_a_stage_has_a_selection_of_its_name_and_follows_a_smaller_one(name: str
         ("clip_norm", 0.0, "above 0"),
         ("timestep_shift", -1.0, "above 0"),
         ("seed", -1, "at least 0"),
+        ("text_multiple", 2, "at least 4, for no more than 64 text lengths"),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name(field: str, value: float, wanted: str) -> None:

@@ -143,7 +143,7 @@ class HDMPipeline(DiffusionPipeline):  # type: ignore[misc]
         encoder = TextEncoder(
             self.text_encoder, self.tokenizer, design["text_layers"], design.get("text_prefix", False)
         )
-        text_BTD, mask_BT = encoder.encode(texts, self.config.text_tokens)
+        text_BTD, mask_BT = encoder.encode(texts, self.config.text_tokens, 1)
         count, dtype = len(texts), self.transformer.dtype
         aspect_B = torch.full((count,), aspect, device=map_N2.device)
 
