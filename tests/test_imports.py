@@ -22,7 +22,7 @@ PIPELINE_LEVELS = (
     ("jobs",),
 )
 TRAINER_LEVELS = (
-    ("model", "encoders", "optimization"),
+    ("model", "encoders", "optimization", "health"),
     ("diffusion", "runs"),
     ("samples", "drawing"),
     ("recipe", "evaluation", "web", "exporting"),
@@ -43,6 +43,7 @@ ONLY_IN = {
         "pipeline/core/shard_progress.py",
         "trainer/cluster/launch.py",
         "trainer/cluster/monitor.py",
+        "trainer/cluster/policies.py",
         "trainer/cluster/replicas.py",
         "trainer/cluster/sample_stream.py",
     },
@@ -68,6 +69,7 @@ ONLY_IN = {
     "mistral_common": {"captioner/engines/vllm.py"},
     "aiohttp": {"captioner/engines/openai.py", "pipeline/storage/s3.py"},
     "s3fs": {"pipeline/storage/s3.py"},
+    "pynvml": {"trainer/health/gpu_state.py"},
     "tensorboard": {"trainer/training/run_log.py"},
     "wandb": {"trainer/training/run_log.py"},
     "gradio": {"trainer/web/page.py", "trainer/web/server.py"},

@@ -33,10 +33,14 @@ descendants, is_train_worker = _SHARED["descendants"], _SHARED["is_train_worker"
 
 
 class Silent:
-    """A Reporter that drops everything and never requests a stop."""
+    """A Reporter that drops everything and requests a stop after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
 
     def stop_requested(self) -> bool:
-        return False
+        self.left -= 1
+        return self.left <= 0
 
     def report(self, line: Any) -> None:
         pass
@@ -64,8 +68,9 @@ def resolved(dataset: Path, run: Path, workers: int) -> Training:
     )  # fmt: skip
 
 
-def train(training: Training) -> int:
-    """Trains to the end without Ray: this process, with the others of its process group. Returns the steps taken."""
+def train(training: Training, most: int = 1000) -> int:
+    """Trains at most so many steps without Ray: this process, with the others of its process group. Returns the steps
+    taken in total."""
     stage, workers = training.stage, WorkerGroup.from_process_group()
     data = TrainingData.load(
         training.selection, training.crop(), batch_size=stage.batch_size, streams=stage.streams, window=stage.window,
@@ -73,12 +78,12 @@ def train(training: Training) -> int:
     )  # fmt: skip
 
     def batches(training: Training) -> Iterator[Batch]:
-        for step in range(training.start_step, STEPS):
+        for step in itertools.count(training.start_step):
             for positions in micro_batches(step, stage.batch_size, workers.rank, workers.size, training.micro_batch):
                 yield load_batch(data, positions)
 
     source = SampleSource(data, batches, lambda numbers: held_out_batch(data, numbers))
-    return Worker(training, workers, torch.device("cpu"), source, Silent()).run()
+    return Worker(training, workers, torch.device("cpu"), source, Silent(most)).run()
 
 
 @pytest.fixture(scope="session")
