@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from tqdm import tqdm
 
@@ -40,7 +40,9 @@ class StallDetector:
         return {"idle_seconds": now - self._since, "longest_idle_seconds": self._longest}
 
 
-def progress_bar(items: Iterable[T], total: int | None, description: str, unit: str) -> "tqdm[T]":
-    """Updates every 0.1 s on a terminal and prints a line every 10 s into a log file."""
+def progress_bar(items: Iterable[T], total: int | None, description: str, unit: str, **settings: Any) -> "tqdm[T]":
+    """Updates every 0.1 s on a terminal and prints a line every 10 s into a log file. `settings`: of tqdm."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, desc=description, unit=f" {unit}", mininterval=interval, dynamic_ncols=True)
+    return tqdm(
+        items, total=total, desc=description, unit=f" {unit}", mininterval=interval, dynamic_ncols=True, **settings
+    )

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,18 +15,23 @@ from ray.util.metrics import Gauge
 
 from pipeline.core.progress import StallDetector, progress_bar
 from trainer.recipe.training import Training
-from trainer.training.metrics import GAUGE_PREFIX, METRICS, Line, progress_text
+from trainer.training.metrics import COMPILE, FIRST_STEP, GAUGE_PREFIX, LABELS, METRICS, Line, progress_text
 from trainer.training.run_log import skipped_steps
 
 _POLL_SECONDS: Final = 1.0
 # Gauges without a line in METRICS: the time without a finished step, and use of the disk with the run folder.
 _JOB_GAUGES: Final = ("idle_seconds", "longest_idle_seconds", "disk_used_share")
 
+# Without tqdm's rate and remaining time, which would count steps of earlier starts and the time of starting.
+_BAR: Final = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_PHASE: Final = "startup_seconds/"
+
 
 class JobMonitor:
     """Context manager around TorchTrainer.fit. Shows the messages of the workers and forwards SIGTERM to them."""
 
-    def __init__(self, control: Any, training: Training) -> None:
+    def __init__(self, control: Any, training: Training, phases: Mapping[str, float] | None = None) -> None:
+        """`phases`: seconds of the phases of the start so far."""
         self.control, self.training = control, training
         self.lines: list[Line] = []
         self.failure = ""
@@ -35,11 +41,17 @@ class JobMonitor:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         texts = {name: f"{metric.description} ({metric.unit})" for name, metric in METRICS.items()}
         texts |= {name: name.replace("_", " ") for name in _JOB_GAUGES}
-        self._gauges = {name: Gauge(GAUGE_PREFIX + name, text, tag_keys=("stage",)) for name, text in texts.items()}
+        self._gauges = {
+            name: Gauge(GAUGE_PREFIX + name, text, tag_keys=("stage", LABELS[name]) if name in LABELS else ("stage",))
+            for name, text in texts.items()
+        }
         self._stall = StallDetector(time.monotonic())
         # Shown before the first line, so that an increase of skipped steps by this start is visible.
         skipped = skipped_steps(Path(training.folder))
         self._values: dict[str, float] = {"step": training.start_step, "skipped_steps": skipped}
+        self._values |= {_PHASE + name: seconds for name, seconds in (phases or {}).items()}
+        self._began = time.monotonic()
+        self._phase = "workers"
 
     def __enter__(self) -> "JobMonitor":
         self._handler = signal.signal(signal.SIGTERM, self._stop)
@@ -59,9 +71,9 @@ class JobMonitor:
     def _watch(self) -> None:
         requested = False
         name = f"train {self.training.stage_name}"
-        with progress_bar(iter(()), self.training.stop_step, name, "steps") as bar:
-            bar.update(self.training.start_step)
-            bar.refresh()
+        start, stop = self.training.start_step, self.training.stop_step
+        with progress_bar(iter(()), stop, name, "steps", initial=start, bar_format=_BAR) as bar:
+            bar.set_postfix_str(f"start: {self._phase}")
             while True:
                 ends = self._ends.wait(_POLL_SECONDS)
                 if self.was_stopped and not requested:
@@ -77,7 +89,9 @@ class JobMonitor:
                 used = {"disk_used_share": disk.used / (disk.used + disk.free)}  # like df, without root's reserve
                 # Set at every poll: Ray drops a gauge after 20 seconds, so a gauge that exists shows a running job.
                 for metric, value in (self._values | idle | used).items():
-                    self._gauges[metric].set(value, tags={"stage": self.training.stage_name})
+                    name, _, label = metric.partition("/")
+                    tags = {LABELS[name]: label} if label else {}
+                    self._gauges[name].set(value, tags={"stage": self.training.stage_name, **tags})
                 if ends:
                     return
 
@@ -88,11 +102,30 @@ class JobMonitor:
         finite = {name: value for name, value in message.items() if value is not None and math.isfinite(value)}
         # A metric that is no longer finite is not set at all: Ray would ignore the value and keep the last one.
         kept = {name: value for name, value in self._values.items() if name not in message}
-        self._values = {name: value for name, value in (kept | finite).items() if name in self._gauges}
+        values = (kept | finite).items()
+        self._values = {name: value for name, value in values if name.partition("/")[0] in self._gauges}
         if (step := message.get("step")) is not None:
             self.lines.append(message)
             bar.set_postfix_str(progress_text(message), refresh=False)
             bar.update(int(step) - bar.n)
+        for name, value in message.items():
+            if name.startswith(_PHASE):
+                self._show_phase(name.removeprefix(_PHASE), value, bar)
+
+    def _show_phase(self, phase: str, seconds: float | None, bar: Any) -> None:
+        """Shows the phase of the start that begins or, at the end of the last one, the times of all."""
+        if seconds is None:
+            if self._phase == "workers":
+                self._values[_PHASE + self._phase] = time.monotonic() - self._began
+            if self._phase in (COMPILE, FIRST_STEP):  # the workers start again
+                self._values = {name: value for name, value in self._values.items() if not name.startswith(_PHASE)}
+            self._phase = phase
+            bar.set_postfix_str(f"start: {phase}")
+        elif phase in (COMPILE, FIRST_STEP):
+            phases = {name.removeprefix(_PHASE): n for name, n in self._values.items() if name.startswith(_PHASE)}
+            times = ", ".join(f"{name} {n:.1f} s" for name, n in phases.items())
+            bar.write(f"run: started in {sum(phases.values()):.0f} s: {times}", file=sys.stderr)
+            bar.set_postfix_str("")
 
 
 class ActorReporter:

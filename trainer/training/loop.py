@@ -24,6 +24,7 @@ from trainer.optimization.schedule import Schedule, set_learning_rate
 from trainer.recipe.stages import StageConfig
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
 from trainer.runs.power_ema import PowerEMA
+from trainer.training.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class Loop:
         # The compiled model shares the parameters.
         self._forward: Callable[..., Tensor] = compiled(model) if compile else model
         self.norms = RecentNorms(self.device)
+        self.times = StepTimes(self.device)
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         self._last = StepResult.start(zero, zero)
 
@@ -163,7 +165,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(micro_batches)
         if self.workers > 1:
-            _sum_over_workers([loss, *_gradients(self.model)])
+            with self.times.sums.running():
+                _sum_over_workers([loss, *_gradients(self.model)])
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.clip_norm)
         if self.workers > 1:
             # GPUs of different kinds may round the norm differently, but all workers must decide alike.

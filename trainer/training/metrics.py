@@ -6,16 +6,13 @@ METRICS describes each metric.
 
 import math
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
-import torch
-
 from trainer.model.config import XUTConfig
 from trainer.model.flops import count_flops
+from trainer.training.step_times import RankTimes
 
 Line = dict[str, float | None]  # values by metric name; None if unknown
 
@@ -41,9 +38,28 @@ METRICS = {
         "recomputation by checkpointing, norms, softmax and the optimizer",
     ),
     "share_of_peak": Metric("", "teraflops over the dense bfloat16 peak of all GPUs"),
-    "data_wait_share": Metric("", "share of the time that workers wait for batches"),
+    "step_seconds": Metric("s", "time of a step, with checkpoints and logs in between"),
+    "data_wait_share": Metric("", "share of the time that workers, on GPUs the devices, wait for batches"),
     "encoder_share": Metric("", "share of the time spent in the image and text encoders"),
+    "text_encoder_share": Metric("", "share of the time spent in the text encoder"),
+    "vae_share": Metric("", "share of the time spent in the image encoder"),
+    "model_share": Metric("", "share of the time spent in forward and backward passes and the optimizer"),
+    "sums_share": Metric(
+        "", "share of the time spent adding the gradients of all workers, waiting for slower ones included"
+    ),
+    "rank_step_seconds": Metric(
+        "s", "own work of a worker on a step, without waiting for data or other workers: median of its steps"
+    ),
+    "rank_data_wait_seconds": Metric("s", "time of a step that a worker waits for its batch: median of its steps"),
+    "startup_seconds": Metric("s", "time of each phase of the start"),
     "gpu_memory_bytes": Metric("bytes", "peak memory of tensors on a GPU"),
+    "gpu_clock_hertz": Metric("Hz", "clock of the multiprocessors, of the slowest GPU"),
+    "gpu_memory_clock_hertz": Metric("Hz", "clock of the memory, of the slowest GPU"),
+    "gpu_celsius": Metric("C", "temperature of the hottest GPU"),
+    "gpu_watts": Metric("W", "power of all GPUs together"),
+    "gpu_memory_used_bytes": Metric("bytes", "memory in use by all processes on the fullest GPU"),
+    "gpu_corrected_errors": Metric("", "memory errors corrected by ECC, since the drivers were loaded, on all GPUs"),
+    "gpu_uncorrected_errors": Metric("", "memory errors that ECC could not correct, likewise"),
     "seconds": Metric("s", "training time, over all starts of the run"),
     "dollars": Metric("$", "cost, over all starts of the run"),
     "hours_left": Metric("h", "time to the last step at the speed of this start"),
@@ -61,6 +77,13 @@ METRICS = {
 }
 
 
+# Metrics with one value per rank or phase -> the label that tells them apart. They are named "metric/value of the
+# label" in a line, such as "rank_step_seconds/0".
+LABELS = {"rank_step_seconds": "rank", "rank_data_wait_seconds": "rank", "startup_seconds": "phase"}
+
+COMPILE, FIRST_STEP = "compile", "first step"  # the last phase of a start: with or without compiling
+
+
 @dataclass(frozen=True)
 class Counts:
     """Totals of a worker since it started. They can be added over workers and subtracted over time."""
@@ -69,7 +92,10 @@ class Counts:
     tokens: float = 0
     operations: float = 0  # floating-point operations
     waiting_seconds: float = 0  # for batches
-    encoding_seconds: float = 0
+    text_seconds: float = 0  # in the text encoder
+    vae_seconds: float = 0  # in the image encoder
+    model_seconds: float = 0  # forward and backward passes, optimizer
+    sums_seconds: float = 0  # of gradients over the workers
     replaced: float = 0  # samples
     cut_texts: float = 0
 
@@ -110,6 +136,7 @@ class Snapshot:
     step: int
     seconds: float = 0  # since this start of the run
     counts: Counts = Counts()  # summed over the workers, since this start
+    ranks: tuple[RankTimes, ...] = ()  # of each worker, since the last log line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +157,7 @@ class JobContext:
     peak_teraflops: float | None  # of one worker's GPU, see `peak_teraflops`
     price_per_hour: float | None  # dollars, for all machines together
     before: EarlierCost = EarlierCost()
+    startup_seconds: float = 0  # of this start until its first step has ended, which may have compiled for minutes
 
 
 def log_line(
@@ -157,6 +185,9 @@ def log_line(
     done = now.counts - last.counts
     teraflops = done.operations / seconds / 1e12
     peak = None if job.peak_teraflops is None else job.workers * job.peak_teraflops
+    total = job.workers * seconds
+    ranks = {f"rank_step_seconds/{rank}": times.step for rank, times in enumerate(now.ranks)}
+    ranks |= {f"rank_data_wait_seconds/{rank}": times.data_wait for rank, times in enumerate(now.ranks)}
     dollars = None if job.price_per_hour is None else job.before.dollars + job.price_per_hour * now.seconds / 3600
     return {
         "step": now.step,
@@ -168,12 +199,18 @@ def log_line(
         "tokens_per_second": done.tokens / seconds,
         "teraflops": teraflops,
         "share_of_peak": None if peak is None else teraflops / peak,
-        "data_wait_share": done.waiting_seconds / (job.workers * seconds),
-        "encoder_share": done.encoding_seconds / (job.workers * seconds),
+        "step_seconds": seconds / (now.step - last.step),
+        "data_wait_share": done.waiting_seconds / total,
+        "encoder_share": (done.text_seconds + done.vae_seconds) / total,
+        "text_encoder_share": done.text_seconds / total,
+        "vae_share": done.vae_seconds / total,
+        "model_share": done.model_seconds / total,
+        "sums_share": done.sums_seconds / total,
+        **ranks,
         "gpu_memory_bytes": gpu_memory_bytes,
         "seconds": job.before.seconds + now.seconds,
         "dollars": dollars,
-        "hours_left": (job.stop_step - now.step) * now.seconds / (now.step - job.start_step) / 3600,
+        "hours_left": _hours_left(job, now),
         "skipped_steps": skipped_steps,
         "outlier_steps": outlier_steps,
         "cut_text_share": done.cut_texts / max(1.0, done.images),
@@ -181,6 +218,21 @@ def log_line(
         "failed_saves": failed_saves,
         "failed_writes": failed_writes,
     }
+
+
+def _hours_left(job: JobContext, now: Snapshot) -> float:
+    """At the speed of this start after its first step."""
+    steps, seconds = now.step - job.start_step, now.seconds
+    if steps > 1:
+        steps, seconds = steps - 1, seconds - job.startup_seconds
+    return (job.stop_step - now.step) * seconds / steps / 3600
+
+
+# In the progress line: parts of a step by metric.
+_PARTS = {
+    "data_wait_share": "data", "text_encoder_share": "text encoder", "vae_share": "VAE", "model_share": "model",
+    "sums_share": "adding gradients",
+}  # fmt: skip
 
 
 def progress_text(line: Mapping[str, float | None]) -> str:
@@ -192,8 +244,11 @@ def progress_text(line: Mapping[str, float | None]) -> str:
 
     parts = known("loss", "loss {:.3f}") + known("images_per_second", "{:.0f} images/s")
     parts += [" ".join(known("teraflops", "{:.3g} TFLOP/s") + known("share_of_peak", "({:.0%} of peak)"))]
-    parts += known("data_wait_share", "waiting for data {:.0%}") + known("dollars", "${:.2f}")
-    parts += known("hours_left", "{:.1f} h left")
+    shares = ", ".join(f"{part} {line[name]:.0%}" for name, part in _PARTS.items() if (line.get(name) or 0) >= 0.005)
+    parts += [" ".join(known("step_seconds", "{:.3g} s/step") + ([f"({shares})"] if shares else []))]
+    parts += known("dollars", "${:.2f}")
+    if (hours := line.get("hours_left")) is not None:
+        parts += [f"{hours:.1f} h left" if hours >= 1 else f"{60 * hours:.0f} min left"]
     for name in ("skipped_steps", "outlier_steps", "replaced_samples", "failed_saves", "failed_writes"):
         parts += known(name, "{:.0f} " + name.replace("_", " ")) if line.get(name) else []
     return ", ".join(part for part in parts if part)
@@ -220,33 +275,3 @@ def peak_teraflops(device_name: str) -> float | None:
     """Peak of the device that `torch.cuda.get_device_name()` names; None if it is unknown, as for "cpu"."""
     name = device_name.removeprefix("NVIDIA ").strip()
     return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, name)), None)
-
-
-class Stopwatch:
-    """Sums the time a device spends inside `running`. On a GPU the host does not wait until `seconds` is called."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        if not self._on_gpu:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        yield
-        end.record()
-        self._open.append((begin, end))
-
-    def seconds(self) -> float:
-        """The sum so far; waits for unfinished work on the GPU."""
-        for begin, end in self._open:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
-        self._open.clear()
-        return self._seconds

@@ -3,9 +3,10 @@
 All workers take the same steps on equal weights. Rank 0 writes checkpoints and logs.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,26 +22,34 @@ from trainer.encoders.latents import Codec
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import TextEncoder, load_text_encoder
 from trainer.evaluation.tagger import Tagger, tag_agreement
+from trainer.health.gpu_state import GpuReader, gpu_metrics
+from trainer.health.notify import Notice
 from trainer.model.xut import Standardization
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints, Saver
+from trainer.runs.checkpoint_copy import Copier
 from trainer.runs.ema_snapshots import Snapshots
 from trainer.runs.run_folder import write_config
-from trainer.samples.data import Batch, TrainingData, by_length, concatenate, example_texts
+from trainer.samples.data import Batch, TrainingData, concatenate, example_texts
 from trainer.training import choose_attention, fit_memory
+from trainer.training.encoding import by_length, encode
 from trainer.training.loop import Reading, TrainingInputs
-from trainer.training.loop_setup import all_tensors, build_loop, encode, from_newest
+from trainer.training.loop_setup import all_tensors, build_loop, from_newest
 from trainer.training.metrics import (
+    COMPILE,
+    FIRST_STEP,
     Counts,
+    EarlierCost,
     JobContext,
     Line,
     Snapshot,
-    Stopwatch,
     batch_counts,
     log_line,
     peak_teraflops,
 )
+from trainer.training.replaced import Replaced
 from trainer.training.run_log import Log, append_line
+from trainer.training.step_times import RankTimes, SlowWorkers, device_name
 from trainer.training.validation import draw_share, interleave, validation_line, validation_losses
 from trainer.training.worker_group import WorkerGroup
 
@@ -49,8 +58,6 @@ _MAX_SKIPPED: Final = 3
 _MAX_ROLLBACKS: Final = 3  # in a row to the same checkpoint
 _STATISTICS_TEXTS: Final = 512  # whose features are standardized: tens of thousands of tokens
 _VALIDATION_SAMPLES: Final = 256  # more would change little and take longer than a log line is worth
-# A job fails above this many replaced samples: one in a thousand, plus a few that may come early.
-_REPLACED_ALLOWANCE, _REPLACED_SHARE = 10, 1e-3
 
 
 class Reporter(Protocol):
@@ -66,6 +73,10 @@ class Reporter(Protocol):
 
     def warn(self, text: str) -> None:
         """Sends a message about a problem that the metrics do not show."""
+        ...
+
+    def notify(self, notice: Notice) -> None:
+        """Sends a message that is also an event of the run."""
         ...
 
 
@@ -84,7 +95,9 @@ class Worker:
     ) -> None:
         self.group, self.device, self.source, self.reporter = group, device, source, reporter
         # Rank 0 looks for it alone. Otherwise a checkpoint that appears meanwhile would be loaded by some workers only.
-        self.training, checkpoint = group.broadcast(from_newest(training) if group.is_rank_zero else (training, None))
+        self.training, checkpoint = group.broadcast(
+            from_newest(training, reporter.warn) if group.is_rank_zero else (training, None)
+        )
         stage = training.stage
         self.stage = stage
         on_gpu = device.type == "cuda"
@@ -92,22 +105,34 @@ class Worker:
         probes = not self._recall_micro_batch()
         if not probes:
             self.batches = source.batches(self.training)  # reading begins while the models load
-        self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
-        self.encoder: TextEncoder = load_text_encoder(
-            training.text_encoder, device, training.model.text_layers, training.model.text_prefix
-        )
-        self.loop = build_loop(self.training, checkpoint, self.codec, device)
-        self._choose_attention()
-        if checkpoint is None and training.weights is None and training.lora is None:
-            self._standardize_text()
+        with self._phase("encoders"):
+            self.codec: Codec = load_codec(stage.codec, device, compiled=stage.compiled and on_gpu)
+            self.encoder: TextEncoder = load_text_encoder(
+                training.text_encoder, device, training.model.text_layers, training.model.text_prefix
+            )
+        with self._phase("model"):
+            self.loop = build_loop(self.training, checkpoint, self.codec, device)
+            self._choose_attention()
+            if checkpoint is None and training.weights is None and training.lora is None:
+                self._standardize_text()
         if probes:
-            self._probe_micro_batch()
+            with self._phase("memory probe"):
+                self._probe_micro_batch()
             self.batches = source.batches(self.training)
+        self.gpu = GpuReader.of(device)
+        self.copier: Copier | None = None
         self.saver: Saver | None = None
         self.log: Log | None = None
         if group.is_rank_zero:
             checkpoints = Checkpoints(training.checkpoints)
-            self.saver = Saver(checkpoints, keep_last=stage.keep_last, keep_every=stage.keep_every)
+            keep = {"keep_last": stage.keep_last, "keep_every": stage.keep_every}
+            if training.copies is None:
+                self.saver = Saver(checkpoints, **keep)
+            else:
+                self.copier = Copier(training.run, training.copies, reporter.warn, **keep)
+                self.saver = Saver(checkpoints, **keep, then=self.copier.submit)
+                if checkpoint is not None and checkpoint != training.branch:
+                    self.copier.submit(checkpoint)  # which the last start may not have copied
             record = self.training.record()
             self._write(lambda: write_config(Path(training.run), training.stage_name, record))  # with its micro batch
             self.log = Log(Path(training.folder), self.training.start_step, training.wandb, record)
@@ -117,13 +142,15 @@ class Worker:
             workers=group.size,
             peak_teraflops=peak_teraflops(self.device_name) if on_gpu else None,
             price_per_hour=training.price_per_hour,
-            **({"before": self.log.before} if self.log else {}),
+            before=self.log.before if self.log else EarlierCost(),
         )
         self.started = time.perf_counter()
-        self.counts, self.encoding = Counts(), Stopwatch(device)
+        self.counts, self.times = Counts(), self.loop.times
+        self.slow_workers = SlowWorkers(group.gather(device_name(device, socket.gethostname())))
         self.last = Snapshot(step=self.training.start_step)  # at the last log line
         self.reported_failures = 0
         self.unwritable: set[Path] = set()
+        self.replaced = Replaced(training.folder, len(source.data.row_index.counts_G), self._append, reporter.warn)
         self.rollbacks = 0
         self.held_out: Batch | None = None
         if group.is_rank_zero and not source.data.row_index.held_out_count:
@@ -185,6 +212,16 @@ class Worker:
             times = ", ".join(f"{name} {each * 1e3:.2f} ms" for name, each in seconds.items())
             self.reporter.warn(f"attention by {kernel}: {times}")
 
+    @contextmanager
+    def _phase(self, name: str, shown: bool = True) -> Iterator[None]:
+        """A phase of the start. Reports its time, first as None: the driver shows what takes so long."""
+        began = time.perf_counter()
+        if shown and self.group.is_rank_zero:
+            self.reporter.report({f"startup_seconds/{name}": None})
+        yield
+        if shown and self.group.is_rank_zero:
+            self.reporter.report({f"startup_seconds/{name}": time.perf_counter() - began})
+
     # --- Memory -------------------------------------------------------------------------------------------------------
 
     def _recall_micro_batch(self) -> bool:
@@ -239,18 +276,26 @@ class Worker:
     # --- A step -------------------------------------------------------------------------------------------------------
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        batch = concatenate([self._read(batches) for _ in range(self.training.accumulation)])
-        self.loop.step(self._encoded(batch))
+        is_first = not self.context.startup_seconds
+        with self._phase("first batch", is_first), self.times.data.running():
+            batch = concatenate([self._read(batches) for _ in range(self.training.accumulation)])
+        compiles = self.stage.compiled and self.device.type == "cuda"
+        with self._phase(COMPILE if compiles else FIRST_STEP, is_first):
+            with self.times.step.running():
+                self.loop.step(self._encoded(batch))
+            if is_first and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        if is_first:
+            self.context = replace(self.context, startup_seconds=time.perf_counter() - self.started)
         if self.training.audit:
             line = {"step": self.loop.steps_taken, "rank": self.group.rank, "ids": batch.ids}
             self._append(Path(self.training.audit), line)
 
     def _read(self, batches: Iterator[Batch]) -> Batch:
         """The next micro batch. JobFailed if too many samples were replaced."""
-        asked = time.perf_counter()
         batch = next(batches)
-        self._note_replaced(batch)
-        self.counts += Counts(waiting_seconds=time.perf_counter() - asked, replaced=len(batch.replaced))
+        self.replaced.note(self.loop.steps_taken + 1, self.stage.batch_size, batch.replaced)
+        self.counts += Counts(replaced=len(batch.replaced))
         return batch
 
     def _encoded(self, batch: Batch) -> Iterator[TrainingInputs]:
@@ -258,7 +303,8 @@ class Worker:
 
         Which samples share a micro batch changes only the order of a sum.
         """
-        lengths = self.encoder.lengths(batch.texts, self.stage.text_tokens)
+        with self.times.text.running():
+            lengths = self.encoder.lengths(batch.texts, self.stage.text_tokens)
         for numbers in by_length(lengths, self.training.micro_batch):
             cut_before = self.encoder.cut_texts
             inputs = self._encode(batch.take(numbers))
@@ -270,22 +316,11 @@ class Worker:
             yield inputs
 
     def _encode(self, batch: Batch) -> TrainingInputs:
-        with self.encoding.running():
-            return encode(batch, self.codec, self.encoder, self.stage, self.device, pads_text(self.training.model))
-
-    def _note_replaced(self, batch: Batch) -> None:
-        """Logs replaced samples. JobFailed if there are too many."""
-        for name, why in batch.replaced:
-            line = {"step": self.loop.steps_taken + 1, "id": name, "reason": why}
-            self._append(Path(self.training.folder) / "replaced.jsonl", line)
-        replaced, seen = self.counts.replaced + len(batch.replaced), self.counts.images + len(batch.ids)
-        if batch.replaced and replaced > _REPLACED_ALLOWANCE + _REPLACED_SHARE * seen:
-            name, why = batch.replaced[0]
-            raise JobFailed(
-                f"{replaced:.0f} of {seen:.0f} pictures could not be read, more than 1 in 1,000, such as {name} "
-                f"({why}); {self.training.folder}/replaced.jsonl lists them: repair the dataset and run the same "
-                "command again"
-            )
+        times = self.times
+        return encode(
+            batch, self.codec, self.encoder, self.stage, self.device, pads_text(self.training.model), times.text,
+            times.vae,
+        )  # fmt: skip
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         """Appends a line. A full disk does not end the training."""
@@ -310,19 +345,31 @@ class Worker:
             failed_saves=len(self.saver.failures) if self.saver else 0,
             failed_writes=self.log.failures if self.log else 0,
         )  # fmt: skip
+        if self.device.type == "cuda":
+            line |= gpu_metrics(self.group.gather(self.gpu.read()))
+        slow = self.slow_workers.update([times.step for times in now.ranks], now.step - self.last.step)
         self.last = now
+        self.times.forget_steps()
         if self.log and self.saver:
             self.log.metrics(line)
             self.reporter.report(line)
+            for message in slow:
+                self.reporter.warn(message)
             for failure in self.saver.failures[self.reported_failures :]:
                 self.reporter.warn(failure)
             self.reported_failures = len(self.saver.failures)
         return reading
 
     def _snapshot(self) -> Snapshot:
-        counts = replace(self.counts, encoding_seconds=self.encoding.seconds())
+        counts = replace(self.counts, **self.times.totals()).numbers()
+        own = self.times.of_steps()
+        # One sum for all: each worker adds its times at places of its own.
+        by_rank = [own if rank == self.group.rank else RankTimes(0, 0) for rank in range(self.group.size)]
+        placed = [number for times in by_rank for number in (times.step, times.data_wait)]
+        summed = self.group.sum(counts + placed)
+        ranks = tuple(RankTimes(*pair) for pair in zip(*[iter(summed[len(counts) :])] * 2, strict=True))
         seconds = time.perf_counter() - self.started
-        return Snapshot(step=self.loop.steps_taken, seconds=seconds, counts=Counts(*self.group.sum(counts.numbers())))
+        return Snapshot(step=self.loop.steps_taken, seconds=seconds, counts=Counts(*summed[: len(counts)]), ranks=ranks)
 
     def _save(self) -> None:
         self.rollbacks = 0
@@ -353,13 +400,14 @@ class Worker:
         position = self.training.position(step)
         self.loop.roll_back(all_tensors(found), found.step)
         self.training = replace(self.training, start_step=found.step, start_position=position)
-        self.last = replace(self._snapshot(), step=found.step)
+        self.last = self._snapshot()
         if self.log:
             self.log.rewind(found.step)
-            self.reporter.warn(
+            reason = (
                 f"{_MAX_SKIPPED} steps in a row were skipped before step {step} (loss or gradient not finite, or "
                 f"gradient outliers): back to step {found.step}, going on with other samples"
             )
+            self.reporter.notify(Notice("rolled back", reason))
 
     def _evaluate(self) -> None:
         """Validation loss and picture grid of the averaged weights. The workers share both."""
@@ -390,8 +438,7 @@ class Worker:
             results = {"validation_loss": line.get("loss"), "tag_agreement": line.get("tag_agreement")}
             self.reporter.report({name: value for name, value in results.items() if value is not None})
         # The time of the evaluation does not count as training.
-        now = self._snapshot()
-        self.last = replace(now, step=min(self.last.step, now.step))
+        self.last = self._snapshot()
 
     def _eager(self) -> AbstractContextManager[object]:
         """Runs blocks without compiling them: a grid of pictures has other shapes than a training step."""
@@ -415,4 +462,6 @@ class Worker:
         if newest is None or newest.step != self.loop.steps_taken:
             why = self.saver.failures[-1] if self.saver.failures else "it is not there"
             raise JobFailed(f"{why}; fix that and run the same command again")
+        if self.copier:
+            self.copier.close()
         self.log.close()

@@ -1,6 +1,7 @@
 """The driver's side of a training job, with a control actor and no workers."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -43,3 +44,31 @@ def test_sigterm_asks_the_workers_to_stop_and_a_second_one_interrupts(control: A
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_progress_line_names_the_phases_of_the_start_and_counts_only_steps_of_this_start(
+    control: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(str(tmp_path), start_step=4_000_000, stop_step=4_000_100)
+    line = {"step": 4_000_010, "loss": 0.5, "step_seconds": 2.0, "text_encoder_share": 0.75, "hours_left": 0.05}
+    messages: list[dict[str, float | None]] = [
+        {"startup_seconds/encoders": None}, {"startup_seconds/encoders": 3.0},
+        {"startup_seconds/compile": None}, {"startup_seconds/compile": 40.0},
+        line,
+        {"startup_seconds/encoders": None}, {"startup_seconds/encoders": 4.0},  # the workers start again
+        {"startup_seconds/first step": None}, {"startup_seconds/first step": 5.0},
+        line,
+    ]  # fmt: skip
+    for message in messages:
+        ray.get(control.add_message.remote(message))
+    with JobMonitor(control, training, {"Ray": 2.0, "index": 1.0}) as monitor:  # type: ignore[arg-type]
+        pass  # its end waits for all messages
+    shown = capfd.readouterr().err
+    assert "start: workers" in shown
+    assert "start: encoders" in shown
+    times = r"Ray 2\.0 s, index 1\.0 s, workers \d+\.\d s, encoders 3\.0 s, compile 40\.0 s"
+    assert re.search(rf"run: started in \d+ s: {times}\n", shown)
+    assert "run: started in 9 s: encoders 4.0 s, first step 5.0 s\n" in shown
+    assert "2 s/step (text encoder 75%), 3 min left" in shown
+    assert set(re.findall(r"[\d.]+ ?\w*/s\w*", shown)) == {"2 s/step"}, "no rate of tqdm's"
+    assert monitor.lines == [line] * 2

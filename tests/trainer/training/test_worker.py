@@ -3,7 +3,8 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,17 @@ class Recorder:
     stops_after: int = 1000
     lines: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
+    phases: list[tuple[str, float | None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def stop_requested(self) -> bool:
         return len(self.lines) >= self.stops_after
 
     def report(self, line: Line) -> None:
-        (self.lines if "step" in line else self.evaluations).append(line)
+        phases = [(name.partition("/")[2], seconds) for name, seconds in line.items() if name.startswith("startup_")]
+        self.phases += phases
+        if not phases:
+            (self.lines if "step" in line else self.evaluations).append(line)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -81,8 +86,10 @@ def source(training: Training, replaced: tuple[tuple[str, str], ...] = ()) -> Sa
     return SampleSource(data, batches, lambda numbers: held_out_batch(data, numbers))
 
 
-def worker(training: Training, recorder: Recorder, samples: SampleSource | None = None) -> Worker:
-    group = WorkerGroup.from_process_group()
+def worker(
+    training: Training, recorder: Recorder, samples: SampleSource | None = None, group: WorkerGroup | None = None
+) -> Worker:
+    group = group or WorkerGroup.from_process_group()
     return Worker(training, group, torch.device("cpu"), samples or source(training), recorder)
 
 
@@ -98,6 +105,63 @@ def test_a_worker_resumes_after_a_stop_request_with_equal_losses(dataset: Path, 
     again = Recorder()
     assert worker(resolved(dataset, tmp_path / "parts", 5), again).run() == 5
     assert [line["loss"] for line in parts.lines + again.lines] == [line["loss"] for line in whole.lines]
+
+
+def test_phases_of_the_start_are_reported_when_they_begin_and_end(dataset: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    worker(resolved(dataset, tmp_path, 3), recorder).run()
+    names = ("encoders", "model", "first batch", "first step")
+    assert [name for name, _ in recorder.phases] == [name for name in names for _ in range(2)]
+    assert [seconds is None for _, seconds in recorder.phases] == [True, False] * 4
+    assert all(seconds is None or seconds > 0 for _, seconds in recorder.phases)
+
+
+def test_a_line_says_which_part_of_a_step_takes_the_time(dataset: Path, tmp_path: Path) -> None:
+    """Here a text encoder as slow as a language model on a CPU."""
+    recorder = Recorder()
+    slow = worker(resolved(dataset, tmp_path, 4, "log_every=2"), recorder)
+    encode = slow.encoder.encode
+
+    def encode_slowly(*arguments: Any) -> Any:
+        time.sleep(1)
+        return encode(*arguments)
+
+    slow.encoder.encode = encode_slowly  # type: ignore[method-assign]
+    slow.run()
+    line = recorder.lines[-1]
+    parts = ("data_wait_share", "text_encoder_share", "vae_share", "model_share", "sums_share")
+    shares = [line[name] or 0.0 for name in parts]
+    assert max(shares) == line["text_encoder_share"]
+    assert all(share >= 0 for share in shares)
+    assert line["sums_share"] == 0
+    assert 0.5 < sum(shares) <= 1
+    assert line["rank_step_seconds/0"] >= slow.training.accumulation
+    assert line["step_seconds"] >= line["rank_step_seconds/0"]
+
+
+class BesideASlowWorker(WorkerGroup):
+    """Rank 0 of two workers, of which the other one works three times as long on each step."""
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item, f"another {item}" if isinstance(item, str) else item]
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        if len(numbers) == 1:
+            return list(numbers)
+        *others, step, wait, _, _ = numbers
+        return [*others, step, wait, 3 * step, wait + 0.5]
+
+
+def test_a_worker_that_slows_down_the_others_is_named(dataset: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    training = resolved(dataset, tmp_path, 60, "log_every=10", "checkpoint_every=100")
+    worker(training, recorder, group=BesideASlowWorker(0, 2, None)).run()
+    [message] = [text for text in recorder.warnings if "slows down" in text]
+    assert message.startswith("worker 1 (another CPUs of ")
+    assert "3.0 times as long as they do, for 50 steps" in message
+    for line in recorder.lines:
+        assert line["rank_step_seconds/1"] == pytest.approx(3 * line["rank_step_seconds/0"])
+        assert line["rank_data_wait_seconds/1"] == pytest.approx(0.5 + line["rank_data_wait_seconds/0"])
 
 
 def test_new_weights_get_the_statistics_of_the_selections_texts_and_keep_them(dataset: Path, tmp_path: Path) -> None:
