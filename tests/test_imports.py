@@ -44,6 +44,7 @@ ONLY_IN = {
         "trainer/cluster/launch.py",
         "trainer/cluster/monitor.py",
         "trainer/cluster/policies.py",
+        "trainer/cluster/recording.py",
         "trainer/cluster/replicas.py",
         "trainer/cluster/sample_stream.py",
     },

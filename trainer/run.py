@@ -22,6 +22,7 @@ def _train(command: Command) -> None:
 
     from pipeline.core.cluster import cluster
     from trainer.cluster.launch import train
+    from trainer.health.notify import Notifier
     from trainer.recipe.memory import check_device
     from trainer.recipe.resolve import resolve
 
@@ -35,17 +36,19 @@ def _train(command: Command) -> None:
         check_device(training, torch.cuda.device_count())  # before starting Ray; an existing cluster is asked later
     auto = torch.cuda.is_available() and "auto" in (training.stage.micro_batch, training.stage.checkpointing)
     batches = (
-        "micro batches that fit the GPU"
-        if auto
-        else (f"{training.accumulation} micro batches of {training.micro_batch}")
+        "micro batches that fit the GPU" if auto else f"{training.accumulation} micro batches of {training.micro_batch}"
     )
+    counts = training.worker_counts()
+    others = f" (or {', '.join(map(str, counts[:-1]))} workers, as nodes come and go)" if len(counts) > 1 else ""
     print(
         f"run: steps {training.start_step} to {training.stop_step} of {training.stage.batch_size} samples: "
-        f"{training.workers} workers x {batches}",
+        f"{training.workers} workers x {batches}{others}",
         flush=True,
     )
-    with cluster("run", dashboard=True, niceness=0):
-        trained = train(training)
+    starting = time.monotonic()
+    notifier = Notifier(command.notify, training.run, training.stage_name, training.start_step, training.stop_step)
+    with notifier, cluster("run", dashboard=True, niceness=0):
+        trained = train(training, ray_seconds=time.monotonic() - starting, notifier=notifier)
     samples = (trained.steps - training.start_step) * training.stage.batch_size
     write_run_record(
         training.folder, "train", started, samples, samples, {}, steps=trained.steps, last=trained.lines[-1]

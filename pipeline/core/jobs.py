@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
 
-_OUTPUT_FLAGS: Final = ("dataset", "run", "checkpoints", "out")
+_OUTPUT_FLAGS: Final = ("dataset", "run", "checkpoints", "checkpoints_copy", "out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,9 +32,9 @@ class Parser(argparse.ArgumentParser):
             path = getattr(found, name, None) or "s3://"
             if "://" not in path and not os.path.isabs(os.path.expanduser(path)):
                 raise UsageError(
-                    f"--{name} {path} would be in the uploaded folder, which Ray removes: give s3://bucket/prefix or "
-                    "the full path of a folder that all nodes share, by this flag or by HDM_DATASET and HDM_RUN in "
-                    "the env_vars of --runtime-env-json"
+                    f"--{name.replace('_', '-')} {path} would be in the uploaded folder, which Ray removes: give "
+                    "s3://bucket/prefix or the full path of a folder that all nodes share, by this flag or by "
+                    "HDM_DATASET and HDM_RUN in the env_vars of --runtime-env-json"
                 )
         return found, rest
 

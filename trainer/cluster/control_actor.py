@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trainer.health.notify import Notice
     from trainer.training.metrics import Line
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 60.0  # seconds between a failure and the next start; each pause doubles
@@ -18,7 +19,7 @@ class ControlActor:
 
     def __init__(self, most_failures: int = 3, workers: int = 0) -> None:
         """`most_failures`: in a row without progress, after which the job ends. `workers`: their fixed number, or 0."""
-        self.messages: list[Line | str] = []  # metrics or warnings
+        self.messages: list[Line | str | Notice] = []  # metrics, warnings or events
         self.stops = False
         self.failure = ""
         self.steps = 0
@@ -29,10 +30,10 @@ class ControlActor:
         self._waiting_since: float | None = None
         self._report_at = 0.0
 
-    def add_message(self, message: "Line | str") -> None:
+    def add_message(self, message: "Line | str | Notice") -> None:
         self.messages.append(message)
 
-    def messages_from(self, number: int) -> tuple[list["Line | str"], str]:
+    def messages_from(self, number: int) -> tuple[list["Line | str | Notice"], str]:
         """The messages after the first `number`, and the reason why the job failed, if it did."""
         return self.messages[number:], self.failure
 

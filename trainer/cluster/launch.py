@@ -1,6 +1,7 @@
 """Runs a training job with Ray Train. sample_stream.py reads its samples; replicas.py draws pictures with Ray Serve."""
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,18 +10,22 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.core.cluster import node_resources, nodes_of
 from pipeline.core.errors import JobFailed, UsageError
 from trainer.cluster.control_actor import ControlActor
 from trainer.cluster.monitor import ActorReporter, JobMonitor
+from trainer.cluster.policies import FailuresWithoutProgress, PolicyTrainer
+from trainer.cluster.recording import RecordingTorchConfig
 from trainer.cluster.sample_stream import Warn, cpus_per_worker, stream_source
+from trainer.health.notify import Notifier
+from trainer.health.stacks import StackWriter, recorder_environment
 from trainer.recipe.memory import check_device
 from trainer.recipe.training import Training
 from trainer.samples.data import TrainingData
+from trainer.training import fit_memory
 from trainer.training.metrics import Line
 from trainer.training.run_log import check_writers
 from trainer.training.worker import SampleSource, Worker
@@ -28,6 +33,7 @@ from trainer.training.worker_group import WorkerGroup
 
 # After which a collective operation fails, besides the time that another worker may wait for S3. Ray's default.
 _COLLECTIVE_SECONDS: Final = 1800
+_RESIZE_SECONDS: Final = 15.0  # between looks for new nodes; a resize then waits for a checkpoint
 
 MakeSource = Callable[[TrainingData, Training, WorkerGroup, Warn], SampleSource]
 
@@ -39,27 +45,40 @@ class TrainingResult:
     was_stopped: bool  # by SIGTERM, after saving a checkpoint
 
 
-def train(training: Training, make_source: MakeSource = stream_source) -> TrainingResult:
+def train(
+    training: Training,
+    make_source: MakeSource = stream_source,
+    ray_seconds: float = 0.0,
+    notifier: Notifier | None = None,
+) -> TrainingResult:
     """Runs the job on the connected Ray. JobFailed if the workers fail for good.
 
     On SIGTERM, as before a spot machine goes away, the workers save a checkpoint and end. A second SIGTERM ends the job
-    at once. `make_source` replaces the samples, for benchmarks.
+    at once. `make_source` replaces the samples, for benchmarks. `ray_seconds`: time that Ray took to start.
+    `notifier` gets the step of the run, and its events but for the end.
     """
+    began = time.monotonic()
     scaling = _scaling(training)
     check_writers(training.wandb)
     data = _data(training)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    control = ray.remote(num_cpus=0, scheduling_strategy=here)(ControlActor).remote()
-    trainer = TorchTrainer(
+    counts = training.worker_counts()
+    control = ray.remote(num_cpus=0, scheduling_strategy=here)(ControlActor).remote(
+        training.max_failures, workers=0 if len(counts) > 1 else training.workers
+    )
+    trainer = PolicyTrainer(
         _train_worker,
         train_loop_config={"training": training, "data": ray.put(data), "control": control, "source": make_source},
-        torch_config=TorchConfig(timeout_s=int(3600 * training.s3_wait) + _COLLECTIVE_SECONDS),
-        scaling_config=scaling,
-        run_config=RunConfig(
-            name="ray", storage_path=training.folder, failure_config=FailureConfig(max_failures=training.max_failures)
+        torch_config=RecordingTorchConfig(
+            timeout_s=int(3600 * training.s3_wait) + _COLLECTIVE_SECONDS,
+            environment=recorder_environment(training.folder),
         ),
+        scaling_config=scaling,
+        run_config=RunConfig(name="ray", storage_path=training.folder),
+        failure_policy=FailuresWithoutProgress(control, training.checkpoints, training.s3_wait),
+        counts=counts,
     )
-    monitor = JobMonitor(control, training)
+    monitor = JobMonitor(control, training, {"Ray": ray_seconds, "index": time.monotonic() - began}, notifier)
     try:
         with monitor:
             trainer.fit()
@@ -97,30 +116,42 @@ def _scaling(training: Training) -> ScalingConfig:
         raise UsageError(
             f"training needs 2 CPUs, one of them to read pictures, but Ray has {cpus:.0f}; start it with more"
         )
-    if 0 < gpus < training.workers:
-        raise UsageError(f"--workers {training.workers} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
-    resources = {"CPU": cpus_per_worker(training.workers)} | node_resources("trainer")
-    return ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources)
+    counts = training.worker_counts()
+    fewest, most = counts[0], counts[-1]
+    if 0 < gpus < fewest:
+        raise UsageError(f"--workers {fewest} but the cluster has {gpus:.0f} GPUs; use --workers {gpus:.0f}")
+    resources = {"CPU": cpus_per_worker(most)} | node_resources("trainer")
+    number = most if fewest == most else (fewest, most)
+    return ScalingConfig(
+        num_workers=number, use_gpu=gpus > 0, resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
+    )  # fmt: skip
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs in each worker of Ray Train, and again in new processes after one was lost."""
     training: Training = config["training"]
     control = config["control"]
-    if ray.get(control.messages_from.remote(0))[1]:
-        return
     context = ray.train.get_context()
     if not torch.cuda.is_available():
         # Ray sets OMP_NUM_THREADS to the worker's logical CPUs. Reading pictures needs few of the real ones.
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // context.get_local_world_size()))
         keep_freed_memory()
     group = WorkerGroup.from_process_group()
+    StackWriter(training.folder, group.rank)
+    training = training.with_workers(group.size)
+    if group.is_rank_zero:
+        control.begin.remote(group.size)
     reporter = ActorReporter(control)
     source = config["source"](ray.get(config["data"]), training, group, reporter.warn)
     try:
         steps = Worker(training, group, ray.train.torch.get_device(), source, reporter).run()
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(control.fail.remote(str(error)))
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if fit_memory.is_out_of_memory(error):
+            ray.get(control.note_smaller_batch.remote())
         raise
     if group.is_rank_zero:
         ray.get(control.finish.remote(steps))

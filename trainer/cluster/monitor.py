@@ -14,6 +14,8 @@ import ray
 from ray.util.metrics import Gauge
 
 from pipeline.core.progress import StallDetector, progress_bar
+from trainer.health.notify import Event, Notice, Notifier
+from trainer.health.stacks import has_stalled, request_stacks
 from trainer.recipe.training import Training
 from trainer.training.metrics import COMPILE, FIRST_STEP, GAUGE_PREFIX, LABELS, METRICS, Line, progress_text
 from trainer.training.run_log import skipped_steps
@@ -30,9 +32,16 @@ _PHASE: Final = "startup_seconds/"
 class JobMonitor:
     """Context manager around TorchTrainer.fit. Shows the messages of the workers and forwards SIGTERM to them."""
 
-    def __init__(self, control: Any, training: Training, phases: Mapping[str, float] | None = None) -> None:
-        """`phases`: seconds of the phases of the start so far."""
-        self.control, self.training = control, training
+    def __init__(
+        self,
+        control: Any,
+        training: Training,
+        phases: Mapping[str, float] | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        """`phases`: seconds of the phases of the start so far. `notifier` gets the events of the run."""
+        self.control, self.training, self.notifier = control, training, notifier
+        self._has_stalled = False
         self.lines: list[Line] = []
         self.failure = ""
         self.was_stopped = False
@@ -85,6 +94,7 @@ class JobMonitor:
                 for message in messages:
                     self._show(message, bar)
                 idle = self._stall.update(bar.n - self.training.start_step, time.monotonic())
+                self._note_stall(idle, bar)
                 disk = shutil.disk_usage(Path(self.training.folder))
                 used = {"disk_used_share": disk.used / (disk.used + disk.free)}  # like df, without root's reserve
                 # Set at every poll: Ray drops a gauge after 20 seconds, so a gauge that exists shows a running job.
@@ -95,7 +105,26 @@ class JobMonitor:
                 if ends:
                     return
 
-    def _show(self, message: Line | str, bar: Any) -> None:
+    def _note_stall(self, idle: Mapping[str, float], bar: Any) -> None:
+        """Once per stall: a message, the event, and a request for the stacks of all workers."""
+        before, self._has_stalled = self._has_stalled, has_stalled(**idle)
+        if self._has_stalled and not before:
+            try:
+                stacks = f"the workers write their stacks to {request_stacks(self.training.folder)}"
+            except OSError as error:
+                stacks = f"the workers cannot write their stacks ({error})"
+            text = f"no step was logged for {idle['idle_seconds'] / 60:.0f} min after step {bar.n}: {stacks}"
+            bar.write(f"run: {text}", file=sys.stderr)
+            self._notify("stalled", text)
+
+    def _notify(self, event: Event, reason: str) -> None:
+        if self.notifier:
+            self.notifier.send(event, reason)
+
+    def _show(self, message: Line | str | Notice, bar: Any) -> None:
+        if isinstance(message, Notice):
+            self._notify(message.event, message.reason)
+            message = message.reason
         if isinstance(message, str):
             bar.write(f"run: {message}", file=sys.stderr)
             return
@@ -108,6 +137,8 @@ class JobMonitor:
             self.lines.append(message)
             bar.set_postfix_str(progress_text(message), refresh=False)
             bar.update(int(step) - bar.n)
+            if self.notifier:
+                self.notifier.step = int(step)
         for name, value in message.items():
             if name.startswith(_PHASE):
                 self._show_phase(name.removeprefix(_PHASE), value, bar)
@@ -148,3 +179,6 @@ class ActorReporter:
 
     def warn(self, text: str) -> None:
         self._control.add_message.remote(text)
+
+    def notify(self, notice: Notice) -> None:
+        self._control.add_message.remote(notice)

@@ -3,11 +3,12 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, default_dataset, default_run, local_path
+from trainer.health.notify import check_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Command:
     dataset: str
     run: str
     checkpoints: str | None = None  # folder or s3:// prefix that holds <stage>/checkpoints; None: the run folder
+    checkpoints_copy: str | None = None  # folder or s3:// prefix of a second copy; None: there is none
     workers: int | str = 1  # N, or FEWEST-MOST
     steps: int | None = None  # optimizer steps in total; None: the stage's own number
     anneal: int | None = None  # optimizer steps of a decay from a checkpoint; None: train the stage
@@ -32,6 +34,7 @@ class Command:
     prompts: str | None = None
     max_failures: int = 3
     s3_wait: float = 6.0  # hours
+    notify: str | None = field(default=None, repr=False)  # address that gets events; may hold a secret
 
     def __post_init__(self) -> None:
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
@@ -48,6 +51,8 @@ class Command:
             raise UsageError(f"--max-failures {self.max_failures}: must be at least 0")
         if not 0 <= self.s3_wait < math.inf:
             raise UsageError(f"--s3-wait {self.s3_wait}: give the hours to wait for S3, at least 0")
+        if self.notify is not None:
+            check_address(self.notify)
 
     def worker_range(self) -> tuple[int, int]:
         """The fewest and the most workers. UsageError unless --workers is N or FEWEST-MOST."""
@@ -113,6 +118,11 @@ def parse_args(description: str | None) -> Command:
         help="Folder or s3:// prefix for checkpoints, which go to HOME/<stage>/checkpoints. Default: the run folder.",
     )  # fmt: skip
     add(
+        "--checkpoints-copy", metavar="COPY",
+        help="Keep a second copy of the checkpoints in COPY/<stage>/checkpoints, a folder or s3:// prefix. A run that "
+        "has lost its checkpoints goes on from there.",
+    )  # fmt: skip
+    add(
         "--workers", default=os.environ.get("HDM_WORKERS") or 1, metavar="N",
         help="Training processes, one per GPU. A range, such as 1-4, starts with as many as there is room for, goes on "
         "with fewer when a node is lost, and with more when one joins. Default: $HDM_WORKERS, then 1.",
@@ -160,5 +170,10 @@ def parse_args(description: str | None) -> Command:
     add(
         "--s3-wait", type=float, default=6.0, metavar="HOURS",
         help="Wait so long for samples while S3 cannot be reached. Default: 6.",
+    )  # fmt: skip
+    add(
+        "--notify", default=os.environ.get("HDM_NOTIFY") or None, metavar="URL",
+        help="Post JSON to this http or https address when the run ends, fails, stalls or rolls back. Default: "
+        "$HDM_NOTIFY, which suits addresses with a secret: others can see a command line.",
     )  # fmt: skip
     return Command(**vars(parser.parse_args()))

@@ -23,6 +23,7 @@ from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 from trainer.runs import run_folder
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
+from trainer.runs.checkpoint_copy import restore
 from trainer.samples.data import example_texts
 from trainer.samples.row_index import Selection
 
@@ -39,6 +40,8 @@ def resolve(command: Command) -> Training:
     branch = _branch(command, run, home)
     name = run_folder.anneal_name(command.stage, branch.step, command.anneal or 0) if branch else command.stage
     checkpoints = run_folder.checkpoints_of(run, name, home)
+    copies = _copies(command, name, checkpoints)
+    restored = restore(run, name, checkpoints, copies) if copies else None
     newest = Checkpoints(checkpoints).newest() or branch
     with _value_errors_are_usage_errors():
         base = None if branch else command.start_from
@@ -76,6 +79,7 @@ def resolve(command: Command) -> Training:
         folder=str(run / name),
         checkpoints=checkpoints,
         checkpoint_home=home,
+        copies=copies,
         text_encoder=text_encoder,
         example_prompts=examples,
         workers=counts[-1],
@@ -91,7 +95,7 @@ def resolve(command: Command) -> Training:
         weights=None if adapters else initial,
         lora=adapters.lora if adapters else None,
         began_from=adapters.lora.base if adapters else initial.folder if initial else None,
-        notes=tuple(notes),
+        notes=((restored,) if restored else ()) + tuple(notes),
         prompts=command.grid_prompts() or examples,
         audit=command.audit_file(),
         price_per_hour=command.price_per_hour,
@@ -139,6 +143,19 @@ def _checkpoint_home(command: Command, run: Path) -> str | None:
         given = command.checkpoints.rstrip("/")
         return given if given.startswith("s3://") else str(local_path("--checkpoints", given).resolve())
     return (run_folder.read_config(run, command.stage) or {}).get("checkpoints")
+
+
+def _copies(command: Command, name: str, checkpoints: str) -> str | None:
+    """The place of the stage's second copies. UsageError if it is that of the checkpoints."""
+    if command.checkpoints_copy is None:
+        return None
+    home = command.checkpoints_copy.rstrip("/")
+    if not home.startswith("s3://"):
+        home = str(local_path("--checkpoints-copy", home).resolve())
+    copies = Checkpoints.of_stage(home, name).root
+    if copies == checkpoints:
+        raise UsageError(f"--checkpoints-copy {home} is where the checkpoints are; give another disk or a bucket")
+    return copies
 
 
 def _branch(command: Command, run: Path, home: str | None) -> Checkpoint | None:

@@ -28,6 +28,7 @@ class Training:
     folder: str  # folder of this stage: config.json, metrics.jsonl
     checkpoints: str  # folder or s3:// prefix of this stage's checkpoints
     checkpoint_home: str | None  # value of --checkpoints
+    copies: str | None  # folder or s3:// prefix of their second copies
     text_encoder: str  # folder or hub name
     example_prompts: list[str]  # texts of the selection that serve as example prompts
     workers: int  # of a range, the most

@@ -9,6 +9,7 @@ mistaken for a checkpoint, and the next save removes it.
 
 import copy
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -31,8 +32,11 @@ from pipeline.storage.shards import Store
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file (model, ema, optimizer, power_ema), then by name
 State = dict[str, Any]
+# Yields a local path for the name of a file, which is complete when the block ends.
+_Place = Callable[[str], AbstractContextManager[str]]
 
 _STATE = "state.json"
+_COPY_BYTES = 16 << 20
 # The suffix is for a step that is saved again: its old checkpoint stays until the new one is complete.
 _NAME = re.compile(r"step-(\d{8,})(-\d+)?")
 # Names of the dtypes in the safetensors format.
@@ -111,16 +115,47 @@ class Checkpoints:
         is above 0. If writing fails, what was written is removed, older checkpoints stay, and the error (OSError or one
         of `Store`'s) is raised.
         """
+        before = self.finished()
+        saved_at = max(time.time(), before[-1].saved_at + 0.001) if before else time.time()
+        state = state | {"step": step, "saved_at": saved_at}
+        return self._add(
+            before, step, saved_at, lambda place: _write_files(place, tensors, state), keep_last, keep_every
+        )
+
+    def copy(self, source: Checkpoint, keep_last: int = 2, keep_every: int = 0) -> Checkpoint:
+        """Adds an equal checkpoint, then removes older ones like `save`. Each file is read back and compared; S3 itself
+        compares the checksums of what it gets.
+
+        Does nothing if a checkpoint here was saved at the same time or later, and returns the newest. If copying fails,
+        what was written is removed, and OSError or one of `Store`'s errors is raised.
+        """
+        before = self.finished()
+        if before and before[-1].saved_at >= source.saved_at:
+            return before[-1]
+        copied = self._add(
+            before, source.step, source.saved_at, lambda place: _copy_files(place, source.folder), keep_last, keep_every
+        )
+        if copied not in self.finished():
+            raise OSError(errno.EIO, "the copy is not whole", copied.folder)
+        return copied
+
+    def _add(
+        self,
+        before: list[Checkpoint],
+        step: int,
+        saved_at: float,
+        write: Callable[[_Place], None],
+        keep_last: int,
+        keep_every: int,
+    ) -> Checkpoint:
+        """Adds the files of `write` as a checkpoint to those before, and removes older ones."""
         if keep_last < 1 or keep_every < 0:
             raise ValueError(f"keep_last {keep_last} must be at least 1, keep_every {keep_every} at least 0")
         store = Store(self.root)
         _remove_leftovers(store)
-        before = self.finished()
         superseded = [name for name in store.folders("") if _step(name) == step]
         name = _free_name(step, superseded)
-        saved_at = max(time.time(), before[-1].saved_at + 0.001) if before else time.time()
-        state = state | {"step": step, "saved_at": saved_at}
-        (_write_remote if store.is_remote else _write_local)(store, name, tensors, state)
+        (_write_remote if store.is_remote else _write_local)(store, name, write)
         saved = Checkpoint(store.path(name), step, saved_at)
         older = [checkpoint for checkpoint in before if checkpoint.step != step]
         outdated = [c for c in [*older, saved][:-keep_last] if not keep_every or c.step % keep_every]
@@ -136,6 +171,7 @@ class Saver:
     """
 
     def __init__(self, checkpoints: Checkpoints, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.then: Callable[[Checkpoint], object] = lambda saved: None  # called with each checkpoint, in the thread
         self.failures: list[str] = []  # one line per failed save
         self._checkpoints = checkpoints
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
@@ -147,7 +183,11 @@ class Saver:
         Waits for a save in progress first: there is never more than one copy.
         """
         state = copy.deepcopy(state)
-        self._submit(step, tensors, None, lambda copies: self._checkpoints.save(step, copies, state, **self._keep))
+
+        def save(copies: Tensors) -> None:
+            self.then(self._checkpoints.save(step, copies, state, **self._keep))
+
+        self._submit(step, tensors, None, save)
 
     def submit_snapshot(
         self, step: int, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]
@@ -221,12 +261,12 @@ def _read_state(store: Store, name: str) -> State | None:
     return state if ours and isinstance(state.get("saved_at"), int | float) else None
 
 
-def _write_local(store: Store, name: str, tensors: Tensors, state: State) -> None:
+def _write_local(store: Store, name: str, write: Callable[[_Place], None]) -> None:
     root = Path(store.root)
     partial = root / f".{name}.partial"
     _make_folder(partial)
     try:
-        _write_files(lambda file: nullcontext(str(partial / file)), tensors, state)
+        write(lambda file: nullcontext(str(partial / file)))
         for path in (*partial.iterdir(), partial):
             _flush(path)
         partial.rename(root / name)
@@ -236,23 +276,47 @@ def _write_local(store: Store, name: str, tensors: Tensors, state: State) -> Non
     _flush(root)
 
 
-def _write_remote(store: Store, name: str, tensors: Tensors, state: State) -> None:
+def _write_remote(store: Store, name: str, write: Callable[[_Place], None]) -> None:
     try:
-        _write_files(lambda file: store.committed(f"{name}/{file}"), tensors, state)
+        write(lambda file: store.committed(f"{name}/{file}"))
     except BaseException:
         with suppress(Exception):  # if S3 is unreachable, the next save removes it
             _remove(store, name)
         raise
 
 
-def _write_files(place: Callable[[str], AbstractContextManager[str]], tensors: Tensors, state: State) -> None:
-    """Writes each file to the local path that `place` yields for its name; state.json comes last."""
+def _write_files(place: _Place, tensors: Tensors, state: State) -> None:
+    """state.json comes last."""
     files = {}
     for kind, named in tensors.items():
         with place(f"{kind}.safetensors") as path:
             files[f"{kind}.safetensors"] = write_tensors(path, named)
     with place(_STATE) as path:
         Path(path).write_text(json.dumps(state | {"files": files}, indent=1))
+
+
+def _copy_files(place: _Place, folder: str) -> None:
+    """state.json comes last. OSError if what was written differs from what was read."""
+    source = Store(folder)
+    for name in (*json.loads(source.read(_STATE))["files"], _STATE):
+        with place(name) as path:
+            with source.open(name) as original, open(path, "wb") as copy:
+                digest = _copy_stream(original, copy)
+            with open(path, "rb") as copy:
+                if hashlib.file_digest(copy, "sha256").digest() != digest:
+                    raise OSError(errno.EIO, "what was written reads back otherwise", path)
+
+
+def _copy_stream(original: BinaryIO, copy: BinaryIO) -> bytes:
+    """The SHA-256 of what was copied. The copy is on the disk then, and no longer in memory."""
+    digest = hashlib.sha256()
+    while piece := original.read(_COPY_BYTES):
+        digest.update(piece)
+        copy.write(piece)
+    copy.flush()
+    os.fsync(copy.fileno())
+    os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.digest()
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> int:

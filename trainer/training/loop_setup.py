@@ -1,5 +1,8 @@
 """What a worker starts with: the newest checkpoint and the loop in that state."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -10,18 +13,25 @@ from trainer.optimization.schedule import Schedule
 from trainer.recipe.stages import StageConfig
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
+from trainer.runs.checkpoint_copy import restore
 from trainer.runs.lora import add_adapters
 from trainer.runs.run_folder import config_of
 from trainer.runs.weights import Lora, trained_model
 from trainer.training.loop import Loop
 
 
-def from_newest(training: Training) -> tuple[Training, Checkpoint | None]:
+def from_newest(training: Training, warn: Callable[[str], None]) -> tuple[Training, Checkpoint | None]:
     """The job continued from its newest checkpoint, which restarted workers find further on than the job's start.
 
-    JobFailed if the job was to resume from a checkpoint that no longer exists.
+    If all are lost, the newest copy is restored, and `warn` is told. JobFailed if the job was to resume from a
+    checkpoint that no longer exists.
     """
-    found = Checkpoints(training.checkpoints).newest() or training.branch
+    found = Checkpoints(training.checkpoints).newest()
+    if found is None and training.copies:
+        if line := restore(Path(training.run), training.stage_name, training.checkpoints, training.copies):
+            warn(line)
+        found = Checkpoints(training.checkpoints).newest()
+    found = found or training.branch
     if found is None:
         if training.start_step:
             raise JobFailed(f"the checkpoint of step {training.start_step} in {training.checkpoints} is gone")

@@ -125,12 +125,10 @@ class Worker:
         self.log: Log | None = None
         if group.is_rank_zero:
             checkpoints = Checkpoints(training.checkpoints)
-            keep = {"keep_last": stage.keep_last, "keep_every": stage.keep_every}
-            if training.copies is None:
-                self.saver = Saver(checkpoints, **keep)
-            else:
-                self.copier = Copier(training.run, training.copies, reporter.warn, **keep)
-                self.saver = Saver(checkpoints, **keep, then=self.copier.submit)
+            self.saver = Saver(checkpoints, stage.keep_last, stage.keep_every)
+            if training.copies is not None:
+                self.copier = Copier(training.run, training.copies, reporter.warn, stage.keep_last, stage.keep_every)
+                self.saver.then = self.copier.submit
                 if checkpoint is not None and checkpoint != training.branch:
                     self.copier.submit(checkpoint)  # which the last start may not have copied
             record = self.training.record()

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from pipeline.core.errors import JobFailed
 from trainer.drawing.picture_model import PictureModel
 from trainer.encoders.text import build_local_text_encoder
+from trainer.health.notify import Notice
 from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
 from trainer.recipe.training import Training
@@ -43,6 +44,7 @@ class Recorder:
     evaluations: list[Line] = field(default_factory=list)
     phases: list[tuple[str, float | None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
     def stop_requested(self) -> bool:
         return len(self.lines) >= self.stops_after
@@ -55,6 +57,10 @@ class Recorder:
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def notify(self, notice: Notice) -> None:
+        self.events.append(notice.event)
+        self.warnings.append(notice.reason)
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +252,7 @@ def test_a_loss_that_stays_infinite_rolls_back_three_times_and_then_fails(datase
     ):
         worker(wild, recorder).run()
     assert [text.split(": ")[1] for text in recorder.warnings] == ["back to step 4, going on with other samples"] * 3
+    assert recorder.events == ["rolled back"] * 3
     assert saved(tmp_path)[-1] == 4, "diverged weights are not saved"
     skipped = [line["skipped_steps"] for line in recorder.lines]
     assert skipped == sorted(skipped), "steps skipped before a rollback stay counted"
