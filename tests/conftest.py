@@ -37,11 +37,10 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 TRANSIENT = ("500 InternalError", "503 SlowDown", "refuse", "lose answer", "cut answer", "cut request")
 
 
-# `pytest -n 2` gives each process whole files. Files that share what takes long to make stay together.
+# With xdist each process gets whole files. Files that share what takes long to make stay together.
 _TOGETHER = {
-    "trained run": (
-        "tests/trainer/test_resume.py",
-        "tests/trainer/test_run.py",
+    "trained run": ("tests/trainer/test_resume.py", "tests/trainer/test_run.py"),
+    "drawn dataset": (
         "tests/trainer/training/test_worker.py",
         "tests/trainer/training/test_fit_memory.py",
         "tests/trainer/cluster/test_sample_stream.py",
@@ -51,16 +50,18 @@ _TOGETHER = {
     ),
     "served page": ("tests/trainer/test_serve.py", "tests/trainer/web/"),
 }
-# Files that take longest are started first, so that both processes end at about the same time.
+# Files that take longest are started first, so that all processes end at about the same time.
 _LONGEST = (
+    "tests/deploy/test_jobs.py",  # of the cluster step
     *_TOGETHER["trained run"],
     "tests/pipeline/test_jobs.py",
+    *_TOGETHER["drawn dataset"],
     *_TOGETHER["served page"],
+    "tests/pipeline/captions/test_steps.py",
     "tests/pipeline/core/",
+    "tests/pipeline/scores/test_steps.py",
     "tests/pipeline/test_caption.py",
     "tests/pipeline/test_score.py",
-    "tests/pipeline/captions/test_steps.py",
-    "tests/pipeline/scores/test_steps.py",
     "tests/pipeline/ingestion/test_steps.py",
     "tests/pipeline/storage/test_s3.py",
     "tests/trainer/cluster/",
@@ -75,6 +76,8 @@ _LONGEST = (
 def pytest_configure() -> None:
     # With Ray's default of 15, the workers of one test would starve while another test, or other work, computes.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray notices a lost node after five failed checks. By default it checks every three seconds.
+    os.environ.setdefault("RAY_health_check_period_ms", "1000")
     # torch.compile: one file of C++ per graph instead of one per kernel, without a pool of processes that import torch.
     os.environ.setdefault("TORCHINDUCTOR_CPP_WRAPPER", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

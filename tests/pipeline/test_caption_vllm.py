@@ -50,11 +50,11 @@ def write_images(root: Path, shard: str, first: int, count: int) -> None:
 
 
 def command(root: Path, *more: object) -> dict[str, Any]:
-    """Arguments for `subprocess` to run the job with its own Ray."""
+    """Arguments for `subprocess` to run the job with its own Ray, in the dataset's folder."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
-        "args": [sys.executable, "pipeline/caption.py", "--dataset", str(root), "--max-side", "64", *map(str, more)],
-        "cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT), API_KEY_VARIABLE: "secret"}, "text": True,
+        "args": [sys.executable, *map(str, (ROOT / "pipeline/caption.py", "--dataset", root, "--max-side", 64, *more))],
+        "cwd": root, "env": environment | {"PYTHONPATH": str(ROOT), API_KEY_VARIABLE: "secret"}, "text": True,
     }  # fmt: skip
 
 
@@ -93,9 +93,10 @@ def test_a_killed_job_leaves_no_engine_and_a_second_one_finishes_all_rows(tiny_p
     job = subprocess.Popen(**command(tmp_path, *arguments), **quiet)
     partial = tmp_path / "captions" / "partial"
     wait_for(lambda: any(partial.glob("*/*.parquet")) or job.poll() is not None, 240)
+    assert engines_alive(tmp_path)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
-    wait_for(lambda: not engines_alive(), 60)
+    wait_for(lambda: not engines_alive(tmp_path), 60)
     kept = set()
     for file in partial.glob("*/*.parquet"):
         kept |= set(Store(str(file.parent)).read_table(file.name, ["id"])["id"].to_pylist())
@@ -112,7 +113,7 @@ def test_a_killed_job_leaves_no_engine_and_a_second_one_finishes_all_rows(tiny_p
         len(kept),
         620 - finished - len(kept),
     )
-    wait_for(lambda: not engines_alive(), 60)  # Ray Data kills its actors; the engine notices and ends
+    wait_for(lambda: not engines_alive(tmp_path), 60)  # Ray Data kills its actors; the engine notices and ends
 
 
 def test_a_running_vllm_server_captions_every_row(
@@ -144,27 +145,13 @@ def wait_for(is_true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def engines_alive() -> list[psutil.Process]:
-    """vLLM's processes of this checkout, without those of the server."""
-    return [p for p in psutil.process_iter() if _name(p).startswith("VLLM") and _is_ours(p) and not _is_served(p)]
+def engines_alive(root: Path) -> list[psutil.Process]:
+    """vLLM's processes of jobs on this dataset. They work in the folder in which the job was started."""
+    return [process for process in psutil.process_iter() if _is_engine_in(root, process)]
 
 
-def _name(process: psutil.Process) -> str:
+def _is_engine_in(root: Path, process: psutil.Process) -> bool:
     try:
-        return str(process.name())
-    except psutil.Error:
-        return ""
-
-
-def _is_served(process: psutil.Process) -> bool:
-    try:
-        return any("api_server" in " ".join(parent.cmdline()) for parent in process.parents())
-    except psutil.Error:
-        return False
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        return str(ROOT) in process.cwd()
+        return process.name().startswith("VLLM") and process.cwd() == str(root)
     except psutil.Error:
         return False
