@@ -248,7 +248,8 @@ def progress_text(line: Mapping[str, float | None]) -> str:
     parts += [" ".join(known("step_seconds", "{:.3g} s/step") + ([f"({shares})"] if shares else []))]
     parts += known("dollars", "${:.2f}")
     if (hours := line.get("hours_left")) is not None:
-        parts += [f"{hours:.1f} h left" if hours >= 1 else f"{60 * hours:.0f} min left"]
+        minutes = f"{60 * hours:.0f} min left" if 60 * hours >= 1 else f"{3600 * hours:.0f} s left"
+        parts += [f"{hours:.1f} h left" if hours >= 1 else minutes]
     for name in ("skipped_steps", "outlier_steps", "replaced_samples", "failed_saves", "failed_writes"):
         parts += known(name, "{:.0f} " + name.replace("_", " ")) if line.get(name) else []
     return ", ".join(part for part in parts if part)

@@ -140,4 +140,5 @@ def test_the_progress_text_lists_only_failures_that_happened() -> None:
         "adding gradients 8%), $2.42, 5 min left, 2 skipped steps, 3 replaced samples"
     )
     assert progress_text({"hours_left": 12.34, "text_encoder_share": 0.001}) == "12.3 h left"
+    assert progress_text({"hours_left": 0.01}) == "36 s left"
     assert progress_text({"step": 1, "loss": 0.25, "dollars": None, "teraflops": 0.01}) == "loss 0.250, 0.01 TFLOP/s"
