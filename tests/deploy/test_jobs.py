@@ -151,6 +151,10 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
+    def stop(self, job: str) -> None:
+        """The request of `ray job stop`: a small job would end before that command has started."""
+        assert self.request(f"{self.dashboard}/api/jobs/{job}/stop", self.token.read_text(), {})[0] == 200
+
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Submitted jobs as the dashboard lists them, by submission id."""
         status, text = self.request(f"{self.dashboard}/api/jobs/", self.token.read_text())
@@ -369,8 +373,7 @@ def captioned(cluster: Cluster, images: Path) -> tuple[str, dict[str, int], str]
     """Output of a job that is stopped halfway, the shards it leaves, and the output of the same command run again."""
     job = cluster.submit("--submission-id", "stopped", "--", "python", "pipeline/caption.py", wait=False)
     wait_until(lambda: job.poll() is not None or shards(cluster, "captions"))
-    # The request of `ray job stop`: this small job would end before that command has started.
-    assert cluster.request(f"{cluster.dashboard}/api/jobs/stopped/stop", cluster.token.read_text(), {})[0] == 200
+    cluster.stop("stopped")
     finish(job)
     # The command's own output may lack the last line: it ends when the job does.
     logs = cluster.request(f"{cluster.dashboard}/api/jobs/stopped/logs", cluster.token.read_text())[1]
@@ -475,11 +478,14 @@ def test_a_stage_without_a_selection_names_the_command_that_makes_it(
 
 @pytest.mark.usefixtures("side_by_side")
 def test_a_stopped_training_saves_a_checkpoint_and_the_same_job_resumes(cluster: Cluster) -> None:
-    command = ("--", "python", "trainer/run.py", "--stage", "demo", "--set", "log_every=1", "--set", "batch_size=16")
+    prompts = cluster.folder / "prompts.txt"
+    prompts.write_text("red star\n")  # one picture in place of eight at the end
+    settings = ("--set", "log_every=1", "--set", "batch_size=16", "--prompts", prompts)
+    command = ("--", "python", "trainer/run.py", "--stage", "demo", *settings)
     job = cluster.submit("--submission-id", "training", *command, wait=False)
     metrics = cluster.run / "demo" / "metrics.jsonl"
     wait_until(lambda: job.poll() is not None or (metrics.exists() and metrics.read_text()))
-    subprocess.run(["ray", "job", "stop", "training"], env=cluster.client(), timeout=240, check=True)
+    cluster.stop("training")
     output = finish(job).stdout
     steps = len(metrics.read_text().splitlines())
     assert f"run: stopped after step {steps}, which is saved" in output
