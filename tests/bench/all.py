@@ -38,7 +38,6 @@ class Benchmark:
         return f"{self.venv}/bin/python tests/bench/{self.name}.py {self.flags}".strip()
 
 
-STEP = "--dtype bf16 --compile --encoders --tread 0 0.5"
 BENCHMARKS = (
     Benchmark("decode"),
     Benchmark("stream"),
@@ -49,13 +48,12 @@ BENCHMARKS = (
     Benchmark("dedup"),
     Benchmark("caption", venv=".venv-captioner"),
     Benchmark("ingest", "--shards 4 --rows 100 --times 1 8"),
-    Benchmark("train_step", "--preset base --resolution 512 --batch 1 --steps 2"),
+    Benchmark("train_step", "--stage 256 --preset small --share 8 --micro 4 --peer prx"),
+    Benchmark("train_step", "--stage 512 --preset small --share 2 --micro 1"),
     Benchmark("report"),
-    *(
-        Benchmark("train_step", f"--preset base --resolution {side} --batch {batch} {STEP} --profile 10", gpu=True)
-        for side, batch in ((256, 128), (512, 64), (768, 32), (1024, 16))
-    ),
-    Benchmark("train_step", f"--preset large --resolution 256 --batch 64 {STEP}", gpu=True),
+    Benchmark("attention", gpu=True),
+    Benchmark("train_step", "--stage 256 --share 128 --micro 64 --peer prx --syncs", gpu=True),
+    Benchmark("train_step", "--stage 1024 --share 16 --micro 4 --only-all-on", gpu=True),
     Benchmark("sample", "--preset base --resolution 1024 --pictures 8", gpu=True),
 )
 
@@ -70,7 +68,18 @@ def main() -> None:
         metavar="FILE",
         help="File whose table between the two marker lines is replaced. Default: stdout.",
     )
+    parser.add_argument(
+        "--gpu-rows",
+        type=Path,
+        metavar="FILE",
+        help="Run nothing: put these rows of tests/bench/gpu.sh into --out, in place of those that are not measured.",
+    )
     args = parser.parse_args()
+    if args.gpu_rows:
+        if not args.out:
+            parser.error("--gpu-rows needs --out")
+        fill(args.out, args.gpu_rows.read_text().splitlines())
+        return
     if args.out and args.only:
         parser.error(
             "--only cannot be combined with --out, because one table has one date and one machine; leave out --out"
@@ -91,6 +100,15 @@ def main() -> None:
 def write(table: str, file: Path) -> None:
     before, rest = file.read_text().split(BEGIN)
     file.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+
+
+def fill(file: Path, rows: list[str]) -> None:
+    """Replaces the rows of GPU benchmarks that were not measured, in the table between the markers."""
+    before, rest = file.read_text().split(BEGIN)
+    table, after = rest.split(END)
+    kept = [line for line in table.strip().splitlines() if " on a GPU | not measured |" not in line]
+    measured = [f"{row.rstrip()} `sh tests/bench/gpu.sh` |" for row in rows if row.startswith("| ")]
+    file.write_text(f"{before}{BEGIN}\n\n" + "\n".join(kept + measured) + f"\n\n{END}{after}")
 
 
 def run(benchmark: Benchmark) -> list[str]:

@@ -7,8 +7,11 @@ none: if the padded batch is one row of tokens, a sample's real tokens are one s
 Axes: B batch, S tokens, A heads, E dims of a head.
 """
 
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,10 @@ except ImportError:  # before torch 2.10
 
 # default: torch's choice among kernels that take a mask. varlen: flash attention, for half precision on a GPU.
 Kernel = Literal["default", "efficient", "cudnn", "varlen"]
+
+_TOLERANCE: Final = 0.02  # relative; bfloat16 rounds by up to 2^-9, attending to padding changes a tenth or more
+_ROUNDS: Final = 10
+_SAMPLES: Final = 8
 
 _BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -83,3 +90,51 @@ def attention(
             q_BSAE.transpose(1, 2), k_BSAE.transpose(1, 2), v_BSAE.transpose(1, 2), attn_mask=mask
         )
     return attended_BASE.transpose(1, 2)
+
+
+def measure(
+    device: torch.device,
+    heads: int,
+    head_dim: int,
+    image_tokens: int,
+    text_tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[Kernel, float]:
+    """Seconds of a forward and a backward pass by each kernel that runs here and agrees with torch's default.
+
+    Texts have from a quarter of `text_tokens` to all of them.
+    """
+    tokens = image_tokens + text_tokens
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (4, _SAMPLES, tokens, heads, head_dim)
+    *qkv, gradient_BSAE = torch.randn(shape, generator=generator, device=device, dtype=dtype).unbind(0)
+    lengths_B = torch.linspace(image_tokens + text_tokens / 4, tokens, _SAMPLES, device=device).long()
+    real_BS = torch.arange(tokens, device=device) < lengths_B[:, None]
+    gradient_BSAE = gradient_BSAE * real_BS[:, :, None, None]
+
+    def run(kernel: Kernel) -> list[Tensor]:
+        inputs = q, k, v = [x_BSAE.detach().requires_grad_() for x_BSAE in qkv]
+        out_BSAE = attention(q, k, v, padding_of(real_BS, kernel), kernel)
+        torch.autograd.backward(out_BSAE, gradient_BSAE)
+        return [x[real_BS].float() for x in (out_BSAE.detach(), *(x.grad for x in inputs if x.grad is not None))]
+
+    expected = run("default")
+    seconds: dict[Kernel, float] = {}
+    for kernel in get_args(Kernel):
+        try:
+            found = run(kernel)
+        except (RuntimeError, TypeError, NotImplementedError):  # not for this device, dtype or head size
+            continue
+        if all((a - b).norm() < _TOLERANCE * b.norm() for a, b in zip(found, expected, strict=True)):
+            seconds[kernel] = min(_timed(partial(run, kernel), device) for _ in range(_ROUNDS))
+    return seconds
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

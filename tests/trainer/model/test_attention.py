@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.model import attention
-from trainer.model.attention import Padding, boundaries, padding_of
+from trainer.model.attention import Padding, boundaries, measure, padding_of
 from trainer.model.config import XUTConfig
 from trainer.model.xut import XUT
 
@@ -80,3 +80,19 @@ def test_without_padding_no_mask_and_no_boundaries_are_made(plain: None) -> None
     assert torch.equal(attention.attention(q, k, v, None, "varlen"), expected)
     everything = padding_of(torch.ones(2, 5, dtype=torch.bool), "varlen")
     torch.testing.assert_close(attention.attention(q, k, v, everything, "varlen"), expected)
+
+
+SHAPE = {"heads": 2, "head_dim": 16, "image_tokens": 16, "text_tokens": 8, "dtype": torch.float32}
+
+
+def test_only_kernels_that_run_here_qualify() -> None:
+    assert measure(torch.device("cpu"), **SHAPE).keys() == {"default"}  # the others need a GPU
+
+
+def test_a_kernel_that_attends_to_padding_does_not_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmasked(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        rows = [x.unflatten(0, (8, -1)).transpose(1, 2) for x in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", unmasked)
+    assert measure(torch.device("cpu"), **SHAPE).keys() == {"default"}
