@@ -1,7 +1,8 @@
 """Hours, dollars, energy, disk space and reads of training stages, in closed form.
 
-Speeds are not computed: they are the papers', measured or given, and scaled to other settings and GPUs. Scaling assumes
+Hours follow from speeds that are the papers', measured or given, and scaled to other settings and GPUs. Scaling assumes
 the same share of the GPU's peak (time is proportional to operations), and that N GPUs are N times as fast as one.
+Beside them stands the speed by arithmetic, which assumes a share of the peak for each part of a step.
 """
 
 import math
@@ -20,6 +21,9 @@ Row = dict[str, Any]  # figures of a stage; None for one that is not known
 
 BYTES_PER_IMAGE = round(1.6e12 / PAPERS["stages"]["256"]["images"])  # HDM report, section 4.3: 1.4 to 1.8 TB
 SMALL_SIDE, BYTES_PER_SMALL_IMAGE = 512, 100_000  # a JPEG as `ingest.py --downsize 512` writes it
+# Assumed shares of a GPU's peak for each part of a step: compiled matrix products and attention, convolutions, and a
+# small language model in eager mode. Not measured.
+EFFICIENCY = {"model": 0.6, "VAE": 0.4, "text encoder": 0.4}
 HOST_WATTS = 250  # of the machine without its GPUs
 
 
@@ -68,6 +72,22 @@ def training_speed(setup: StageSetup, machine: Machine, given: Mapping[str, floa
     }
 
 
+def computed_speed(setup: StageSetup, machine: Machine) -> float | None:
+    """Images per second of all GPUs by the step's arithmetic, the GPU's peak and EFFICIENCY; None without a peak.
+
+    Blocks are recomputed only as far as the GPU's memory requires it, as run.py does.
+    """
+    if not machine.teraflops:
+        return None
+    fit = None
+    if machine.gigabytes:
+        available = machine.gigabytes * 2**30
+        fit = memory.fitting(setup.model, setup.stage, machine.count, setup.codec_factor, available)
+    operations = setup.operations(fit.checkpointing if fit else setup.checkpointing)
+    seconds = sum(each / EFFICIENCY[part] for part, each in operations.items()) / (machine.teraflops * 1e12)
+    return machine.count / seconds
+
+
 def cost_plan(
     setups: Sequence[StageSetup], images: Sequence[Row], speeds: Sequence[Row], machine: Machine
 ) -> list[Row]:
@@ -95,6 +115,7 @@ def stage_row(setup: StageSetup, images: Row, speed: Row, machine: Machine) -> R
         "epochs": samples / images["images"],
         "text_tokens": setup.text_tokens,
         **speed,
+        "computed_images_per_second": computed_speed(setup, machine),
         "share_of_peak": rate * setup.total_operations / peak if peak else None,  # encoders included
         "hours": hours,
         "dollars": None if machine.price is None else hours * machine.count * machine.price,

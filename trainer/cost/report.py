@@ -21,7 +21,8 @@ PAPERS_LINE = (
 )
 _COLUMNS = {  # heading: key of a row; its unit, "count" or "%"
     "stage": ("name", ""), "images": ("images", "count"), "samples": ("samples", "count"), "epochs": ("epochs", 1),
-    "images/s": ("images_per_second", 1), "speed is": ("source", ""), "of peak": ("share_of_peak", "%"),
+    "images/s": ("images_per_second", 1), "speed is": ("source", ""),
+    "computed": ("computed_images_per_second", 1), "of peak": ("share_of_peak", "%"),
     "hours": ("hours", 1), "$": ("dollars", 1), "kWh": ("kwh", 1), "pictures GB": ("pictures_bytes", 1e9),
     "checkpoints GB": ("checkpoints_bytes", 1e9), "read TB": ("read_bytes", 1e12), "MB/s": ("bytes_per_second", 1e6),
 }  # fmt: skip
@@ -65,6 +66,12 @@ def assumptions(
     yield from (f"speed of {row['name']}: {row['source']}: {row['remark']}" for row in plan[:-1])
     if any(row["source"] == "scaled" for row in plan):
         yield "scaled: by operations (encoders as SDXL's VAE, Qwen3-0.6B), peak and number of GPUs, at equal efficiency"
+    if plan[0]["computed_images_per_second"] is not None:
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in estimate.EFFICIENCY.items())
+        yield (
+            f"computed: images/s of this code by its arithmetic at assumed shares of the peak ({shares}); hours do not "
+            "use it"
+        )
     if any(row["name"] == "1024" and "the papers'" in row["remark"] for row in plan):
         yield "the papers' 1024 stage counts as dense, as they say. Their code routes tokens: it may take longer"
     for source in dict.fromkeys(setup.text_source for setup in setups):

@@ -1,11 +1,13 @@
 """A stage as it is to be trained: what --set and the dataset make of the recipe, and its arithmetic per sample."""
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.errors import UsageError
 from trainer.cost.dataset import selected_stages, selection_of, text_lengths
@@ -46,17 +48,21 @@ class StageSetup:
 
     @property
     def total_operations(self) -> float:
-        """Floating-point operations of matrix products and convolutions for one training sample. Encoders that are not
-        embedded count as SDXL's VAE and Qwen3-0.6B."""
+        """Floating-point operations of matrix products and convolutions for one training sample."""
+        return sum(self.operations(self.checkpointing).values())
+
+    def operations(self, checkpointing: Checkpointing) -> dict[str, float]:
+        """Operations for one training sample by part. Encoders that are not embedded count as SDXL's VAE and
+        Qwen3-0.6B."""
         stage, tokens, pixels = self.stage, self.text_tokens, self.stage.resolution**2
         image_tokens = (stage.resolution // self.codec_factor // self.model.patch_size) ** 2
         step = count_flops(self.model, image_tokens, tokens, stage.selection_rate)
-        total = step.step + RECOMPUTED[self.checkpointing] * step.hidden
+        found = {"model": step.step + RECOMPUTED[checkpointing] * step.hidden, "VAE": 0.0, "text encoder": 0.0}
         if stage.codec not in EMBEDDED_CODECS:
-            total += _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
+            found["VAE"] = _VAE_PER_PIXEL * pixels + _VAE_PER_SQUARED_PIXELS * pixels**2
         if stage.text_encoder != EMBEDDED_ENCODER:
-            total += _QWEN_PER_TOKEN * tokens + _QWEN_PER_SQUARED_TOKENS * tokens**2
-        return total
+            found["text encoder"] = _QWEN_PER_TOKEN * tokens + _QWEN_PER_SQUARED_TOKENS * tokens**2
+        return found
 
 
 def planned_stages(job: Namespace) -> list[str]:
@@ -104,17 +110,30 @@ def stage_setup(name: str, settings: Mapping[str, str], gpus: int, root: str | N
     tokens, source = stage.text_tokens, "no dataset: every text has the recipe's text_tokens, as in the papers"
     if root is not None:
         lengths, source = text_lengths(selection_of(root, stage), stage)
-        tokens = padded_tokens(lengths, stage.text_tokens, stage.text_multiple, micro)
+        tokens = padded_tokens(lengths, stage.text_tokens, stage.text_multiple, micro, stage.batch_size // gpus)
     return StageSetup(name, stage, micro, kind, model, factor, tokens, source, settings)
 
 
-def padded_tokens(lengths: Mapping[int, int], longest: int, multiple: int, micro_batch: int) -> int:
-    """Expected length of the texts of a micro batch: that of the longest, rounded up to `multiple`, at most `longest`.
-    lengths: number of texts by their tokens.
+def padded_tokens(lengths: Mapping[int, int], longest: int, multiple: int, micro_batch: int, share: int) -> int:
+    """Expected length of the padded texts of a micro batch: that of its longest, rounded up to `multiple`, at most
+    `longest`. lengths: number of texts by their tokens.
 
-    The longest of m independent texts has at most v tokens with probability p^m, where p is the share of such texts.
+    A worker sorts its `share` of a step by length, so the longest of its micro batch number j is the text of rank
+    j * micro_batch among `share` independent ones: it has at most v tokens if at least so many of them have.
     """
     padded = np.minimum(longest, np.ceil(np.maximum(1, list(lengths)) / multiple) * multiple)
     tokens, index = np.unique(padded, return_inverse=True)
     at_most = np.cumsum(np.bincount(index, weights=list(lengths.values()))) / sum(lengths.values())
-    return round(float(tokens @ np.diff(at_most**micro_batch, prepend=0)))
+    ranks = np.arange(micro_batch, share + 1, micro_batch)
+    reached = np.stack([_at_least(ranks, share, float(p)) for p in at_most])
+    return round(float((tokens @ np.diff(reached, axis=0, prepend=0)).mean()))
+
+
+def _at_least(ranks: NDArray[np.int64], count: int, p: float) -> NDArray[np.float64]:
+    """The probability that at least so many of `count` independent events of probability p happen, for each rank."""
+    if p >= 1:
+        return np.ones(len(ranks))
+    happened = np.arange(count + 1)
+    ways = math.lgamma(count + 1) - np.array([math.lgamma(k + 1) + math.lgamma(count - k + 1) for k in happened])
+    chance = np.exp(ways + happened * math.log(p) + (count - happened) * math.log1p(-p))
+    return np.array([chance[rank:].sum() for rank in ranks])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.cost import machines
-from trainer.cost.estimate import HOST_WATTS, checkpoint_bytes, stage_row, training_speed
+from trainer.cost.estimate import EFFICIENCY, HOST_WATTS, checkpoint_bytes, computed_speed, stage_row, training_speed
 from trainer.cost.machines import Machine
 from trainer.cost.stage_setup import StageSetup, stage_setup
 from trainer.optimization.schedule import Schedule
@@ -75,3 +75,12 @@ def test_every_gpu_has_a_peak_and_is_found_by_the_name_that_torch_reports() -> N
         assert machines.gpu_peak(kind)
         assert machines.find_gpu(f"NVIDIA {device}") == kind
         assert machines.find_gpu(kind.lower().replace(" ", "-")) == kind
+
+
+def test_the_computed_speed_is_the_peak_at_the_assumed_shares_without_needless_recomputation() -> None:
+    setup = stage_setup("512", {}, 4)
+    card = Machine("card", 4, teraflops=100, watts=None, gigabytes=1000, price=None)
+    assert setup.checkpointing == "all"
+    seconds = sum(each / EFFICIENCY[part] for part, each in setup.operations("none").items()) / 100e12
+    assert computed_speed(setup, card) == pytest.approx(4 / seconds)
+    assert computed_speed(setup, replace(card, teraflops=None)) is None

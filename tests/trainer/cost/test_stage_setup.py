@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,9 +46,20 @@ def test_the_local_text_encoder_is_as_wide_as_planned() -> None:
 def test_texts_are_padded_to_the_longest_of_a_micro_batch(micro_batch: int) -> None:
     lengths = {20: 1, 60: 1}  # padded to 32 and 64
     all_short = 0.5**micro_batch
-    assert padded_tokens(lengths, 256, 32, micro_batch) == round(32 * all_short + 64 * (1 - all_short))
+    expected = round(32 * all_short + 64 * (1 - all_short))
+    assert padded_tokens(lengths, 256, 32, micro_batch, micro_batch) == expected
+
+
+@pytest.mark.parametrize(("micro_batch", "share"), [(2, 8), (16, 64), (64, 64)])
+def test_a_sorted_share_is_padded_as_random_texts_are(micro_batch: int, share: int) -> None:
+    draw = np.random.default_rng(0)
+    lengths = {10: 2, 50: 1, 90: 3, 200: 1}
+    texts = draw.choice(np.repeat(list(lengths), list(lengths.values())), (4000, share))
+    longest = np.sort(texts, axis=1)[:, micro_batch - 1 :: micro_batch]
+    padded = np.ceil(longest / 32) * 32
+    assert padded_tokens(lengths, 256, 32, micro_batch, share) == pytest.approx(padded.mean(), abs=1)
 
 
 def test_texts_are_padded_to_at_most_the_longest_allowed_length() -> None:
-    assert padded_tokens({0: 1, 500: 1}, 100, 32, 10_000) == 100
-    assert padded_tokens({0: 5}, 100, 32, 8) == 32, "an empty text has a token"
+    assert padded_tokens({0: 1, 500: 1}, 100, 32, 512, 512) == 100
+    assert padded_tokens({0: 5}, 100, 32, 8, 64) == 32, "an empty text has a token"
