@@ -5,7 +5,7 @@ DEMO ?= demo
 SEED ?= 0
 export DATA DEMO SEED STEPS
 
-.PHONY: demo test setup captioner lint clean
+.PHONY: demo test test-cluster test-vllm setup captioner lint clean
 
 setup: .venv/.ready
 
@@ -30,7 +30,13 @@ test: setup lint
 	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2
 	@$(MAKE) --no-print-directory captioner || \
 		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see the error above"
-	@PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -m cluster
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-cluster test-vllm
+
+test-cluster:
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -m cluster -n 2 \
+		$$(grep -rl --include="*.py" mark.cluster tests)
+
+test-vllm:
 	@if $(MAKE) --question .venv-captioner/.ready; then \
 		.venv-captioner/bin/python -m pytest tests/captioner/engines/test_vllm.py tests/pipeline/test_caption_vllm.py; \
 	fi
