@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import TextIO
@@ -30,7 +32,12 @@ SETTINGS = ("--steps", STEPS, "--set", "log_every=1", "--set", "checkpoint_every
 def training(dataset: Path, run: Path) -> tuple[object, ...]:
     """The command of the job with two workers."""
     start = ("trainer/run.py", "--stage", "demo", "--dataset", dataset, "--run", run, "--audit", run / "audit")
-    return (*start, *SETTINGS, "--workers", 2)
+    return (*start, *SETTINGS, "--workers", 2, "--prompts", prompts_beside(dataset))
+
+
+def prompts_beside(dataset: Path) -> Path:
+    """The file of the two prompts that evaluations draw, one by each worker. By default they draw eight."""
+    return dataset.with_name("prompts.txt")
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +51,7 @@ def dataset(make_with_job: Callable[..., None], tmp_path_factory: pytest.TempPat
         ("pipeline/curate.py", "--dataset", folder / "dataset"),
     ):
         make_with_job(*job)
+    prompts_beside(folder / "dataset").write_text("red star\nblue fish\n")
     return folder / "dataset"
 
 
@@ -89,9 +97,13 @@ def is_train_worker(pid: int) -> bool:
 
 
 @contextmanager
-def started(dataset: Path, run: Path, address: str, output: int | TextIO) -> "Iterator[subprocess.Popen[str]]":
-    """The job with two workers on the Ray at `address`, or on one that it starts; killed at the end of the block."""
-    command, environment = [sys.executable, *map(str, training(dataset, run))], os.environ | {"RAY_ADDRESS": address}
+def started(
+    dataset: Path, run: Path, address: str, output: int | TextIO, **variables: str
+) -> "Iterator[subprocess.Popen[str]]":
+    """The job with two workers on the Ray at `address`, or on one that it starts; killed at the end of the block.
+    `variables` of its environment."""
+    command = [sys.executable, *map(str, training(dataset, run))]
+    environment = os.environ | {"RAY_ADDRESS": address} | variables
     job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield job
@@ -115,11 +127,40 @@ def killed(dataset: Path, ray_address: str, tmp_path_factory: pytest.TempPathFac
     return run
 
 
+@dataclass(frozen=True)
+class Posted:
+    """What a server on this machine was sent, at a path that is a secret."""
+
+    url: str
+    secret: str
+    bodies: list[dict[str, object]]
+
+
 @pytest.fixture(scope="session")
-def resumed(dataset: Path, killed: Path) -> tuple[Path, str]:
+def posted() -> Iterator[Posted]:
+    bodies: list[dict[str, object]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        secret = "b3f7s3cr3t"
+        yield Posted(f"http://user:{secret}@127.0.0.1:{server.server_address[1]}/{secret}", secret, bodies)
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def resumed(dataset: Path, killed: Path, posted: Posted) -> tuple[Path, str]:
     """The killed run, resumed to its end, and what the job printed. The job starts Ray itself, as on a laptop."""
     run, printed = shutil.copytree(killed, killed.parent / "resumed"), killed.parent / "printed"
-    with printed.open("w") as output, started(dataset, run, "", output) as job:
+    with printed.open("w") as output, started(dataset, run, "", output, HDM_NOTIFY=posted.url) as job:
         assert job.wait(timeout=480) == 0, printed.read_text()[-2000:]
     return run, printed.read_text()
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,29 @@ def test_a_run_writes_metrics_pictures_and_record(resumed: tuple[Path, str]) -> 
     assert list((folder / "tensorboard").glob("events.*"))
     state = json.loads((folder / "checkpoints/step-00000012/state.json").read_text())
     assert (state["position"], state["seed"], state["stage_name"]) == (12 * 32, 0, "demo")
+
+
+def test_the_end_of_a_run_is_posted_to_an_address_that_is_shown_nowhere(resumed: tuple[Path, str], posted: Any) -> None:
+    run, printed = resumed
+    [body] = posted.bodies
+    assert {name: body[name] for name in ("event", "run", "stage", "step", "reason")} == {
+        "event": "ended", "run": "resumed", "stage": "demo", "step": 12, "reason": "12 of 12 steps",
+    }  # fmt: skip
+    [log] = re.findall(r"log: (\S+)", printed)
+    [session] = re.findall(r"session folder of Ray: (\S+)", Path(log).read_text())
+    files = [Path(log), *(path for folder in (run, session) for path in Path(folder).rglob("*") if path.is_file())]
+    assert len(files) > 20
+    assert [path for path in files if posted.secret.encode() in path.read_bytes()] == []
+    assert posted.secret not in printed
+
+
+def test_addresses_and_copies_that_cannot_be_used_are_refused(call_job: RunJob, dataset: Path, tmp_path: Path) -> None:
+    refused = _train(call_job, dataset, tmp_path / "run", "--notify", "ftp://host/s3cr3t")
+    _refuses(refused, "--notify", "https://HOST/PATH")
+    assert "s3cr3t" not in refused.stderr + refused.stdout
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--checkpoints-copy", tmp_path / "run"), "--checkpoints-copy")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--checkpoints-copy", "gs://bucket"), "--checkpoints-copy")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_takes_no_more_steps(call_job: RunJob, dataset: Path, whole: Path) -> None:

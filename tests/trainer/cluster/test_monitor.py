@@ -5,7 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import ray
 
 from trainer.cluster.control_actor import ControlActor
 from trainer.cluster.monitor import JobMonitor
+from trainer.health import stacks
+from trainer.health.notify import Notice
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,51 @@ def test_the_progress_line_names_the_phases_of_the_start_and_counts_only_steps_o
     assert "2 s/step (text encoder 75%), 3 min left" in shown
     assert set(re.findall(r"[\d.]+ ?\w*/s\w*", shown)) == {"2 s/step"}, "no rate of tqdm's"
     assert monitor.lines == [line] * 2
+
+
+@dataclass
+class Sender:
+    """A Notifier that records what would be sent."""
+
+    step: int = 4
+    sent: list[tuple[str, int, str]] = field(default_factory=list)
+
+    def send(self, event: str, reason: str) -> None:
+        self.sent.append((event, self.step, reason))
+
+
+def test_a_stall_is_told_once_and_asks_the_workers_for_their_stacks(
+    control: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.cluster.monitor._POLL_SECONDS", 0.02)
+    monkeypatch.setattr(stacks, "_LEAST_IDLE", 0.5)
+    monkeypatch.setattr(stacks, "_TIMES_LONGEST", 0.0)
+    monkeypatch.setattr(stacks, "_POLL_SECONDS", 0.02)
+    workers = [stacks.StackWriter(str(tmp_path), rank) for rank in range(2)]
+    sender = Sender()
+    ray.get(control.add_message.remote({"step": 6, "loss": 0.5}))
+    with JobMonitor(control, Training(str(tmp_path)), notifier=sender):  # type: ignore[arg-type]
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("stalls/*/rank-*.txt"))) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.2)  # ten more polls
+        assert len(sender.sent) == 1
+    for worker in workers:
+        worker.close()
+    [folder] = (tmp_path / "stalls").iterdir()
+    [(event, step, reason)] = sender.sent
+    assert (event, step) == ("stalled", 6)
+    assert re.fullmatch(
+        rf"no step was logged for \d+ min after step 6: the workers write their stacks to {folder}", reason
+    )
+    assert f"run: {reason}" in capfd.readouterr().err
+
+
+def test_events_of_workers_are_sent_and_shown(control: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sender = Sender()
+    ray.get(control.add_message.remote(Notice("rolled back", "back to step 4")))
+    with JobMonitor(control, Training(str(tmp_path)), notifier=sender):  # type: ignore[arg-type]
+        pass  # its end waits for all messages
+    assert sender.sent == [("rolled back", 4, "back to step 4")]
+    assert "run: back to step 4" in capfd.readouterr().err

@@ -72,6 +72,7 @@ def one_thread() -> Iterator[None]:
 
 
 def resolved(dataset: Path, run: Path, steps: int | None, *settings: str, **flags: Any) -> Training:
+    flags = {"prompts": str(dataset.with_name("prompts.txt"))} | flags
     return resolve(
         Command(stage="demo", dataset=str(dataset), run=str(run), steps=steps, settings=(*SETTINGS, *settings), **flags)
     )
@@ -297,6 +298,36 @@ def test_a_checkpoint_that_disappears_before_the_workers_start_ends_the_job(data
     shutil.rmtree(tmp_path / "demo/checkpoints")
     with pytest.raises(JobFailed, match=r"checkpoint of step 2 .* is gone"):
         worker(training, Recorder())
+
+
+def test_a_run_that_has_lost_its_folder_goes_on_from_the_copies(dataset: Path, tmp_path: Path) -> None:
+    whole, first, second = Recorder(), Recorder(stops_after=2), Recorder()
+    run, copy = tmp_path / "run", str(tmp_path / "copy")
+    worker(resolved(dataset, tmp_path / "whole", 5), whole).run()
+    assert worker(resolved(dataset, run, 5, checkpoints_copy=copy), first).run() == 3
+    assert saved(tmp_path / "copy")[-1] == saved(run)[-1] == 3
+    shutil.rmtree(run)
+    training = resolved(dataset, run, 5, checkpoints_copy=copy)
+    assert training.start_step == 3
+    assert training.notes[0].endswith(f"was restored from the copy in {copy}/demo/checkpoints")
+    shutil.rmtree(run / "demo/checkpoints")  # again, while the job waits for its workers
+    assert worker(training, second).run() == 5
+    assert second.warnings[0].startswith(f"{run}/demo/checkpoints has no checkpoint: step 3")
+    assert [line["loss"] for line in first.lines + second.lines] == [line["loss"] for line in whole.lines]
+    assert saved(run) == [3, 4, 5]
+    assert saved(tmp_path / "copy")[-1] == 5, "4 may be left out"
+
+
+def test_copies_that_fail_cost_a_warning_each_and_not_the_run(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder can be created here")
+    recorder = Recorder()
+    training = replace(resolved(dataset, tmp_path / "run", 3), copies=str(tmp_path / "file/demo/checkpoints"))
+    assert worker(training, recorder).run() == 3
+    assert saved(tmp_path / "run") == [2, 3]
+    failed = [line for line in recorder.warnings if f"could not be copied to {tmp_path}/file/demo" in line]
+    assert len(failed) in (1, 2), "the copy of step 2 may be left out for that of step 3"
+    assert "step 3" in failed[-1]
+    assert recorder.lines[-1]["failed_saves"] == 0
 
 
 def test_failed_saves_do_not_end_training_unless_it_is_the_last_one(dataset: Path, tmp_path: Path) -> None:
