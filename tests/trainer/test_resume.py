@@ -29,7 +29,9 @@ from trainer.training.worker_group import WorkerGroup
 _SHARED = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 STEPS, SETTINGS = _SHARED["STEPS"], _SHARED["SETTINGS"]
 started, wait_until, losses, saved = (_SHARED[name] for name in ("started", "wait_until", "losses", "saved"))
-descendants, is_train_worker = _SHARED["descendants"], _SHARED["is_train_worker"]
+descendants, is_train_worker, prompts_beside = (
+    _SHARED[name] for name in ("descendants", "is_train_worker", "prompts_beside")
+)
 
 
 class Silent:
@@ -63,7 +65,7 @@ def resolved(dataset: Path, run: Path, workers: int) -> Training:
     return resolve(
         Command(
             stage="demo", dataset=str(dataset), run=str(run), steps=STEPS, audit=str(run / "audit"),
-            settings=(*settings, "evaluate_every=1000"), workers=workers,
+            settings=(*settings, "evaluate_every=1000"), workers=workers, prompts=str(prompts_beside(dataset)),
         )
     )  # fmt: skip
 
@@ -92,17 +94,16 @@ def uninterrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "training").write_bytes(pickle.dumps(resolved(dataset, folder / "run", workers=2)))
     environment = os.environ | {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}  # loopback
-    command = [sys.executable, __file__, str(folder)]
-    workers = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    workers = subprocess.Popen([sys.executable, __file__, str(folder)], env=environment, start_new_session=True)
 
     def finished() -> Path:
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+        assert workers.wait(timeout=300) == 0
         return folder / "run"
 
     yield finished
-    for worker in workers:
-        worker.kill()
-        worker.wait(timeout=60)
+    if workers.poll() is None:
+        os.killpg(workers.pid, signal.SIGKILL)
+        workers.wait(timeout=60)
 
 
 def test_a_killed_run_resumes_bit_equal_to_an_uninterrupted_one(
@@ -177,10 +178,12 @@ def test_a_lost_worker_and_a_lost_node_lose_no_step(
     assert len(taken) > 2 * STEPS, "some steps were repeated"
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def _train_in_group(rank: int, folder: Path) -> None:
     torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // 2))  # as in the job
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=int(sys.argv[2]), world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     train(pickle.loads((folder / "training").read_bytes()))
+
+
+if __name__ == "__main__":
+    # By fork, because each process that imports torch and the encoders needs seconds for that.
+    torch.multiprocessing.start_processes(_train_in_group, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
