@@ -249,15 +249,29 @@ def drive(root: str, log: str) -> None:
         raise ShardsFailed(failed)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray cluster on this machine: a head with two CPUs and the dashboard, and a node that offers `captioner`."""
+    """A Ray cluster on this machine: a head with two CPUs and the dashboard."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
-    captioner = cluster.add_node(num_cpus=1, resources={"captioner": 1})
-    yield cluster, captioner
+    yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def add_captioner(cluster: Any) -> Iterator[Callable[[], Any]]:
+    """Starts a node that offers `captioner` and returns it. It leaves the cluster at the end of the test."""
+    nodes = []
+
+    def add() -> Any:
+        nodes.append(cluster.add_node(num_cpus=1, resources={"captioner": 1}))
+        return nodes[-1]
+
+    yield add
+    for node in nodes:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node)
 
 
 @pytest.fixture
@@ -267,7 +281,7 @@ def start_driver(dataset: Dataset, cluster: Any) -> Iterator[Callable[[], "subpr
     def start() -> "subprocess.Popen[str]":
         command = [sys.executable, __file__, dataset.store.root, str(dataset.log)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster[0].address, "RAY_ENABLE_AUTO_CONNECT": "0"}
+        environment = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address, "RAY_ENABLE_AUTO_CONNECT": "0"}
         drivers.append(subprocess.Popen(command, env=os.environ | environment, **pipes))
         return drivers[-1]
 
@@ -302,14 +316,18 @@ def data_tab(cluster: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.cluster
 def test_a_captioner_node_joins_a_running_job_and_the_dashboard_shows_its_operators(
-    dataset: Dataset, cluster: Any, start_driver: Callable[[], "subprocess.Popen[str]"]
+    dataset: Dataset,
+    cluster: Any,
+    add_captioner: Callable[[], Any],
+    start_driver: Callable[[], "subprocess.Popen[str]"],
 ) -> None:
+    add_captioner()
     driver = start_driver()
     wait_until(lambda: len(dataset.asked()) > 20, driver)
-    cluster[0].add_node(num_cpus=1, resources={"captioner": 1})
+    add_captioner()
     wait_until(lambda: len({process for _, process, _ in dataset.asked()}) == 2, driver)
 
-    [shown] = data_tab(cluster[0])
+    [shown] = data_tab(cluster)
     assert shown["dataset"].startswith("caption_")
     assert (shown["state"], shown["end_time"]) == ("RUNNING", None)
     operators = {operator["name"]: operator for operator in shown["operators"]}
@@ -333,11 +351,15 @@ def test_a_captioner_node_joins_a_running_job_and_the_dashboard_shows_its_operat
 
 @pytest.mark.cluster
 def test_a_job_without_any_captioner_left_stops_and_continues_with_a_new_one(
-    dataset: Dataset, cluster: Any, start_driver: Callable[[], "subprocess.Popen[str]"]
+    dataset: Dataset,
+    cluster: Any,
+    add_captioner: Callable[[], Any],
+    start_driver: Callable[[], "subprocess.Popen[str]"],
 ) -> None:
+    only = add_captioner()
     driver = start_driver()
     wait_until(lambda: len(dataset.asked()) > HELD_AFTER, driver)
-    cluster[0].remove_node(cluster[1], allow_graceful=False)
+    cluster.remove_node(only, allow_graceful=False)
     _, errors = driver.communicate(timeout=180)
     assert driver.returncode == 1
     last = errors.splitlines()[-1]
@@ -349,7 +371,7 @@ def test_a_job_without_any_captioner_left_stops_and_continues_with_a_new_one(
 
     before = len(dataset.asked())
     dataset.log.with_name("go").touch()
-    cluster[0].add_node(num_cpus=1, resources={"captioner": 1})
+    add_captioner()
     driver = start_driver()
     output, errors = driver.communicate(timeout=180)
     assert driver.returncode == 0, errors
