@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from pipeline.core.errors import S3Unavailable, UsageError
+from pipeline.core.errors import JobFailed, S3Unavailable, UsageError
 from pipeline.storage.shards import Store
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
 from trainer.runs.run_folder import config_of
@@ -91,7 +91,7 @@ def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
     has none.
 
     Returns a line for the user, None if there is nothing to say. Copies that cannot be read are no reason to fail if
-    there are checkpoints. UsageError if the copies are of another run.
+    there are checkpoints. UsageError if the copies are of another run, JobFailed if there is no room.
     """
     ours, theirs = Checkpoints(checkpoints), Checkpoints(copies)
     newest = ours.newest()
@@ -103,13 +103,19 @@ def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
         return f"the copies in {copies} cannot be read ({error}); the checkpoint of step {newest.step} is there"
     if copy is None:
         return None
-    other = Path(config_of(copy)["run"])
+    other = Path(config_of(copy).get("run", run))
     if other != run and (other / stage / "config.json").exists():
         raise UsageError(f"--checkpoints-copy: {copies} has the copies of {other}; give this run a folder of its own")
     if newest is not None and newest.saved_at >= copy.saved_at:
         return None
-    _restore_encoder(Store(f"{_home(theirs)}/{_ENCODER}"), run / _ENCODER)
-    ours.copy(copy, keep_last=sys.maxsize)
+    try:
+        _restore_encoder(Store(f"{_home(theirs)}/{_ENCODER}"), run / _ENCODER)
+        ours.copy(copy, keep_last=sys.maxsize)
+    except OSError as error:
+        raise JobFailed(
+            f"the copy {copy.folder} could not be restored to {checkpoints} ({error}); make room and run the same "
+            "command again"
+        ) from error
     lost = "no checkpoint" if newest is None else f"no checkpoint after step {newest.step}"
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(copy.saved_at))
     return f"{checkpoints} has {lost}: step {copy.step}, saved {when} UTC, was restored from the copy in {copies}"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.errors import S3Unavailable, UsageError
+from pipeline.core.errors import JobFailed, S3Unavailable, UsageError
 from pipeline.storage import s3
 from pipeline.storage.shards import Store
 from trainer.runs import checkpoint, checkpoint_copy
@@ -246,6 +246,18 @@ def test_an_older_copy_is_never_taken_instead_of_a_newer_checkpoint(run: Path, t
     copied(run, tmp_path / "copy", newer)
     assert Checkpoints(root(tmp_path / "copy")).copy(Checkpoints(root(run)).finished()[0]).step == 5
     assert steps(tmp_path / "copy") == [8, 5]
+
+
+def test_a_copy_that_does_not_fit_ends_the_start_with_the_reason(run: Path, tmp_path: Path) -> None:
+    copied(run, tmp_path / "copy", save(run, 1, 1 << 18))
+    shutil.rmtree(run)
+    with (
+        _largest_file(1 << 19),
+        pytest.raises(JobFailed, match=r"not be restored to .*File too large.*make room"),
+    ):
+        restore(run, "demo", root(run), root(tmp_path / "copy"))
+    assert steps(run) == []
+    assert not list(Path(root(run)).iterdir()), "nothing is left of what did not fit"
 
 
 def test_without_copies_there_is_nothing_to_say(run: Path, tmp_path: Path) -> None:
