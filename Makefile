@@ -30,7 +30,7 @@ test: setup lint
 	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2
 	@$(MAKE) --no-print-directory captioner || \
 		echo "make test: SKIPPED the tests with vLLM: .venv-captioner could not be set up, see the error above"
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-cluster test-vllm
+	@$(MAKE) --no-print-directory --keep-going test-cluster test-vllm
 
 test-cluster:
 	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -m cluster -n 2 \
