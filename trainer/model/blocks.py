@@ -35,9 +35,9 @@ class Context(NamedTuple):
     position: Tensor  # (B, S, 2), float32, (y, x); text tokens are at (0, 0)
     rotary: Tensor | None  # (B, S, 1, P, 2), cosines and sines; None if every attention layer learns its frequencies
     padding: Padding | None  # None: all tokens are real
-    kernel: Kernel
     condition: Tensor  # (B, D), embedding of time and aspect ratio
     shared: dict[BranchKind, Modulation] | None  # None if every branch has its own adaLN
+    kernel: Kernel = "default"  # of attention
 
 
 class RMSNorm(nn.Module):

@@ -248,7 +248,7 @@ class XUT(nn.Module):
         if self.adaln is not None:
             shared = {kind: self.adaln[kind](condition_BD) for kind in _BRANCH_KINDS if kind in self.adaln}
         rotary_BS1P2 = None if self.frequency is None else rotary_table(position_BS2, self.frequency)
-        return Context(position_BS2, rotary_BS1P2, padding, self.attention_kernel, condition_BD, shared)
+        return Context(position_BS2, rotary_BS1P2, padding, condition_BD, shared, self.attention_kernel)
 
     def _token_positions(self, position_map: Tensor, x_BCHW: Tensor) -> Tensor:
         """Token positions (B, N, 2), float32, from a map of tokens or, for the release, of latent pixels.

@@ -1,6 +1,7 @@
 """What training workers request, by what the nodes offer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_without_trainer_nodes_any_node_will_do(scaling) -> None:  # type: ignor
     ],
 )
 def test_the_control_actor_learns_why_a_worker_ends(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, called: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, called: list[str]
 ) -> None:
     def raise_it() -> int:
         raise error
@@ -76,7 +77,7 @@ def test_the_control_actor_learns_why_a_worker_ends(
         def __getattr__(self, name: str) -> Any:
             return SimpleNamespace(remote=lambda *_: calls.append(name))
 
-    training = SimpleNamespace(with_workers=lambda count: training)
+    training = SimpleNamespace(folder=str(tmp_path), with_workers=lambda count: training)
     monkeypatch.setattr(launch.ray, "get", lambda value: value)
     monkeypatch.setattr(launch.ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
     monkeypatch.setattr(launch.ray.train.torch, "get_device", lambda: torch.device("cpu"))

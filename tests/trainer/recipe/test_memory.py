@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.model.attention import Padding
 from trainer.model.blocks import Block, BranchKind, Context, Modulation
 from trainer.model.config import XUTConfig
 from trainer.model.rope import axial_frequencies, rotary_table
@@ -45,7 +46,7 @@ def bytes_per_token(compiled: bool, precision: Precision, reads_skip: bool) -> f
     modulation = Modulation(one, one, one)
     mask = torch.ones(BATCH, 1, 1, TOKENS, dtype=torch.bool)
     shared: dict[BranchKind, Modulation] = {"attn": modulation, "cross": modulation, "mlp": modulation}
-    context = Context(position_BS2, rotary, mask, torch.randn(BATCH, DIM), shared)
+    context = Context(position_BS2, rotary, Padding(mask, None), torch.randn(BATCH, DIM), shared)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     h, skip = (torch.randn(BATCH, TOKENS, DIM, dtype=dtype, requires_grad=True) for _ in range(2))
 
