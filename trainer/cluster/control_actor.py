@@ -56,7 +56,7 @@ class ControlActor:
     # --- Starts and failures ------------------------------------------------------------------------------------------
 
     def begin(self, workers: int) -> None:
-        """Called by the first of the workers that start."""
+        """Called by rank 0 when the workers are ready to train."""
         self._waiting_since = None
         if workers != self._workers:
             self.add_message(f"training on {workers} worker{'s' if workers > 1 else ''}, with the same global batches")
@@ -85,7 +85,7 @@ class ControlActor:
             return None
         pause: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1))
         self.add_message(
-            f"failure {self._failures} without a new checkpoint, of at most {self._most_failures} ({why}): going on "
+            f"failure {self._failures} without a new checkpoint, of at most {self._most_failures} ({why}): resuming "
             f"from the newest checkpoint in {pause:.0f} s"
         )
         return pause
@@ -110,7 +110,7 @@ class ControlActor:
         return True
 
     def _ends(self, why: str) -> bool:
-        """True if the job has failed, or was asked to stop, which no worker is there to do."""
+        """True if the job has failed, or was asked to stop while there is no worker that could save a checkpoint."""
         if self.stops:
             self.fail(f"asked to stop while there was no worker to save a checkpoint ({why}); run the same command to "
                       "go on from the newest one")  # fmt: skip

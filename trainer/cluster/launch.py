@@ -140,17 +140,21 @@ def _train_worker(config: dict[str, Any]) -> None:
     group = WorkerGroup.from_process_group()
     StackWriter(training.folder, group.rank)
     training = training.with_workers(group.size)
-    if group.is_rank_zero:
-        control.begin.remote(group.size)
     reporter = ActorReporter(control)
     source = config["source"](ray.get(config["data"]), training, group, reporter.warn)
+    worker: Worker | None = None
     try:
-        steps = Worker(training, group, ray.train.torch.get_device(), source, reporter).run()
+        worker = Worker(training, group, ray.train.torch.get_device(), source, reporter)
+        if group.is_rank_zero:
+            # Not before the checkpoint was read: the limit for waiting for S3 counts from the last begin.
+            control.begin.remote(group.size)
+        steps = worker.run()
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(control.fail.remote(str(error)))
         raise
     except (RuntimeError, MemoryError) as error:
-        if fit_memory.is_out_of_memory(error):
+        # While a worker is set up, running out of memory records no smaller batch and counts as a failure.
+        if worker is not None and fit_memory.is_out_of_memory(error):
             ray.get(control.note_smaller_batch.remote())
         raise
     if group.is_rank_zero:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,8 +96,10 @@ class JobMonitor:
                     self._show(message, bar)
                 idle = self._stall.update(bar.n - self.training.start_step, time.monotonic())
                 self._note_stall(idle, bar)
-                disk = shutil.disk_usage(Path(self.training.folder))
-                used = {"disk_used_share": disk.used / (disk.used + disk.free)}  # like df, without root's reserve
+                used: dict[str, float] = {}
+                with suppress(OSError):  # a network folder may be away for a moment; SIGTERM must still be forwarded
+                    disk = shutil.disk_usage(Path(self.training.folder))
+                    used["disk_used_share"] = disk.used / (disk.used + disk.free)  # like df, without root's reserve
                 # Set at every poll: Ray drops a gauge after 20 seconds, so a gauge that exists shows a running job.
                 for metric, value in (self._values | idle | used).items():
                     name, _, label = metric.partition("/")
@@ -131,6 +134,8 @@ class JobMonitor:
         finite = {name: value for name, value in message.items() if value is not None and math.isfinite(value)}
         # A metric that is no longer finite is not set at all: Ray would ignore the value and keep the last one.
         kept = {name: value for name, value in self._values.items() if name not in message}
+        if "step" in message:  # without the ranks that a smaller number of workers no longer has
+            kept = {name: value for name, value in kept.items() if LABELS.get(name.partition("/")[0]) != "rank"}
         values = (kept | finite).items()
         self._values = {name: value for name, value in values if name.partition("/")[0] in self._gauges}
         if (step := message.get("step")) is not None:

@@ -6,6 +6,7 @@ Ray 2.60 limits the failures of a whole run, starts again at once, and takes any
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
@@ -111,12 +112,16 @@ class DividingWorkers(ElasticScalingPolicy):  # type: ignore[misc]
         if self._resize_after is None:
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             if isinstance(decision, ResizeDecision):
-                self._resize_after = (self._newest(),)
+                # If it cannot be read now, the next look asks again: a resize must not follow an older checkpoint.
+                with suppress(S3Unavailable, S3Refused, OSError):
+                    self._resize_after = (newest_checkpoint(self._checkpoints),)
             return NoopDecision()
         self._maybe_send_resource_request()
         if self._newest() in (None, *self._resize_after):
             return NoopDecision()
         self._resize_after = None
+        if ray.get(self._control.stop_requested.remote()):  # the workers end after this checkpoint
+            return NoopDecision()
         count = self._count_possible_workers(self._get_reserved_resources() or {})
         if count in (0, worker_group_state.num_workers):  # the node has gone again
             return NoopDecision()

@@ -74,7 +74,7 @@ class StackWriter:
                 self._seen.add(name)
                 try:
                     write_stacks(self._folder / name, self._rank)
-                except OSError as error:
+                except (OSError, RuntimeError) as error:  # RuntimeError: of torch's recorder
                     logging.getLogger(__name__).warning("no stacks of rank %d: %s", self._rank, error)
 
 

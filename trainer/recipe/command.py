@@ -169,7 +169,7 @@ def parse_args(description: str | None) -> Command:
     )  # fmt: skip
     add(
         "--s3-wait", type=float, default=6.0, metavar="HOURS",
-        help="Wait so long for samples while S3 cannot be reached. Default: 6.",
+        help="How long to wait while S3 cannot be reached. Default: 6.",
     )  # fmt: skip
     add(
         "--notify", default=os.environ.get("HDM_NOTIFY") or None, metavar="URL",

@@ -136,7 +136,7 @@ class Checkpoints:
             before, source.step, source.saved_at, lambda place: _copy_files(place, source.folder), keep_last, keep_every
         )
         if copied not in self.finished():
-            raise OSError(errno.EIO, "the copy is not whole", copied.folder)
+            raise OSError(errno.EIO, "the copy is incomplete", copied.folder)
         return copied
 
     def _add(
@@ -304,7 +304,7 @@ def _copy_files(place: _Place, folder: str) -> None:
                 digest = _copy_stream(original, copy)
             with open(path, "rb") as copy:
                 if hashlib.file_digest(copy, "sha256").digest() != digest:
-                    raise OSError(errno.EIO, "what was written reads back otherwise", path)
+                    raise OSError(errno.EIO, "what was written differs when it is read back", path)
 
 
 def _copy_stream(original: BinaryIO, copy: BinaryIO) -> bytes:

@@ -100,7 +100,8 @@ def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
     except (OSError, S3Unavailable) as error:
         if newest is None:
             raise
-        return f"the copies in {copies} cannot be read ({error}); the checkpoint of step {newest.step} is there"
+        goes_on = f"training goes on from the checkpoint of step {newest.step}"
+        return f"the copies in {copies} cannot be read ({error}); {goes_on}"
     if copy is None:
         return None
     other = Path(config_of(copy).get("run", run))

@@ -5,6 +5,7 @@ it makes the next start measure again.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -37,7 +38,8 @@ def choose(training: Training, device: torch.device, name: str) -> tuple[Kernel,
     seconds = measure(device, model.heads, model.dim // model.heads, image_tokens, stage.text_tokens)
     kernel = min(seconds, key=lambda kernel: seconds[kernel])
     content = {"kernel": kernel, "seconds": seconds, "measured_for": settings}
-    Store(training.folder).write(_FILE, json.dumps(content, indent=1).encode())
+    with suppress(OSError):  # a full disk does not end the training; the next start measures again
+        Store(training.folder).write(_FILE, json.dumps(content, indent=1).encode())
     return kernel, seconds
 
 

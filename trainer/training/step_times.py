@@ -108,7 +108,7 @@ class SlowWorkers:
             name = f"worker {rank} ({self._names[rank]})"
             if before < _SLOW_STEPS <= self._steps[rank]:
                 messages.append(
-                    f"{name} slows down all others: it works {own:.3g} s on a step, {own / usual:.1f} times as long as "
+                    f"{name} slows down all others: it takes {own:.3g} s per step, {own / usual:.1f} times as long as "
                     f"they do, for {self._steps[rank]} steps; is it hot, throttled, or busy with something else?"
                 )
             elif before >= _SLOW_STEPS and not self._steps[rank]:

@@ -102,6 +102,7 @@ class Worker:
         self.stage = stage
         on_gpu = device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        self.first_device = group.broadcast(self.device_name)  # under which micro batches are recorded and looked up
         probes = not self._recall_micro_batch()
         if not probes:
             self.batches = source.batches(self.training)  # reading begins while the models load
@@ -225,7 +226,7 @@ class Worker:
     def _recall_micro_batch(self) -> bool:
         """Takes over the recorded or given micro batch. False if it is to be probed, beginning with the estimate."""
         training = self.training
-        recalled = self.group.broadcast(fit_memory.remembered(training, self.device_name))
+        recalled = self.group.broadcast(fit_memory.remembered(training, self.first_device))
         if recalled is not None:
             self.training = recalled
         elif self.device.type == "cuda" and not fit_memory.is_chosen_by_stage(training):
@@ -254,7 +255,7 @@ class Worker:
     def _lower_micro_batch(self, error: BaseException) -> None:
         """Records the smaller micro batch with which the next start goes on from the newest checkpoint."""
         lower = fit_memory.lowered(self.training, error)
-        fit_memory.record(lower, self.device_name, f"memory was full with {self.training.micro_batch} samples")
+        fit_memory.record(lower, self.first_device, f"memory was full with {self.training.micro_batch} samples")
         self.reporter.warn(
             f"memory is full with a micro batch of {self.training.micro_batch} ({fit_memory.first_line(error)}): going "
             f"on from the newest checkpoint with {lower.micro_batch}, recomputed blocks: {lower.checkpointing}"

@@ -88,3 +88,30 @@ def test_the_control_actor_learns_why_a_worker_ends(
     with pytest.raises(type(error)):
         launch._train_worker(config)
     assert calls == ["begin", *called]
+
+
+def test_a_worker_that_cannot_be_set_up_is_a_failure_even_if_memory_is_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise it would be started again for ever: no smaller batch was recorded. Nor has waiting for S3 ended."""
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls: list[str] = []
+
+    class Control:
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=lambda *_: calls.append(name))
+
+    training = SimpleNamespace(folder=str(tmp_path), with_workers=lambda count: training)
+    monkeypatch.setattr(launch.ray, "get", lambda value: value)
+    monkeypatch.setattr(launch.ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
+    monkeypatch.setattr(launch.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(launch.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(launch, "ActorReporter", lambda control: SimpleNamespace(warn=print))
+    monkeypatch.setattr(launch, "Worker", full)
+    config = {"training": training, "control": Control(), "data": None, "source": lambda *_: None}
+    with pytest.raises(torch.OutOfMemoryError):
+        launch._train_worker(config)
+    assert calls == []

@@ -121,10 +121,17 @@ def test_all_workers_of_a_node_are_counted() -> None:
 
 def test_a_healthy_run_grows_right_after_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = DividingWorkers(
-        ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=0), [1, 2], Answers(), "checkpoints"
-    )
-    newest = ("step-4", 1.0)
-    monkeypatch.setattr(policies, "newest_checkpoint", lambda _: newest)
+        ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=0), [1, 2],
+        Answers(stop_requested=False), "checkpoints",
+    )  # fmt: skip
+    newest: Any = S3Unavailable("S3 does not answer")
+
+    def found(_: str) -> Any:
+        if isinstance(newest, Exception):
+            raise newest
+        return newest
+
+    monkeypatch.setattr(policies, "newest_checkpoint", found)
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}})
     running = SimpleNamespace(start_time=0.0, num_workers=1)
@@ -132,7 +139,9 @@ def test_a_healthy_run_grows_right_after_a_checkpoint(monkeypatch: pytest.Monkey
     def decision() -> Any:
         return policy.make_decision_for_running_worker_group(worker_group_state=running, worker_group_status=None)
 
-    assert [decision(), decision()] == [NoopDecision(), NoopDecision()]
+    assert decision() == NoopDecision()
+    newest = ("step-4", 1.0)
+    assert [decision(), decision()] == [NoopDecision(), NoopDecision()], "saved before more workers were wanted"
     newest = ("step-8", 2.0)
     grown = decision()
     assert isinstance(grown, ResizeDecision)

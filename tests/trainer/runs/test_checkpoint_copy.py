@@ -191,7 +191,7 @@ def test_a_disk_that_returns_other_bytes_fails_that_copy(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_copy_stream", damaged)
         [warning] = copied(run, tmp_path / "copy", save(run, 1))
-    assert "reads back otherwise" in warning
+    assert "differs when it is read back" in warning
     assert not list(Path(root(tmp_path / "copy")).iterdir())
 
 
@@ -276,7 +276,7 @@ def test_copies_out_of_reach_end_the_start_only_of_a_run_without_checkpoints(
         line = restore(run, "demo", root(run), root(f"{bucket}/away"))
     assert line is not None
     assert "cannot be read" in line
-    assert line.endswith("the checkpoint of step 4 is there")
+    assert line.endswith("training goes on from the checkpoint of step 4")
 
 
 def test_the_copies_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_worker_that_stays_slower_than_the_others_is_named_once() -> None:
     for _ in range(4):
         assert slow.update([1.0, 1.1, 1.5, 1.0], 10) == []
     [message] = slow.update([1.0, 1.1, 1.5, 1.0], 10)
-    assert message.startswith("worker 2 (card C) slows down all others: it works 1.5 s on a step, 1.5 times as long")
+    assert message.startswith("worker 2 (card C) slows down all others: it takes 1.5 s per step, 1.5 times as long")
     assert "50 steps" in message
     assert slow.update([1.0, 1.1, 1.5, 1.0], 10) == []
     assert slow.update([1.0, 1.1, 1.2, 1.0], 10) == ["worker 2 (card C) is as fast as the others again"]
