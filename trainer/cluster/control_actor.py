@@ -3,6 +3,7 @@
 It also counts failures and times of waiting, because it survives restarts of the workers.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,15 @@ _FIRST_REPORT, _LONGEST_REPORT = 30.0, 900.0  # seconds of waiting until it is r
 class ControlActor:
     """Runs beside the driver."""
 
-    def __init__(self, most_failures: int = 3, workers: int = 0) -> None:
-        """`most_failures`: in a row without progress, after which the job ends. `workers`: their fixed number, or 0."""
+    def __init__(self, most_failures: int = 3, workers: int = 0, last_step: float = math.inf) -> None:
+        """`most_failures`: in a row without progress, after which the job ends. `workers`: their fixed number, or 0.
+        `last_step`: after which the workers end."""
         self.messages: list[Line | str | Notice] = []  # metrics, warnings or events
         self.stops = False
         self.failure = ""
         self.steps = 0
-        self._most_failures, self._workers = most_failures, workers
+        self._most_failures, self._workers, self._last_step = most_failures, workers, last_step
+        self._logged_step = 0.0  # of the newest line of metrics
         self._failures = 0  # in a row without progress
         self._progress: object = self  # at the last failure; equal to no progress
         self._smaller_batches, self._smaller_batches_seen = 0, 0
@@ -32,6 +35,8 @@ class ControlActor:
 
     def add_message(self, message: "Line | str | Notice") -> None:
         self.messages.append(message)
+        if isinstance(message, dict):
+            self._logged_step = message.get("step") or self._logged_step
 
     def messages_from(self, number: int) -> tuple[list["Line | str | Notice"], str]:
         """The messages after the first `number`, and the reason why the job failed, if it did."""
@@ -42,6 +47,10 @@ class ControlActor:
 
     def stop_requested(self) -> bool:
         return self.stops
+
+    def may_resize(self) -> bool:
+        """False if the workers are about to end: they were asked to stop, or have taken the last step."""
+        return not self.stops and self._logged_step < self._last_step
 
     def fail(self, why: str) -> None:
         """Marks the job as failed, so that it is not started again."""

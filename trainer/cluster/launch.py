@@ -64,7 +64,7 @@ def train(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     counts = training.worker_counts()
     control = ray.remote(num_cpus=0, scheduling_strategy=here)(ControlActor).remote(
-        training.max_failures, workers=0 if len(counts) > 1 else training.workers
+        training.max_failures, workers=0 if len(counts) > 1 else training.workers, last_step=training.stop_step
     )
     trainer = PolicyTrainer(
         _train_worker,

@@ -120,7 +120,7 @@ class DividingWorkers(ElasticScalingPolicy):  # type: ignore[misc]
         if self._newest() in (None, *self._resize_after):
             return NoopDecision()
         self._resize_after = None
-        if ray.get(self._control.stop_requested.remote()):  # the workers end after this checkpoint
+        if not ray.get(self._control.may_resize.remote()):  # new workers would repeat the end, without its evaluation
             return NoopDecision()
         count = self._count_possible_workers(self._get_reserved_resources() or {})
         if count in (0, worker_group_state.num_workers):  # the node has gone again

@@ -65,3 +65,16 @@ def test_another_number_of_workers_is_reported() -> None:
     assert not control.messages
     control.begin(1)
     assert control.messages == ["training on 1 worker, with the same global batches"]
+
+
+def test_workers_that_are_about_to_end_are_not_resized() -> None:
+    control = ControlActor(last_step=8)
+    control.add_message({"step": 4})
+    control.add_message({"startup_seconds/model": None})
+    control.add_message("a warning")
+    assert control.may_resize()
+    control.add_message({"step": 8})
+    assert not control.may_resize(), "the last step is taken: its evaluation comes next"
+    stopped = ControlActor(last_step=8)
+    stopped.request_stop()
+    assert not stopped.may_resize()

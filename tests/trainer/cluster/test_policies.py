@@ -122,7 +122,7 @@ def test_all_workers_of_a_node_are_counted() -> None:
 def test_a_healthy_run_grows_right_after_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = DividingWorkers(
         ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=0), [1, 2],
-        Answers(stop_requested=False), "checkpoints",
+        Answers(may_resize=True), "checkpoints",
     )  # fmt: skip
     newest: Any = S3Unavailable("S3 does not answer")
 
