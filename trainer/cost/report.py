@@ -69,8 +69,8 @@ def assumptions(
     if plan[0]["computed_images_per_second"] is not None:
         shares = ", ".join(f"{part} {share:.0%}" for part, share in estimate.EFFICIENCY.items())
         yield (
-            f"computed: images/s of this code if its operations run at assumed shares of the peak ({shares}); the hours "
-            "do not depend on it"
+            f"computed: images/s of this code if its operations run at assumed shares of the peak ({shares}); the "
+            "hours do not depend on it"
         )
     if any(row["name"] == "1024" and "the papers'" in row["remark"] for row in plan):
         yield "the papers' 1024 stage counts as dense, as they say. Their code routes tokens: it may take longer"
