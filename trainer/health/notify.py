@@ -153,4 +153,4 @@ def _cause(error: Exception) -> str:
 
 
 def _warn(why: str) -> None:
-    print(f"run: the address of --notify cannot be reached: {why}", file=sys.stderr, flush=True)
+    print(f"run: posting to the address of --notify failed: {why}", file=sys.stderr, flush=True)

@@ -130,7 +130,7 @@ def test_an_address_that_refuses_costs_a_warning(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == (
-        f"run: the address of --notify cannot be reached: it answers {status}; 'ended' was not sent\n"
+        f"run: posting to the address of --notify failed: it answers {status}; 'ended' was not sent\n"
     )
 
 
@@ -148,7 +148,7 @@ def test_an_address_out_of_reach_costs_a_warning(
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert len(lines) == 4, printed
-    assert all(line.startswith("run: the address of --notify cannot be reached: ") for line in lines)
+    assert all(line.startswith("run: posting to the address of --notify failed: ") for line in lines)
     assert SECRET not in printed.err + printed.out
 
 
