@@ -43,7 +43,7 @@ _POLL_SECONDS: Final = 1.0
 _LOST_SECONDS: Final = 60.0  # without any node that an actor could run on, before the job fails
 _QUIET_SECONDS: Final = 300.0  # without a row, before the terminal shows what the cluster has free
 _NOTICED_SECONDS: Final = 25.0  # Ray takes a node for lost after five failed checks, 3 s apart (ray 2.60)
-_ISOLATED_PASSES: Final = 3  # at most: one is repeated if a node was lost in it
+_ISOLATED_PASSES: Final = 5  # at most: one is repeated if a node was lost in it
 
 Work = Callable[[pa.Table], Iterator[pa.Table]]
 T = TypeVar("T", contravariant=True)
@@ -121,13 +121,17 @@ def stream_rows(
                     progress.update(table)
 
         run(isolated=False, died=False)
+        undisturbed = 0  # passes in which no node was lost
         for _ in range(_ISOLATED_PASSES):
             before = _node_ids()
             run(isolated=True, died=False)
             if not progress.items(died=True):
                 break
-            # Until Ray has noticed that a node is lost, tasks that are sent to it fail.
-            if not _loses_node(before, _NOTICED_SECONDS if len(before) > 1 else 0, watch):
+            # Until Ray has noticed that a node is lost, tasks that are sent to it fail. Some fail still afterwards, so
+            # with several nodes a row is blamed only if it was lost twice.
+            several = len(before) > 1
+            undisturbed += not _loses_node(before, _NOTICED_SECONDS if several else 0, watch)
+            if undisturbed == (2 if several else 1):
                 break
         progress.check_died(job)
         run(isolated=True, died=True)

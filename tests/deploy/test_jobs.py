@@ -629,11 +629,18 @@ def survivors(cluster: Cluster, raw: Path, images: Path) -> tuple[Finished, Fini
     return *ended, dataset
 
 
+def _reasons(dataset: Path) -> list[str]:
+    files = (dataset / "rejected").glob("*.parquet")
+    return [reason for path in files for reason in pq.read_table(path)["reason"].to_pylist()]
+
+
 def test_an_ingest_whose_node_is_killed_writes_the_files_of_an_undisturbed_one(
     images: Path, survivors: tuple[Finished, Finished, Path]
 ) -> None:
     _, job, dataset = survivors
     succeeded(job)
+    reasons = [Counter(_reasons(each)) for each in (dataset, images)]
+    assert reasons[0] == reasons[1], job.stdout
     for folder in ("images", "rejected"):
         written = {path.name: path for path in (dataset / folder).glob("*.parquet*")}
         expected = {path.name: path for path in (images / folder).glob("*.parquet*")}
@@ -642,11 +649,7 @@ def test_an_ingest_whose_node_is_killed_writes_the_files_of_an_undisturbed_one(
             assert pq.read_table(path).to_pylist() == pq.read_table(expected[name]).to_pylist(), (name, job.stdout)
             assert path.read_bytes() == expected[name].read_bytes(), name
     record = json.loads((dataset / "images" / "run.json").read_text())
-    rejected = Counter(
-        reason
-        for path in (images / "rejected").glob("*.parquet")
-        for reason in pq.read_table(path)["reason"].to_pylist()
-    )
+    rejected = reasons[1]
     assert (record["rows_in"], record["rejected"], record["failed"]) == (IMAGES, rejected, {})
     assert record["rows_out"] == IMAGES - rejected.total()
 
