@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.diffusion.keyed_random import Stream, keyed_bits
 
+TIMES = tuple((i + 0.5) / 8 for i in range(8))  # the midpoints of eight equal parts of (0, 1), to report losses by time
+
 
 def keyed_normal(key_B: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
     """Standard normal values (B, *shape), float32, as a function of the keys: Box-Muller on a 64-bit hash per element.
@@ -58,6 +60,14 @@ def interpolate(x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
 def velocity_target(x0_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     """dx_t / dt = noise - x0, constant along the path: the target of the model."""
     return noise_BCHW - x0_BCHW
+
+
+def losses_by_time(loss_B: Tensor, t_B: Tensor) -> Tensor:
+    """(2, T): the samples' losses summed within each of T equal parts of (0, 1) around TIMES, and their number."""
+    part_B = (t_B * len(TIMES)).long().clamp(0, len(TIMES) - 1)
+    # A matrix product is summed in the same order every time, unlike index_add on a GPU, and one_hot waits for it.
+    parts_BT = (part_B[:, None] == torch.arange(len(TIMES), device=t_B.device)).to(loss_B.dtype)
+    return torch.stack([loss_B @ parts_BT, parts_BT.sum(0)])
 
 
 def flow_loss(velocity_BCHW: Tensor, target_BCHW: Tensor, weight_C: Tensor | None = None) -> Tensor:

@@ -54,6 +54,9 @@ class XUTConfig:
     # standardized: each feature of the text minus its mean, divided by its deviation. Both are of the texts that the
     # first stage was trained on, and saved with the weights. raw: as the text encoder returns it.
     text_features: Literal["raw", "standardized"] = "raw"
+    # What the output projection estimates: the velocity, as in the report, or the clean latents x, from which the
+    # velocity follows (arXiv 2511.13720). The model returns the velocity, and is trained on its error, either way.
+    prediction: Literal["velocity", "x"] = "velocity"
     # True: the modulated norm replaces the residual stream at every branch, as in the release. False: pre-norm.
     replace_stream: bool = False
     # axial: fixed frequencies on the first half of each head's dims (section 3.4). learned: frequencies of each layer

@@ -31,6 +31,7 @@ from trainer.model.routing import gather_tokens, scatter_tokens, select_tokens
 Checkpointing = Literal["none", "blocks", "all"]  # activation checkpointing of no block, every second one, or all
 Precision = Literal["fp32", "bf16"]  # of matrix products; weights, gradients, optimizer state and loss stay float32
 
+_LEAST_TIME = 0.05  # by which a prediction of the data is divided, at least
 _WAVES = (0.5, 1.0, 2.0)  # cycles per unit of the position map, which is about the side of the picture
 POSITION_WAVES = 4 * len(_WAVES)  # cosine and sine of y and of x
 _BRANCH_KINDS: tuple[BranchKind, ...] = get_args(BranchKind)
@@ -137,7 +138,7 @@ class XUT(nn.Module):
     def initialise(self) -> None:
         """Draws weights from N(0, 1/fan_in) and sets biases to 0, so activations start near unit scale at any width.
 
-        The velocity, the modulations and the aspect start at zero: a new model predicts 0 for every input. Layers that
+        The output, the modulations and the aspect start at zero: a new model predicts 0 for every input. Layers that
         write into the residual stream are scaled by 1 / sqrt(number of writers), which keeps its scale at any depth.
         """
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
@@ -202,9 +203,15 @@ class XUT(nn.Module):
             h_BSD = scatter_tokens(h_BSD, index_BK, kept_BKD)
         h_BSD = self._run(self.post, h_BSD, context)
 
-        return self._unpatched(self._velocities(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
+        out_BCHW = self._unpatched(self._outputs(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
+        if self.config.prediction == "velocity":
+            return out_BCHW
+        # On the path x_t = (1 - t) * data + t * noise, noise - data = (x_t - data) / t. The bound on t bounds the error
+        # of the velocity near t = 0.
+        t_B111 = t_B.float().clamp(min=_LEAST_TIME)[:, None, None, None]
+        return (x_BCHW.float() - out_BCHW.float()) / t_B111
 
-    def _velocities(self, h_BND: Tensor) -> Tensor:
+    def _outputs(self, h_BND: Tensor) -> Tensor:
         """The output projection, not under autocast: guidance would multiply the rounding of a bfloat16 velocity."""
         dtype, device = next(self.patch_out.parameters()).dtype, h_BND.device.type
         with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from trainer.diffusion.conditioning import aspect, crop_positions
-from trainer.diffusion.flow import draw_noise, draw_times, flow_loss, interpolate, velocity_target
+from trainer.diffusion.flow import (
+    TIMES,
+    draw_noise,
+    draw_times,
+    flow_loss,
+    interpolate,
+    losses_by_time,
+    velocity_target,
+)
 from trainer.model.xut import XUT, Precision, compiled
 from trainer.optimization.optimizers import (
     build_optimizer,
@@ -49,6 +57,7 @@ class Reading:
     skipped: int  # steps skipped in the whole run
     outliers: int  # those of them that were finite: gradient-norm outliers
     worst_run: int  # most steps skipped in a row since the last reading, earlier ones of the series included
+    loss_by_time: dict[float, float]  # mean around each of flow.TIMES; nan without samples
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class StepResult:
     taken: Tensor  # int64, steps not skipped since the last reading
     loss_sum: Tensor  # float64, over the taken steps
     norm_sum: Tensor  # float64, over the taken steps
+    by_time: Tensor  # float64 (2, T), `losses_by_time` over the taken steps
 
     @classmethod
     def start(cls, skipped: Tensor, outliers: Tensor, run: Tensor | None = None) -> "StepResult":
@@ -85,9 +95,10 @@ class StepResult:
             taken=zero,
             loss_sum=zero.double(),
             norm_sum=zero.double(),
+            by_time=zero.double().expand(2, len(TIMES)),
         )
 
-    def after(self, loss: Tensor, grad_norm: Tensor, limit: Tensor) -> tuple["StepResult", Tensor]:
+    def after(self, loss: Tensor, grad_norm: Tensor, limit: Tensor, by_time: Tensor) -> tuple["StepResult", Tensor]:
         """The counts after one more step, and whether it is skipped: a bool tensor."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         outlier = finite & (grad_norm > limit)
@@ -104,6 +115,7 @@ class StepResult:
             taken=self.taken + ~skip,
             loss_sum=self.loss_sum + loss.double().masked_fill(skip, 0),
             norm_sum=self.norm_sum + grad_norm.double().masked_fill(skip, 0),
+            by_time=self.by_time + by_time.double().masked_fill(skip, 0),
         )
         return after, skip
 
@@ -163,17 +175,17 @@ class Loop:
         """
         set_learning_rate(self.optimizer, self.schedule.factor(self.steps_taken))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(micro_batches)
+        loss, by_time = self._accumulate(micro_batches)
         if self.workers > 1:
             with self.times.sums.running():
-                _sum_over_workers([loss, *_gradients(self.model)])
+                _sum_over_workers([loss, by_time, *_gradients(self.model)])
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.clip_norm)
         if self.workers > 1:
             # GPUs of different kinds may round the norm differently, but all workers must decide alike.
             distributed.broadcast(grad_norm, src=0)
         threshold = self.stage.outlier_threshold
         limit = self.norms.limit(threshold) if threshold else torch.full_like(grad_norm, torch.inf)
-        self._last, skip = self._last.after(loss, grad_norm, limit)
+        self._last, skip = self._last.after(loss, grad_norm, limit, by_time)
         self.norms.add(grad_norm)
         step_unless(skip, self.optimizer)
         self.ema.update(self.model, skip)
@@ -185,7 +197,7 @@ class Loop:
     def rehearse(self, inputs: TrainingInputs) -> None:
         """Takes the memory of a step on one micro batch, and changes nothing but that moments of zero may appear."""
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._sample_losses(inputs).sum())
+        torch.autograd.backward(self._sample_losses(inputs)[0].sum())
         skip = torch.ones((), dtype=torch.bool, device=self.device)
         step_unless(skip, self.optimizer)
         self.ema.update(self.model, skip)
@@ -197,8 +209,10 @@ class Loop:
         """Statistics of the steps since the last reading. Makes the host wait for the device: only call it to log."""
         last, self._last = self._last, StepResult.start(self._last.skipped, self._last.outliers, self._last.run)
         totals = [last.loss_sum, last.norm_sum, last.grad_norm_limit]
-        numbers = torch.stack([*totals, last.taken, last.skipped, last.outliers, last.worst_run])
-        loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run = numbers.tolist()
+        counts = torch.stack([*totals, last.taken, last.skipped, last.outliers, last.worst_run])
+        numbers = torch.cat([counts, last.by_time.flatten()]).tolist()
+        loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run = numbers[: len(counts)]
+        sums, samples = numbers[len(counts) : -len(TIMES)], numbers[-len(TIMES) :]
         return Reading(
             loss=loss_sum / taken if taken else float("nan"),
             grad_norm=norm_sum / taken if taken else float("nan"),
@@ -207,6 +221,9 @@ class Loop:
             skipped=int(skipped),
             outliers=int(outliers),
             worst_run=int(worst_run),
+            loss_by_time={
+                t: loss / count if count else float("nan") for t, loss, count in zip(TIMES, sums, samples, strict=True)
+            },
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -265,25 +282,30 @@ class Loop:
         with self.ema.applied(self.model), torch.no_grad():
             yield self._velocity
 
-    def _accumulate(self, micro_batches: Iterable[TrainingInputs]) -> Tensor:
-        """Backward passes of all micro batches. Returns this worker's part of the global mean loss, detached."""
+    def _accumulate(self, micro_batches: Iterable[TrainingInputs]) -> tuple[Tensor, Tensor]:
+        """Backward passes of all micro batches. Returns this worker's part of the global mean loss, and its
+        `losses_by_time`, detached."""
         share = self.stage.batch_size // self.workers
         seen = 0
         total = torch.zeros((), device=self.device)
+        by_time = torch.zeros(2, len(TIMES), device=self.device)
         for inputs in micro_batches:
             seen += len(inputs.keys_B)
             # Dividing by the global batch makes the sum correct for micro batches of unequal sizes.
-            loss = self._sample_losses(inputs).sum() / self.stage.batch_size
+            loss_B, t_B = self._sample_losses(inputs)
+            loss = loss_B.sum() / self.stage.batch_size
             torch.autograd.backward(loss)
             total += loss.detach()
+            by_time += losses_by_time(loss_B.detach(), t_B)
         if seen != share:
             raise ValueError(
                 f"the micro batches of this worker have {seen} samples, but its share of a batch of "
                 f"{self.stage.batch_size} on {self.workers} workers is {share}"
             )
-        return total
+        return total, by_time
 
-    def _sample_losses(self, inputs: TrainingInputs) -> Tensor:
+    def _sample_losses(self, inputs: TrainingInputs) -> tuple[Tensor, Tensor]:
+        """The samples' losses and times, (B,) each."""
         config = self.model.config
         x_BCHW = inputs.latents_BCHW.float()
         noise_BCHW = draw_noise(inputs.keys_B, x_BCHW.shape[1:])
@@ -298,7 +320,7 @@ class Loop:
             selection_rate=self.stage.selection_rate,
             routing_key=inputs.keys_B,
         )
-        return flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW), self.loss_weight_C)
+        return flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW), self.loss_weight_C), t_B
 
     def _velocity(self, x_BCHW: Tensor, t_B: Tensor, *, text: Tensor, **inputs: Tensor | float | None) -> Tensor:
         """XUT's forward pass in the configured precision."""

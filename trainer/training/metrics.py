@@ -27,6 +27,7 @@ GAUGE_PREFIX = "hdm_train_"  # of the Prometheus gauges
 METRICS = {
     "step": Metric("steps", "optimizer steps taken, including skipped ones"),
     "loss": Metric("", "mean weighted squared error of the velocity"),
+    "loss_by_time": Metric("", "loss of the samples around a time between 0, the data, and 1, the noise"),
     "grad_norm": Metric("", "norm of the whole gradient before clipping"),
     "grad_norm_limit": Metric("", "gradient norm above which the last step was skipped as an outlier"),
     "learning_rate": Metric("", "AdamW's learning rate at the base width"),
@@ -77,9 +78,14 @@ METRICS = {
 }
 
 
-# Metrics with one value per rank or phase -> the label that tells them apart. They are named "metric/value of the
+# Metrics with one value per rank, phase or time -> the label that tells them apart. They are named "metric/value of the
 # label" in a line, such as "rank_step_seconds/0".
-LABELS = {"rank_step_seconds": "rank", "rank_data_wait_seconds": "rank", "startup_seconds": "phase"}
+LABELS = {
+    "rank_step_seconds": "rank",
+    "rank_data_wait_seconds": "rank",
+    "startup_seconds": "phase",
+    "loss_by_time": "t",
+}
 
 COMPILE, FIRST_STEP = "compile", "first step"  # the last phase of a start: with or without compiling
 
@@ -169,6 +175,7 @@ def log_line(
     grad_norm: float,
     learning_rate: float,
     grad_norm_limit: float = math.inf,
+    loss_by_time: Mapping[float, float] | None = None,
     gpu_memory_bytes: float | None = None,
     skipped_steps: int = 0,
     outlier_steps: int = 0,
@@ -176,6 +183,8 @@ def log_line(
     failed_writes: int = 0,
 ) -> Line:
     """The metrics between two snapshots. ValueError unless both time and steps lie between them.
+
+    loss_by_time: the loss around each time; nan if unknown.
 
     Checkpoints and evaluations in between count as training time; take `last` after them to exclude it.
     """
@@ -192,6 +201,7 @@ def log_line(
     return {
         "step": now.step,
         "loss": loss,
+        **{f"loss_by_time/{t}": None if math.isnan(at) else at for t, at in (loss_by_time or {}).items()},
         "grad_norm": grad_norm,
         "grad_norm_limit": grad_norm_limit if math.isfinite(grad_norm_limit) else None,
         "learning_rate": learning_rate,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.conditioning import aspect, crop_positions
-from trainer.diffusion.flow import draw_noise, flow_loss, interpolate, velocity_target
+from trainer.diffusion.flow import TIMES, draw_noise, flow_loss, interpolate, velocity_target
 from trainer.drawing.picture_files import Pixels
 from trainer.drawing.picture_model import PictureModel
 from trainer.drawing.settings import SamplingSettings
@@ -25,8 +25,6 @@ from trainer.training.metrics import Line
 
 T = TypeVar("T")
 
-# The midpoints of eight equal parts of (0, 1).
-TIMES = tuple((i + 0.5) / 8 for i in range(8))
 # Changes a sample's key, so that validation never uses the noise of training.
 _OWN_NOISE = 0x5851F42D4C957F2D
 _PICTURES_AT_ONCE = 4  # there is little free memory during training

@@ -339,6 +339,7 @@ class Worker:
         line = log_line(
             self.context, self.last, now, loss=reading.loss, grad_norm=reading.grad_norm,
             learning_rate=reading.learning_rate, grad_norm_limit=reading.grad_norm_limit,
+            loss_by_time=reading.loss_by_time,
             skipped_steps=reading.skipped, outlier_steps=reading.outliers,
             gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             failed_saves=len(self.saver.failures) if self.saver else 0,

@@ -274,6 +274,22 @@ def test_the_velocity_is_not_rounded_to_bfloat16_under_autocast() -> None:
 # Invariances
 
 
+def test_a_prediction_of_the_data_gives_the_velocity_that_leads_there() -> None:
+    given = inputs()
+    given["t_B"] = torch.tensor([0.05, 0.8])
+    data_BCHW = small_model()(**given)  # the same weights, whose output is now read as the data
+    velocity_BCHW = small_model(prediction="x")(**given)
+    arrived_BCHW = given["x_BCHW"] - given["t_B"][:, None, None, None] * velocity_BCHW
+    torch.testing.assert_close(arrived_BCHW, data_BCHW, rtol=1e-5, atol=1e-5)
+
+
+def test_near_the_data_the_velocity_of_a_prediction_of_the_data_is_bounded() -> None:
+    given = inputs()
+    given["t_B"] = torch.zeros(2)
+    error_BCHW = given["x_BCHW"] - small_model()(**given)
+    torch.testing.assert_close(small_model(prediction="x")(**given), error_BCHW / 0.05)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 @pytest.mark.parametrize("overrides", [{}, {"skip": "concat"}, {"text_layers": "average"}])
 def test_velocity_does_not_depend_on_padding(overrides: dict[str, Any], rate: float) -> None:

@@ -22,6 +22,7 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.training.loop
+from trainer.diffusion.flow import TIMES, draw_times
 from trainer.diffusion.keyed_random import sample_key
 from trainer.model.config import XUTConfig
 from trainer.model.xut import XUT, compiled
@@ -285,6 +286,20 @@ def test_skipped_steps_are_counted_in_total_and_in_a_row_since_the_last_reading(
     assert (reading.skipped, reading.worst_run) == (6, 3)
     steps(".")
     assert loop.read().worst_run == 0
+
+
+def test_losses_by_time_are_the_means_of_the_samples_around_each_time_and_agree_with_the_loss() -> None:
+    loop = new_loop()
+    train(loop, range(2))
+    loop.step([broken(batch_of(2))])
+    reading = loop.read()
+    keys_B = torch.cat([batch_of(step).keys_B for step in range(2)])
+    part_B = (draw_times(keys_B, loop.stage.timestep_shift) * 8).long()
+    samples = {t: int((part_B == i).sum()) for i, t in enumerate(TIMES)}
+    assert {t for t, loss in reading.loss_by_time.items() if loss != loss} == {t for t, n in samples.items() if not n}
+    total = sum(reading.loss_by_time[t] * count for t, count in samples.items() if count)
+    assert total / (2 * BATCH) == pytest.approx(reading.loss, rel=1e-5)
+    assert all(loss != loss for loss in loop.read().loss_by_time.values()), "since the last reading"
 
 
 def test_a_reading_is_the_mean_over_the_steps_not_skipped() -> None:

@@ -83,6 +83,13 @@ def test_a_line_has_averages_since_the_last_one_and_totals_since_the_start() -> 
     assert {name.partition("/")[0] for name in line if "/" in name} <= LABELS.keys()
 
 
+def test_a_time_without_samples_has_no_loss() -> None:
+    line = log_line(
+        JOB, LAST, NOW, loss=1.0, grad_norm=1.0, learning_rate=1.0, loss_by_time={0.25: 0.5, 0.75: float("nan")}
+    )
+    assert (line["loss_by_time/0.25"], line["loss_by_time/0.75"]) == (0.5, None)
+
+
 def test_unknown_metrics_are_none() -> None:
     job = JobContext(start_step=0, stop_step=10, workers=1, peak_teraflops=None, price_per_hour=None)
     line = log_line(job, Snapshot(step=0), Snapshot(step=1, seconds=1.0), loss=1.0, grad_norm=1.0, learning_rate=1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.diffusion.flow import draw_noise
+from trainer.diffusion.flow import TIMES, draw_noise
 from trainer.drawing.picture_model import PictureModel
 from trainer.drawing.settings import SamplingSettings
 from trainer.encoders.load_codec import load_codec
@@ -20,7 +20,6 @@ from trainer.model.xut import XUT
 from trainer.runs.ema import EMA
 from trainer.training.loop import TrainingInputs
 from trainer.training.validation import (
-    TIMES,
     averaged_weights,
     draw_share,
     interleave,
