@@ -29,6 +29,8 @@ _HELD_OUT_SEED = 0x68656C64  # of the random numbers of held-out samples; no sta
 _MOST_ROW_GROUPS = 64
 _MOST_HELD_OUT = 64
 
+_SHARDS_OF_EXAMPLES = 8  # each is read whole, its texts only
+
 _THREADS = 4  # that read held-out samples; each holds a row group
 
 # Words that a mirrored picture would contradict, and words about writing, which would appear mirrored.
@@ -263,10 +265,20 @@ def selection_texts(selection: Selection) -> list[str]:
 
 
 def example_texts(selection: Selection, count: int) -> list[str]:
-    """Full texts of `count` rows spread over the first shard, as example prompts."""
-    rows = selection_rows(selection.dataset, selection.name, selection.shards[0])
-    spread = np.linspace(0, rows.num_rows - 1, min(count, rows.num_rows)).astype(int)
-    return [full_text(text_parts(row)) for row in rows.take(spread).to_pylist()]
+    """Full texts of up to `count` rows, spread over up to _SHARDS_OF_EXAMPLES shards, which may differ in their kind
+    of pictures, and over the rows of each."""
+    texts = []
+    shards = _spread(len(selection.shards), min(count, _SHARDS_OF_EXAMPLES))
+    for i, shard in enumerate(shards):
+        rows = selection_rows(selection.dataset, selection.name, selection.shards[shard])
+        wanted = count * (i + 1) // len(shards) - count * i // len(shards)
+        texts += [full_text(text_parts(row)) for row in rows.take(_spread(rows.num_rows, wanted)).to_pylist()]
+    return texts
+
+
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """Up to `count` different indices below `length`, evenly spaced, the first and the last among them."""
+    return np.linspace(0, length - 1, min(count, length)).astype(np.int64)
 
 
 def selection_tags(selection: Selection) -> set[str]:

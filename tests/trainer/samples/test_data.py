@@ -49,6 +49,7 @@ from trainer.samples.data import (
     TrainingData,
     can_mirror,
     concatenate,
+    example_texts,
     held_out_batch,
     load_batch,
     mirrored,
@@ -122,6 +123,16 @@ def epoch_of(data: TrainingData, number: int = 0) -> Batch:
 def same(one: Batch, two: Batch) -> bool:
     """Bit for bit."""
     return all(np.array_equal(getattr(one, field.name), getattr(two, field.name)) for field in fields(Batch))
+
+
+def test_example_texts_are_of_different_rows_and_of_all_shards(dataset: Store) -> None:
+    selection = Selection.load(dataset.root, "all")
+    texts = example_texts(selection, 21)
+    assert len(texts) == 21
+    tables = [row_groups.selection_rows(dataset.root, "all", shard) for shard in selection.shards]
+    of_shard = [{full_text(text_parts(row)) for row in table.to_pylist()} for table in tables]
+    assert [sum(text in of for text in texts) for of in of_shard] == [10, 11]
+    assert len(example_texts(selection, 10_000)) == sum(table.num_rows for table in tables)
 
 
 # --- Order and reads --------------------------------------------------------------------------------------------------
