@@ -138,7 +138,9 @@ def fitting(
 
 
 def check_device(training: Training, gpus: int) -> None:
-    """UsageError for a model too large for a CPU if there is no GPU. It says how much memory the stage needs."""
+    """UsageError for float8, or a model too large for a CPU, if there is no GPU. It says how much memory it needs."""
+    if training.stage.fp8 and not gpus:
+        raise UsageError("fp8=true needs a GPU of compute capability 8.9 or higher, and there is none: set fp8=false")
     millions = parameters(training.model) / 1e6
     if gpus or millions < _CPU_MILLIONS:
         return

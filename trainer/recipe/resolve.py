@@ -12,6 +12,7 @@ from pipeline.core.jobs import local_path
 from trainer.encoders.load_codec import codec_shape
 from trainer.encoders.text import text_width
 from trainer.model.config import XUTConfig
+from trainer.model.float8 import check_installed
 from trainer.optimization.schedule import Anneal, Schedule, change_of_length
 from trainer.recipe import changes, overrides
 from trainer.recipe.changes import Changes, affecting
@@ -49,6 +50,7 @@ def resolve(command: Command) -> Training:
     stage, model_fields, notes = stage_config(
         command.stage, overrides.parse(command.settings), adapters.stage_fields() if adapters else None
     )
+    _check_optional_parts(stage, with_adapters=adapters is not None)
     total = branch.step + (command.anneal or 0) if branch else total_steps(stage, command.steps)
     fewest, most = command.worker_range()
     counts = dividing_counts(stage, fewest, most)
@@ -122,6 +124,15 @@ def _value_errors_are_usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_optional_parts(stage: StageConfig, with_adapters: bool) -> None:
+    """UsageError for parts that are off by default, where they cannot work."""
+    if stage.fp8:
+        if with_adapters:
+            raise UsageError("fp8=true converts the layers that --lora adapts: set fp8=false")
+        with _value_errors_are_usage_errors():
+            check_installed()
 
 
 def _model(stage: StageConfig, channels: int, text_dim: int, fields: Mapping[str, Any]) -> XUTConfig:

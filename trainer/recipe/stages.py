@@ -68,6 +68,8 @@ class StageConfig:
 
     # --- Hardware ---
     precision: Precision = "bf16"  # of the model's matrix products; weights, moments and EMA are fp32
+    # Float8 products in the blocks, by torchao, on GPUs of compute capability 8.9 or higher (trainer/model/float8.py).
+    fp8: bool = False
     # Blocks whose activations are recomputed in the backward pass. auto: as few as the GPU's memory allows.
     checkpointing: Literal["auto", "none", "blocks", "all"] = "auto"
     compiled: bool = True  # torch.compile the model and the VAE on a GPU, which takes minutes at the start
@@ -98,6 +100,7 @@ class StageConfig:
                 "text_multiple", False, f"at least {least}, for no more than {MOST_TEXT_LENGTHS} text lengths"
             )
         self._require("flip", 0 <= self.flip <= 1, "a probability, from 0 to 1")
+        self._require("fp8", not self.fp8 or self.precision == "bf16", "false unless precision is bf16")
 
     def _require(self, name: str, valid: bool, wanted: str) -> None:
         if not valid:

@@ -169,6 +169,9 @@ def synthetic_batch(stage: StageConfig, size: int) -> Batch:
 def _chosen_for(training: Training, device: str) -> dict[str, Any]:
     """What the memory of a step depends on."""
     stage = training.stage
-    fields = ("batch_size", "resolution", "text_tokens", "micro_batch", "checkpointing", "ema_snapshots", "precision")
+    fields = (
+        *("batch_size", "resolution", "text_tokens", "micro_batch", "checkpointing", "ema_snapshots", "precision"),
+        "fp8",
+    )
     found = {name: getattr(stage, name) for name in fields}
     return found | {"model": training.model.to_dict(), "workers": training.workers, "device": device}

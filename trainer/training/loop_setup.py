@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.core.errors import JobFailed
 from trainer.encoders.latents import Codec
+from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT
 from trainer.optimization.schedule import Schedule
 from trainer.recipe.stages import StageConfig
@@ -63,10 +64,16 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
 
 
 def new_loop(stage: StageConfig, model: XUT, schedule: Schedule, codec: Codec, device: torch.device) -> Loop:
-    """A loop before its first step. `steps`: length of the schedule."""
+    """A loop before its first step. JobFailed if the stage asks for float8 and the GPU or torchao is not there."""
     on_gpu = device.type == "cuda"
     precision = stage.precision if on_gpu else "fp32"
-    return Loop(model.to(device), stage, schedule, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
+    model = model.to(device)
+    if stage.fp8 and on_gpu:
+        try:
+            use_float8(model)
+        except ValueError as error:
+            raise JobFailed(str(error)) from error
+    return Loop(model, stage, schedule, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:

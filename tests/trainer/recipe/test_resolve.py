@@ -14,6 +14,7 @@ import torch
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import SELECTION, TEXT_CATEGORIES
+from trainer.model import float8
 from trainer.recipe.command import Command
 from trainer.recipe.memory import check_device
 from trainer.recipe.resolve import resolve
@@ -424,3 +425,14 @@ def test_a_range_of_workers_leaves_out_those_that_do_not_divide_the_batch(
 def test_an_impossible_range_of_workers_is_refused(ask: Any, given: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         ask("demo", workers=given)
+
+
+def test_float8_without_a_gpu_bfloat16_or_torchao_is_refused(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fp8 must be false unless precision is bf16" in refused(ask, "demo", "fp8=true")
+    settings = ("fp8=true", "precision=bf16")
+    training = ask("demo", *settings)
+    with pytest.raises(UsageError, match="there is none: set fp8=false"):
+        check_device(training, gpus=0)
+    check_device(training, gpus=1)
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    assert 'pip install -c deploy/constraints.txt -e ".[fp8]"' in refused(ask, "demo", *settings, run="other")

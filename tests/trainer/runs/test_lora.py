@@ -252,6 +252,8 @@ def test_defaults_of_a_run_of_adapters(ask: Callable[..., Training], random_run:
     large = replace(training, stage=replace(training.stage, model="base"), model=XUTConfig.base())
     with pytest.raises(UsageError, match=r"trains adapters on 343M parameters, .* at least about \d GB\. To try"):
         check_device(large, gpus=0)
+    with pytest.raises(UsageError, match="fp8=true converts the layers that --lora adapts"):
+        ask("fp8=true", "precision=bf16", run="float8")
     with pytest.raises(UsageError, match="there is no GPU"):  # whatever preset the stage names
         check_device(replace(training, model=XUTConfig.base()), gpus=0)
 

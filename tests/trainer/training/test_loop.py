@@ -25,6 +25,7 @@ import trainer.training.loop
 from trainer.diffusion.flow import TIMES, draw_times
 from trainer.diffusion.keyed_random import sample_key
 from trainer.model.config import XUTConfig
+from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT, compiled
 from trainer.optimization.optimizers import OptimizerConfig
 from trainer.optimization.outliers import LEAST_HISTORY
@@ -427,6 +428,25 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(kind: str, tmp_path:
     found = train(second, range(3, 6))
     assert [float(r.loss) for r in found] == [float(r.loss) for r in wanted[3:]]
     assert_bit_equal(copy_of(second), copy_of(whole))
+
+
+def test_a_checkpoint_with_float8_products_is_continued_without_them_and_the_reverse() -> None:
+    converted, plain = new_loop(), new_loop()
+    use_float8(converted.model, emulate=True)
+    train(converted, range(2))
+    train(plain, range(2))
+    assert float(copy_of(converted)["model/patch_in.weight"].sub(copy_of(plain)["model/patch_in.weight"]).norm()) > 0
+    saved, other = (
+        {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in loop.tensors().items()}
+        for loop in (converted, plain)
+    )
+    for part, tensors in saved.items():
+        assert {name: t.dtype for name, t in tensors.items()} == {name: t.dtype for name, t in other[part].items()}
+    plain.load(saved, 2)
+    converted.load(other, 2)
+    for loop, wanted in ((plain, saved), (converted, other)):
+        assert_bit_equal(dict(loop.model.state_dict()), wanted["model"])
+        assert torch.isfinite(train(loop, range(2, 3))[0].loss)
 
 
 def test_loading_keeps_the_count_of_skipped_steps_and_ends_a_series_of_them() -> None:
