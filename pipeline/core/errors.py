@@ -29,9 +29,13 @@ class JobStopped(JobFailed):
 
 
 # Not OSErrors: code that skips an unreadable file must not skip it because S3 failed.
+class StorageUnavailable(Exception):
+    """Files cannot be reached, none of them; they may be later. The message says which, and what was seen."""
+
+
 class S3Refused(Exception):
     """S3 refuses the request, however often it is repeated; the message says why and how to fix it."""
 
 
-class S3Unavailable(Exception):
+class S3Unavailable(StorageUnavailable):
     """S3 did not answer properly in any attempt; it may do so later."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
+from pipeline.core.errors import JobFailed, S3Refused, StorageUnavailable, UsageError
 
 _OUTPUT_FLAGS: Final = ("dataset", "run", "checkpoints", "checkpoints_copy", "out")
 
@@ -55,7 +55,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except (UsageError, S3Refused) as error:
         _exit(f"error: {error}", 2)
-    except (JobFailed, S3Unavailable) as error:
+    except (JobFailed, StorageUnavailable) as error:
         _exit(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _exit("stopped; run the same command to go on", 130)

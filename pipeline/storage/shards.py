@@ -4,6 +4,7 @@ A file appears whole or not at all: locally it is written under a temporary name
 PUT or one completed multipart upload. So a file that exists is finished, and every job skips finished files.
 """
 
+import errno
 import fcntl
 import glob
 import os
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import S3Refused
 from pipeline.storage import s3
+from pipeline.storage.reachability import is_network_error
 
 _PARTIAL = re.compile(r"\.(.+)\.parquet\.[0-9a-f]{8}")
 _TRANSFER_PREFIX = "hdm-passing-"
@@ -273,7 +275,14 @@ def _local_entries(folder: str) -> tuple[dict[str, tuple[int, float, str]], list
 
 
 def _files_below(folder: str) -> list[str]:
-    return [f"{where}/{name}" for where, _, names in os.walk(folder, followlinks=True) for name in names]
+    walked = os.walk(folder, followlinks=True, onerror=_raise_outage)
+    return [f"{where}/{name}" for where, _, names in walked for name in names]
+
+
+def _raise_outage(error: OSError) -> None:
+    """os.walk takes a folder that cannot be read for an empty one. One that may be there again in a moment is not."""
+    if error.errno == errno.EIO or is_network_error(error):
+        raise error
 
 
 def _listing_below(folder: str) -> dict[str, tuple[int, float, str]]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -23,12 +24,14 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable
+from pipeline.core.errors import JobFailed, S3Refused, StorageUnavailable
+from pipeline.storage.reachability import is_network_error
+from trainer.cluster.failed_start import FailedStart
 from trainer.runs.checkpoint import Checkpoints
 
 _NODE_WAIT: Final = 6 * 3600.0  # seconds to wait for nodes that can run the workers
 _POLL_SECONDS: Final = 2.0
-_S3_SECONDS: Final = 30.0
+_STORAGE_SECONDS: Final = 30.0
 _ROUNDING: Final = 1e-6
 _CAUSE_LENGTH: Final = 160  # characters of a failure's text; gloo and Ray write paragraphs
 
@@ -44,6 +47,7 @@ class PolicyTrainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         policy = self._failure_policy
         arguments["failure_policy"] = policy
+        arguments["callbacks"] = [FailedStart(), *arguments["callbacks"]]
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = DividingWorkers(
                 self.scaling_config, self._counts, policy.control, policy.checkpoints
@@ -58,7 +62,7 @@ class FailuresWithoutProgress(FailurePolicy):  # type: ignore[misc]
     """Ends the run after several failures in a row without a new checkpoint; `control` counts them."""
 
     def __init__(self, control: Any, checkpoints: str, s3_wait: float) -> None:
-        """`s3_wait`: hours to wait for checkpoints on S3 that does not answer."""
+        """`s3_wait`: hours to wait for checkpoints in a place that cannot be reached."""
         super().__init__(FailureConfig())
         self.control, self.checkpoints, self._s3_wait = control, checkpoints, s3_wait
 
@@ -68,13 +72,19 @@ class FailuresWithoutProgress(FailurePolicy):  # type: ignore[misc]
             error = error.controller_failure
         if isinstance(error, WorkerGroupStartupTimeoutError):  # after a minute of waiting
             return self._after_waiting("the cluster has no room for the workers", _NODE_WAIT)
-        if isinstance(training_failed_error, ControllerError) and not isinstance(error, WorkerGroupStartupFailedError):
+        # A RayError of the controller: a worker was lost while the process group was made or training was launched.
+        if isinstance(training_failed_error, ControllerError) and not isinstance(
+            error, WorkerGroupStartupFailedError | RayError
+        ):
             return FailureDecision.RAISE
+        unavailable = storage_failure(error)
         try:
             progress = newest_checkpoint(self.checkpoints)
-        except S3Unavailable as unavailable:
-            time.sleep(_S3_SECONDS)
-            return self._after_waiting(str(unavailable), 3600 * self._s3_wait)
+        except (StorageUnavailable, OSError) as of_checkpoints:
+            unavailable = unavailable or of_checkpoints
+        if unavailable is not None:
+            time.sleep(_STORAGE_SECONDS)
+            return self._after_waiting(" ".join(str(unavailable).split()), 3600 * self._s3_wait)
         pause = ray.get(self.control.note_failure.remote(progress, cause(error)))
         if pause is None:
             return FailureDecision.RAISE
@@ -113,7 +123,7 @@ class DividingWorkers(ElasticScalingPolicy):  # type: ignore[misc]
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             if isinstance(decision, ResizeDecision):
                 # If it cannot be read now, the next look asks again: a resize must not follow an older checkpoint.
-                with suppress(S3Unavailable, S3Refused, OSError):
+                with suppress(StorageUnavailable, S3Refused, OSError):
                     self._resize_after = (newest_checkpoint(self._checkpoints),)
             return NoopDecision()
         self._maybe_send_resource_request()
@@ -131,7 +141,7 @@ class DividingWorkers(ElasticScalingPolicy):  # type: ignore[misc]
         """None if there is no checkpoint, or none can be read now."""
         try:
             return newest_checkpoint(self._checkpoints)
-        except (S3Unavailable, S3Refused, OSError):
+        except (StorageUnavailable, S3Refused, OSError):
             return None
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
@@ -156,6 +166,16 @@ def newest_checkpoint(checkpoints: str) -> tuple[str, float] | None:
     """Its folder and time. Raises the errors of `Store`."""
     newest = Checkpoints(checkpoints).newest()
     return (newest.folder, newest.saved_at) if newest else None
+
+
+def storage_failure(error: Exception) -> BaseException | None:
+    """The error of a worker that says that its files cannot be reached; None if there is none."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for failure in failures.values():
+        raised: BaseException = getattr(failure, "_base_exc", failure)  # of Ray's UserExceptionWithTraceback
+        if isinstance(raised, StorageUnavailable) or is_network_error(raised):
+            return raised
+    return None
 
 
 def cause(error: Exception) -> str:

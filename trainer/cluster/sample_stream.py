@@ -8,7 +8,7 @@ fails continues where it was.
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from queue import Full, Queue
@@ -22,7 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
+from pipeline.core.errors import JobFailed, S3Refused, StorageUnavailable, UsageError
 from trainer.recipe.training import Training
 from trainer.samples.blocks import Assembly, Share, read_blocks
 from trainer.samples.data import Batch, TrainingData, held_out_batch
@@ -37,7 +37,7 @@ _SEGMENTS: Final = 16  # of a dataset; then another one follows
 _LEAST_BLOCK: Final = 1 << 20  # bytes; parts of small micro batches share a block
 _BLOCKS_AHEAD: Final = 6  # of each reader, in the object store
 _FAILURES: Final = 3  # of the stream in a row, without a batch in between, before the job fails
-_S3_WAITS: Final = (5.0, 10.0, 30.0, 60.0)  # seconds before S3 is tried again; the last is repeated
+_WAITS: Final = (5.0, 10.0, 30.0, 60.0)  # seconds before the dataset is tried again; the last is repeated
 _POLL_SECONDS: Final = 1.0
 
 Warn = Callable[[str], None]
@@ -48,7 +48,7 @@ def stream_source(data: TrainingData, training: Training, group: WorkerGroup, wa
     return SampleSource(
         data=data,
         batches=lambda training: ReadAhead(_batches(data, training, group, warn), max(_QUEUED, training.accumulation)),
-        held_out=lambda numbers: held_out_batch(data, numbers),
+        held_out=lambda numbers: _held_out(data, training, numbers, warn),
     )
 
 
@@ -147,7 +147,17 @@ def _batches(data: TrainingData, training: Training, group: WorkerGroup, warn: W
                 for batch in assembly.add(block):
                     failures.forget()
                     yield batch
-        except (RayError, S3Unavailable) as error:
+        except (RayError, StorageUnavailable) as error:
+            failures.wait(error)
+
+
+def _held_out(data: TrainingData, training: Training, numbers: Sequence[int], warn: Warn) -> Batch:
+    """`held_out_batch`, which waits for a dataset that cannot be reached like the stream."""
+    failures = _Failures(3600 * training.s3_wait, warn)
+    while True:
+        try:
+            return held_out_batch(data, numbers)
+        except StorageUnavailable as error:
             failures.wait(error)
 
 
@@ -155,7 +165,7 @@ class _Failures:
     """Decides what follows a failure of the stream: another attempt, now or later, or the end of the job."""
 
     def __init__(self, longest: float, warn: Warn) -> None:
-        """`longest`: seconds to wait for S3."""
+        """`longest`: seconds to wait for a dataset that cannot be reached."""
         self._longest, self._warn = longest, warn
         self.forget()
 
@@ -174,8 +184,8 @@ class _Failures:
         for kind in (JobFailed, UsageError, ValueError):
             if isinstance(cause, kind):
                 raise kind(line) from error
-        if isinstance(cause, S3Unavailable):
-            self._wait_for_s3(line)
+        if isinstance(cause, StorageUnavailable):
+            self._wait_for_dataset(line)
         elif isinstance(cause, S3Refused):
             raise JobFailed(line) from error
         elif not isinstance(cause, RayError):
@@ -188,12 +198,12 @@ class _Failures:
         else:
             self._warn(f"a process that reads samples was lost ({type(cause).__name__}); reading goes on in another")
 
-    def _wait_for_s3(self, line: str) -> None:
+    def _wait_for_dataset(self, line: str) -> None:
         now = time.monotonic()
         self._since = min(self._since, now)
         if now - self._since > self._longest:
             raise JobFailed(f"{line}; given up after {self._longest / 3600:g} h; run the same command again")
-        seconds = _S3_WAITS[min(self._count, len(_S3_WAITS)) - 1]
+        seconds = _WAITS[min(self._count, len(_WAITS)) - 1]
         self._warn(
             f"{line}; training waits for samples, up to {self._longest / 3600:g} h: trying again in {seconds:.0f} s"
         )

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.storage.reachability import check_reachable
 from pipeline.storage.shards import Store
 from trainer.samples.row_index import RowIndex, Selection, held_out, id_hash, stale_selection
 
@@ -80,7 +81,8 @@ class RowGroups:
 def read_row_group(index: RowIndex, group: int) -> RowGroup:
     """Reads one row group. A file that cannot be read in several attempts gives a RowGroup with a `failure`.
 
-    ValueError if the file's rows have changed, pipeline.core.errors.S3Unavailable if S3 does not answer.
+    ValueError if the file's rows have changed, pipeline.core.errors.StorageUnavailable if S3 does not answer or the
+    folder of the dataset cannot be reached.
     """
     selection, shard = index.selection, index.selection.shards[index.shard_G[group]]
     first, stop = index.first_G[group], index.stop_G[group]
@@ -94,6 +96,8 @@ def read_row_group(index: RowIndex, group: int) -> RowGroup:
     try:
         pictures = retried(partial(_pictures, selection, shard, int(index.group_G[group])))
     except (OSError, pa.ArrowException) as error:
+        others = [f"{selection.images}/{other}.parquet" for other in selection.shards if other != shard]
+        _check_dataset(selection.dataset, error, others)
         line = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         return RowGroup(
             rows, hash_R, row_T, None, f"row group {index.group_G[group]} of {shard} cannot be read: {line}"
@@ -116,7 +120,18 @@ def lost_row_group(reason: str) -> str | None:
 @lru_cache(maxsize=16)
 def selection_rows(dataset: str, name: str, shard: str) -> pa.Table:
     """A shard of the selection, with the schema SELECTION."""
-    return retried(lambda: Store(dataset).read_table(f"selections/{name}/{shard}.parquet"))
+    try:
+        return retried(lambda: Store(dataset).read_table(f"selections/{name}/{shard}.parquet"))
+    except OSError as error:
+        _check_dataset(dataset, error, [])
+        raise
+
+
+def _check_dataset(dataset: str, error: Exception, others: Sequence[str]) -> None:
+    """StorageUnavailable if this error of a file says that the whole dataset cannot be reached. S3 raises its own."""
+    store = Store(dataset)
+    if isinstance(error, OSError) and not store.is_remote:
+        check_reachable(store.root, error, [store.path(name) for name in others])
 
 
 def retried(read: Callable[[], Value]) -> Value:

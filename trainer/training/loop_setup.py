@@ -1,12 +1,13 @@
 """What a worker starts with: the newest checkpoint and the loop in that state."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.core.errors import JobFailed
+from pipeline.core.errors import JobFailed, StorageUnavailable
 from trainer.encoders.latents import Codec
 from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT
@@ -25,8 +26,10 @@ def from_newest(training: Training, warn: Callable[[str], None]) -> tuple[Traini
     """The job continued from its newest checkpoint, which restarted workers find further on than the job's start.
 
     If all are lost, the newest copy is restored, and `warn` is told. JobFailed if the job was to resume from a
-    checkpoint that no longer exists.
+    checkpoint that no longer exists, StorageUnavailable if the run's folder is missing.
     """
+    if not Path(training.folder).is_dir():  # an unmounted run folder has no checkpoints: training would begin anew
+        raise StorageUnavailable(f"the run's folder {training.folder} is not there on {socket.gethostname()}")
     found = Checkpoints(training.checkpoints).newest()
     if found is None and training.copies:
         if line := restore(Path(training.run), training.stage_name, training.checkpoints, training.copies):

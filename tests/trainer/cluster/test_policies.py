@@ -3,6 +3,7 @@
 Run as a script this file trains on one or two workers: test_policies.py DATASET RUN.
 """
 
+import errno
 import json
 import os
 import runpy
@@ -16,13 +17,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import ScalingConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from pipeline.core.errors import S3Unavailable
+from pipeline.core.errors import S3Unavailable, StorageUnavailable
 from trainer.cluster import policies
 from trainer.cluster.policies import DividingWorkers, FailuresWithoutProgress
 from trainer.recipe.command import Command
@@ -89,6 +95,16 @@ def test_the_cause_of_a_lost_worker_is_not_hidden_by_its_description() -> None:
     assert len(line) < 200
 
 
+@pytest.mark.parametrize("error", [WorkerGroupStartupFailedError("launch"), ActorDiedError()])
+def test_a_worker_lost_while_the_workers_start_counts_as_a_failure(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, without_ray: list[float]
+) -> None:
+    control = Answers(note_failure=10.0)
+    assert decide(monkeypatch, ControllerError(error), lambda _: None, control) == FailureDecision.RETRY
+    assert [call[0] for call in control.calls] == ["note_failure"]
+    assert without_ray == [10.0]
+
+
 def test_missing_nodes_and_s3_are_waited_for_and_errors_of_the_controller_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -101,6 +117,11 @@ def test_missing_nodes_and_s3_are_waited_for_and_errors_of_the_controller_are_no
     assert decide(monkeypatch, LOST, unavailable, control) == FailureDecision.RETRY
     assert [call[-1] for call in control.calls] == [6 * 3600, 6 * 3600]
     assert decide(monkeypatch, LOST, unavailable, Answers(note_waiting=False)) == FailureDecision.RAISE
+    for error in (StorageUnavailable("no folder"), OSError(errno.ESTALE, "Stale file handle")):
+        control = Answers(note_waiting=True)
+        failures = {0: RuntimeError("reset by peer"), 1: UserExceptionWithTraceback(error, "")}
+        assert decide(monkeypatch, WorkerGroupError("lost", failures), lambda _: None, control) == FailureDecision.RETRY
+        assert control.calls == [("note_waiting", str(error), 6 * 3600)]
     assert decide(monkeypatch, ControllerError(ValueError("a bug")), lambda _: None, control) == FailureDecision.RAISE
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from pipeline.core.errors import JobFailed, S3Unavailable
+from pipeline.core.errors import JobFailed, S3Unavailable, StorageUnavailable
 from trainer.cluster import sample_stream
 from trainer.cluster.sample_stream import ReadAhead, _Failures, stream_source
 from trainer.recipe.command import Command
@@ -118,6 +118,23 @@ def test_the_dashboard_names_stage_and_rank(training: Training, data: TrainingDa
     assert sample_stream._dataset("demo rank 0", lambda: data, share, 0, 64).name == "demo rank 0"
 
 
+def test_an_evaluation_waits_for_its_dataset_too(
+    training: Training, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings, read = list[str](), sample_stream.held_out_batch
+
+    def away_once(data: TrainingData, numbers: Sequence[int]) -> Batch:
+        if not warnings:
+            raise StorageUnavailable("the dataset cannot be read")
+        return read(data, numbers)
+
+    monkeypatch.setattr(sample_stream, "held_out_batch", away_once)
+    monkeypatch.setattr(sample_stream.time, "sleep", lambda _: None)
+    source = stream_source(data, training, WorkerGroup(0, 1, None), warnings.append)
+    assert len(source.held_out([0, 1]).ids) == 2
+    assert "training waits for samples" in warnings[0]
+
+
 # --- What follows a failure -------------------------------------------------------------------------------------------
 
 
@@ -125,12 +142,15 @@ def failed_task(cause: Exception) -> Exception:
     return RayTaskError("read", "traceback", cause).as_instanceof_cause()
 
 
-def test_the_stream_waits_for_s3_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [S3Unavailable, StorageUnavailable])
+def test_the_stream_waits_for_its_dataset_up_to_the_limit(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, warnings = [0.0], list[str]()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     failures = _Failures(3600, warnings.append)
-    error = failed_task(S3Unavailable("s3://hdm does not answer\nFailed to apply"))
+    error = failed_task(kind("s3://hdm does not answer\nFailed to apply"))
     while clock[0] <= 3600:
         failures.wait(error)
     with pytest.raises(JobFailed, match="s3://hdm does not answer; given up after 1 h"):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline import curate
 from pipeline.captions.tag_captions import ImageShard, caption_shard
-from pipeline.core.errors import JobFailed, UsageError
+from pipeline.core.errors import JobFailed, StorageUnavailable, UsageError
 from pipeline.core.records import IMAGES
 from pipeline.curation.execution import InThisProcess
 from pipeline.curation.plan import read_inputs
@@ -360,6 +360,21 @@ def test_a_lost_shard_is_replaced_and_a_lost_dataset_ends_the_job(broken: Store)
     Path(broken.path(f"images/{danbooru}.parquet")).unlink()
     with pytest.raises(JobFailed, match=r"cannot be read: FileNotFoundError.*repair"):
         load_batch(data, range(8))
+
+
+def test_a_dataset_out_of_reach_loses_no_picture_and_is_read_when_it_is_back(broken: Store) -> None:
+    data, with_held_out = load(broken), load(broken, hold_out=0.2)
+    whole = epoch_of(data)
+    ROW_GROUPS.forget()
+    root = Path(broken.root)
+    away = root.rename(root.with_name("away"))
+    try:
+        for read in (lambda: epoch_of(data), lambda: held_out_batch(with_held_out, [0])):
+            with pytest.raises(StorageUnavailable, match=r"cannot be read on .*No such file"):
+                read()
+    finally:
+        away.rename(root)
+    assert same(epoch_of(data), whole)
 
 
 def test_a_read_that_fails_for_a_moment_loses_no_picture(dataset: Store, monkeypatch: pytest.MonkeyPatch) -> None:
