@@ -1,12 +1,14 @@
 """The command line of pipeline/ingest.py."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, default_dataset
 from pipeline.ingestion.rules import IngestRules
 from pipeline.pictures.decoder import DecodeLimits
 from pipeline.sources import ADMISSIBLE, FIELDS, SOURCES
+from pipeline.sources.reading import Ratings, ReadingFlags, Separator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,15 @@ def parse_args(description: str | None) -> IngestJob:
     parser.add_argument(
         "--map", nargs="+", default=[], metavar="COLUMN=FIELD",
         help="read a raw column as this field of Danbooru's or Pixiv's API",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ratings", choices=get_args(Ratings), default="auto",
+        help="what the rating s of Danbooru means: legacy: safe, as before 2022; current: sensitive. Default: legacy "
+        "if many samples are s and none is g",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tag-separator", choices=get_args(Separator), default="auto",
+        help="what separates tags in text. Default: what most samples of a column have",
     )  # fmt: skip
     reasons = sorted({reason for reasons in ADMISSIBLE.values() for reason in reasons})
     parser.add_argument(
@@ -76,6 +87,7 @@ def parse_args(description: str | None) -> IngestJob:
     rules = IngestRules(
         admit=tuple(sorted(set(args.admit))),
         renamed=tuple(sorted(map(_renamed, args.map))),
+        reading=ReadingFlags(ratings=args.ratings, separator=args.tag_separator),
         limits=DecodeLimits(max_pixels=int(args.max_megapixels * 1e6)),
         downsize=args.downsize,
         downsize_format=args.downsize_format,

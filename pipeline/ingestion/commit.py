@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.records import IMAGES, REJECTED, TIER, Rejected
 from pipeline.core.tables import ROW, SHARD, labelled
-from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, read_images, read_raw
+from pipeline.ingestion.raw_rows import MADE_FROM, all_rows, read_images, read_raw, reading_key
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.validation import ABOUT_IMAGES, TIER_COLUMNS, check_rows
 from pipeline.pictures.containers import RejectReason
@@ -114,8 +114,9 @@ def write_tier(parts: PartialShard, raw: RawShard, rules: IngestRules, is_wanted
 
 def ingest_shard(raw: RawShard, dataset: str, rules: IngestRules) -> Counter[str]:
     """All steps for one shard in this process: what the pipeline does on many."""
+    readings = {reading_key(raw.reading): raw.reading}
     for table in read_raw(raw, all_rows(raw), rules):
-        for checked in check_rows(labelled(table, raw.shard), rules):
+        for checked in check_rows(labelled(table, raw.shard), rules, readings):
             list(write_rows(checked, dataset))
     return commit_shard(raw, dataset, rules)
 

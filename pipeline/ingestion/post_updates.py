@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from pipeline.core.records import POSTS, TAG_CATEGORIES, Post, Rejected
 from pipeline.ingestion.rules import IngestRules
 from pipeline.sources import ADMISSIBLE, SITES
-from pipeline.sources.fields import IMAGE_COLUMNS
+from pipeline.sources.pictures import IMAGE_COLUMNS
+from pipeline.sources.reading import Reading
+from pipeline.sources.values import UnreadableField
 from pipeline.storage.content import content_digest
 from pipeline.storage.shards import Store
 
@@ -53,6 +55,7 @@ class MetadataPart:
 
     path: str
     source: str
+    reading: Reading
     first_group: int
     groups: int
     rows: int
@@ -97,7 +100,7 @@ def match_rows(part: MetadataPart, dataset: str, shards: Sequence[str], rules: I
     counts = Counter[str]()
     found: list[dict[str, Any]] = []
     for row, columns in _rows(part, rules):
-        outcome = _update(row, part.source, columns, pictures, rules)
+        outcome = _update(row, part, columns, pictures, rules)
         counts["matched" if isinstance(outcome, list) else outcome] += 1
         found += outcome if isinstance(outcome, list) else []
     found.sort(key=lambda update: update["shard"])  # stable: of several rows about a picture the last one counts
@@ -123,7 +126,8 @@ def _rows(part: MetadataPart, rules: IngestRules) -> Iterator[tuple[dict[str, An
         parquet = pq.ParquetFile(file)
         named = rules.columns(parquet.schema_arrow.names)
         columns = [column for column, field in named.items() if field not in IMAGE_COLUMNS]
-        refreshes = SITES[part.source].refreshes([named[column] for column in columns])
+        given = [name for name, _ in part.reading.constants]
+        refreshes = SITES[part.source].refreshes([*(named[column] for column in columns), *given])
         columns += [path for path in _paths(parquet.schema_arrow) if path.partition(".")[0] in named]
         groups = range(part.first_group, part.first_group + part.groups)
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
@@ -148,21 +152,24 @@ def _as_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
 
 
 def _update(
-    row: dict[str, Any] | None, source: str, columns: frozenset[str], pictures: "_Pictures", rules: IngestRules
+    row: dict[str, Any] | None, part: MetadataPart, columns: frozenset[str], pictures: "_Pictures", rules: IngestRules
 ) -> list[dict[str, Any]] | str:
     """Rows of UPDATES for the pictures that a row of metadata is about, or why there are none."""
     if row is None:
         return "unreadable row"
-    site = SITES[source]
+    site = SITES[part.source]
     try:
+        row = part.reading.row(row)
         name, page = site.row_id(row), site.named_page(row)
     except ValueError:
         return "no id"
+    except UnreadableField:
+        return "unreadable row"
     places = pictures.find(name, page)
     if not places:
         return "not in the dataset"
     try:
-        post: Post | Rejected = site.read_row(row, ADMISSIBLE[source])
+        post: Post | Rejected = site.read_row(row, ADMISSIBLE[part.source])
         removal = site.removal(row)
     except Exception:  # a field of an unexpected type
         return "unreadable row"

@@ -4,16 +4,18 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.core.errors import S3Refused, S3Unavailable, UsageError
+from pipeline.ingestion.raw_profiles import RawProfiles, folder_of, partitions
 from pipeline.ingestion.rules import IngestRules, RawShard
 from pipeline.sources import describe, recognise
+from pipeline.sources.reading import Reading
 from pipeline.storage.manifest import Footer, Manifest
 from pipeline.storage.shards import FileInfo, Store, is_shard, list_files
 
@@ -39,6 +41,7 @@ class RawFiles:
                 why = f"; it holds a dataset, {next(iter(self.skipped))}" if self.skipped else ""
                 raise UsageError(f"no parquet file at {path}{why}; give a .parquet file or a folder that holds some")
             listed |= found
+        self.profiles = RawProfiles(dataset)
         self.manifest = Manifest(dataset, _MANIFEST, path_of=lambda path: path, prune=False)
         self.manifest.update(listed)
         self.footers, self.unreadable = self.manifest.footers(sorted(listed))
@@ -60,6 +63,11 @@ class RawFiles:
                 del parquet[path]
         return parquet
 
+    def save(self) -> None:
+        """Writes the caches of footers and readings."""
+        self.manifest.save()
+        self.profiles.save()
+
     def lines(self) -> Iterator[str]:
         """What was skipped, for the terminal."""
         for folder, count in sorted(self.skipped.items()):
@@ -68,28 +76,59 @@ class RawFiles:
             yield f"skipped {len(self.own)} files written by this program, for example {self.own[0]}"
 
     def shards(self, source: str, rules: IngestRules) -> Iterator[RawShard]:
-        """Each raw file as one shard without a name. Raises UsageError if a file has an unknown layout."""
-        layouts: dict[pa.Schema, tuple[str, str]] = {}  # source and description
-        for path, footer in self.footers.items():
-            if footer.schema not in layouts:
-                try:
-                    layouts[footer.schema] = _layout(footer.schema, source, rules)
-                except ValueError as error:
-                    raise UsageError(f"{path} is {error}") from error
-            found, layout = layouts[footer.schema]
+        """Each raw file as one shard without a name. Raises UsageError if a file has an unknown layout, or columns that
+        would be misread."""
+        layouts: dict[str, str] = {}  # by path of the first file that has it
+
+        def recognised(path: str, fields: Sequence[str]) -> str:
+            found = recognise(fields, source, unread=self.footers[path].schema.names)
+            layouts[path] = describe(_named(self.footers[path].schema, rules), found)
+            return found
+
+        for path, about in self.read_as(recognised, rules).items():
+            footer = self.footers[path]
             yield RawShard(
                 path=path,
-                source=found,
+                source=about.source,
+                reading=about.reading,
                 shard="",
                 first_row=0,
                 rows=footer.rows,
                 row_bytes=footer.row_bytes,
                 largest_group=footer.largest_group,
-                layout=layout,
+                layout=layouts[about.like],
                 digest=footer.digest,
                 stamp=self.stamps[path],
                 renamed=tuple(pair for pair in rules.renamed if pair[0] in footer.schema.names),
             )
+
+    def read_as(self, recognised: Callable[[str, Sequence[str]], str], rules: IngestRules) -> dict[str, "ReadAs"]:
+        """How each file is read, by path.
+
+        `recognised` gives the source of a file from its path and fields; its ValueErrors become UsageErrors.
+        """
+        alike: dict[tuple[pa.Schema, str, tuple[str, ...]], list[str]] = defaultdict(list)
+        for path, footer in self.footers.items():
+            alike[footer.schema, folder_of(path), tuple(partitions(path, rules))].append(path)
+        found: dict[str, ReadAs] = {}
+        for (schema, _, given), paths in alike.items():
+            try:
+                source = recognised(paths[0], [*_named(schema, rules).names, *given])
+            except ValueError as error:
+                raise UsageError(f"{paths[0]} is {error}") from error
+            reading = self.profiles.of(paths, schema, source, rules)
+            for path in paths:
+                constants = tuple(sorted(partitions(path, rules).items()))
+                found[path] = ReadAs(source, replace(reading, constants=constants), paths[0])
+        return {path: found[path] for path in self.footers}
+
+
+class ReadAs(NamedTuple):
+    """How a raw file is read."""
+
+    source: str
+    reading: Reading
+    like: str  # path of the first file of the same layout
 
 
 def _is_dataset(folder: str) -> bool:
@@ -99,11 +138,10 @@ def _is_dataset(folder: str) -> bool:
         return False
 
 
-def _layout(schema: pa.Schema, source: str, rules: IngestRules) -> tuple[str, str]:
+def _named(schema: pa.Schema, rules: IngestRules) -> pa.Schema:
+    """The columns that are read, under the names of their fields."""
     columns = rules.columns(schema.names)
-    named = pa.schema([schema.field(column).with_name(name) for column, name in columns.items()])
-    source = recognise(named.names, source, unread=schema.names)
-    return source, describe(named, source)
+    return pa.schema([schema.field(column).with_name(name) for column, name in columns.items()])
 
 
 def name_shards(

@@ -1,6 +1,7 @@
 """Rows of raw files as tables, a few megabytes at a time."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +9,14 @@ from numpy.typing import NDArray
 
 from pipeline.core.tables import ROW, with_constants
 from pipeline.ingestion.rules import IngestRules, RawShard
-from pipeline.sources.fields import IMAGE_COLUMNS, image_array
+from pipeline.sources.pictures import IMAGE_COLUMNS, image_array
+from pipeline.sources.reading import Reading
+from pipeline.storage.fingerprints import digest
 from pipeline.storage.row_reader import READ_BYTES, open_parquet, read_rows
 from pipeline.storage.shards import Store
 
 # Columns of the raw shard in every table, beside those of its file.
-PATH, SOURCE, MADE_FROM = "hdm_path", "hdm_source", "hdm_made_from"
+PATH, SOURCE, MADE_FROM, READING = "hdm_path", "hdm_source", "hdm_made_from", "hdm_reading"
 
 _READ_BYTES = READ_BYTES
 # A page is always read whole, and most writers check its size only after this many values.
@@ -23,6 +26,11 @@ _PROCESS_BYTES = 300 << 20
 
 class RawFileChanged(Exception):
     """A raw file was written again while a job read it."""
+
+
+def reading_key(reading: Reading) -> str:
+    """Stands for a reading in every row. The reading itself may hold thousands of names."""
+    return "" if reading == Reading() else digest(asdict(reading))
 
 
 def read_memory(raw: RawShard) -> int:
@@ -40,7 +48,12 @@ def all_rows(raw: RawShard) -> NDArray[np.int32]:
 
 def read_raw(raw: RawShard, wanted: NDArray[np.int32], rules: IngestRules) -> Iterator[pa.Table]:
     """Rows of a raw file, a few megabytes at a time: the columns that the rules read, ROW and the raw shard's."""
-    about = {PATH: raw.path, SOURCE: raw.source, MADE_FROM: rules.parts_fingerprint(raw)}
+    about = {
+        PATH: raw.path,
+        SOURCE: raw.source,
+        MADE_FROM: rules.parts_fingerprint(raw),
+        READING: reading_key(raw.reading),
+    }
     with open_parquet(raw.path) as parquet:
         columns = list(rules.columns(parquet.schema_arrow.names))
         for number, batch in read_rows(parquet, wanted, columns, _READ_BYTES):

@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -26,9 +26,10 @@ from pipeline.ingestion.post_updates import (
     match_rows,
     update_posts,
 )
-from pipeline.ingestion.raw_files import RawFiles
+from pipeline.ingestion.raw_files import RawFiles, ReadAs
 from pipeline.ingestion.rules import IngestRules
 from pipeline.sources import recognise_metadata
+from pipeline.sources.reading import Reading
 from pipeline.storage.fingerprints import digest
 from pipeline.storage.lease import lease
 from pipeline.storage.manifest import Catalog, Footer
@@ -39,7 +40,7 @@ from pipeline.storage.shards import Store
 MapShards = Callable[..., dict[str, str]]
 
 # Increment when the same metadata gives other posts: all shards are then refreshed again.
-CODE_VERSION: Final = "1"
+CODE_VERSION: Final = "2"
 _PART_ROWS = 250_000
 _RANGE_ROWS = 100_000  # pictures whose updates are gathered in one file
 _PART_BYTES: Final = 700 << 20  # that a part or a range may take: its rows as Python objects, and the process
@@ -64,7 +65,7 @@ class RefreshPlan:
     catalog: Catalog
     images: dict[str, Footer]
     files: RawFiles  # of metadata; they apply in the order of their paths
-    sources: dict[str, str]  # by path
+    read_as: dict[str, ReadAs]  # by path
     unmatched: dict[str, dict[str, str]]  # shards without posts, and what they were compared with
     todo: dict[str, StalePosts]
     rules: IngestRules
@@ -72,13 +73,18 @@ class RefreshPlan:
     def parts(self) -> dict[str, MetadataPart]:
         """Pieces of the metadata files that some shard lacks, by name. Opens these files."""
         images = digest({shard: footer.digest for shard, footer in self.images.items()})
-        settings = [CODE_VERSION, images, self.rules.admit, self.rules.renamed]
+        settings = [CODE_VERSION, images]
         lacking = {path for stale in self.todo.values() for path in stale.files}
         return {
             part.file: part
             for path, footer in self.files.footers.items()
             if path in lacking
-            for part in _parts_of(path, self.sources[path], images, digest([footer.digest, *settings])[:16])
+            for part in _parts_of(
+                path,
+                self.read_as[path],
+                images,
+                digest([_identity(footer, self.read_as[path].reading, self.rules), *settings])[:16],
+            )
         }
 
     def lines(self) -> Iterator[str]:
@@ -102,7 +108,7 @@ def run_refresh(job: IngestJob, map_shards: MapShards | None = None) -> None:
         started = time.time()
         plan = plan_refresh(job, dataset)
         _print(plan.lines())
-        plan.files.manifest.save()
+        plan.files.save()
         parts = plan.parts() if plan.todo else {}
         failed = _run_passes(plan, parts, job.rules, map_shards or _on_ray(stack)) if plan.todo else {}
         if failed:
@@ -147,11 +153,11 @@ def plan_refresh(job: IngestJob, dataset: Store) -> RefreshPlan:
     if files.unreadable:
         path, why = min(files.unreadable.items())
         raise UsageError(f"{path} is no complete parquet file ({why}); remove it from --refresh or fetch it again")
-    sources = {path: _recognised(path, footer, job.source, rules) for path, footer in files.footers.items()}
+    read_as = files.read_as(lambda _, fields: recognise_metadata(fields, job.source), rules)
     unmatched = _unmatched(dataset)
     known = unmatched | catalog.provenance("posts", images)
-    plan = RefreshPlan(catalog, images, files, sources, unmatched, {}, rules)
-    digests = {path: _identity(footer, rules) for path, footer in files.footers.items()}
+    plan = RefreshPlan(catalog, images, files, read_as, unmatched, {}, rules)
+    digests = {path: _identity(footer, read_as[path].reading, rules) for path, footer in files.footers.items()}
     for number, shard in enumerate(sorted(images)):
         before = known.get(shard, {})
         same = before.get("images") == images[shard].digest and before.get("code") == CODE_VERSION
@@ -163,15 +169,8 @@ def plan_refresh(job: IngestJob, dataset: Store) -> RefreshPlan:
     return plan
 
 
-def _identity(footer: Footer, rules: IngestRules) -> str:
-    return digest([footer.digest, rules.admit, rules.renamed])[:16]
-
-
-def _recognised(path: str, footer: Footer, source: str, rules: IngestRules) -> str:
-    try:
-        return recognise_metadata(list(rules.columns(footer.schema.names).values()), source)
-    except ValueError as error:
-        raise UsageError(f"--refresh {path} is {error}") from error
+def _identity(footer: Footer, reading: Reading, rules: IngestRules) -> str:
+    return digest([footer.digest, rules.admit, rules.renamed, asdict(reading)])[:16]
 
 
 def _unmatched(dataset: Store) -> dict[str, dict[str, str]]:
@@ -182,14 +181,15 @@ def _unmatched(dataset: Store) -> dict[str, dict[str, str]]:
     return found
 
 
-def _parts_of(path: str, source: str, images: str, name: str) -> Iterator[MetadataPart]:
+def _parts_of(path: str, read_as: ReadAs, images: str, name: str) -> Iterator[MetadataPart]:
     """Runs of row groups with about _PART_ROWS rows."""
     with Store(path).open() as file:
         footer = pq.read_metadata(file)
     sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     for first, end in _runs(sizes, _PART_ROWS):
         yield MetadataPart(
-            path=path, source=source, first_group=first, groups=end - first, rows=sum(sizes[first:end]),
+            path=path, source=read_as.source, reading=read_as.reading,
+            first_group=first, groups=end - first, rows=sum(sizes[first:end]),
             file=f"{_PARTS}/{name}-{first:05d}.parquet", images=images,
         )  # fmt: skip
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from pipeline.pictures.decoder import DecodeLimits
 from pipeline.sources import ADMISSIBLE, FIELDS
+from pipeline.sources.reading import Reading, ReadingFlags
 from pipeline.storage.fingerprints import digest
 
 # Raise it whenever the same raw file and settings give other rows: every shard is then ingested again.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class RawShard:
     digest: str  # hash of the footer: distinguishes files that would become the same shard
     stamp: str  # size and time, or the ETag on S3: changes when the file is written again
     renamed: tuple[tuple[str, str], ...]  # the entries of IngestRules.renamed that apply to this file
+    reading: Reading = field(default_factory=Reading)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class IngestRules:
 
     admit: tuple[str, ...] = ()  # reasons of sources.ADMISSIBLE to ignore
     renamed: tuple[tuple[str, str], ...] = ()  # raw column, field of its source
+    reading: ReadingFlags = field(default_factory=ReadingFlags)
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     downsize: int | None = None  # short side of the smaller tier in pixels; None writes no tier
     downsize_format: Literal["JPEG", "WEBP"] = "JPEG"
@@ -63,7 +66,7 @@ class IngestRules:
 
     def settings(self, raw: RawShard) -> str:
         """The rules that can affect this file, as JSON with flags as keys."""
-        return _settings(self, raw.source, raw.renamed)
+        return _settings(self, raw.source, raw.renamed, raw.reading)
 
     def fingerprint(self, raw: RawShard) -> str:
         """Digest of everything that decides the content of images/<shard>."""
@@ -79,9 +82,14 @@ class IngestRules:
 
 
 @lru_cache
-def _settings(rules: IngestRules, source: str, renamed: tuple[tuple[str, str], ...]) -> str:
+def _settings(rules: IngestRules, source: str, renamed: tuple[tuple[str, str], ...], reading: Reading) -> str:
     admitted = sorted(set(rules.admit) & set(ADMISSIBLE[source]))
-    return json.dumps({"--admit": admitted, "--map": renamed, "limits": asdict(rules.limits)})
+    settings = {"--admit": admitted, "--map": renamed, "limits": asdict(rules.limits)}
+    if reading != Reading():
+        # A tagger's classes are ten thousand names, and the settings are in every file's footer.
+        labels = {name: digest(list(names)) for name, names in reading.labels}
+        settings["columns"] = asdict(reading) | {"labels": labels}
+    return json.dumps(settings)
 
 
 def tier_folder(side: int) -> str:

@@ -9,7 +9,7 @@ from pipeline.core.cluster import at_most_a_node, nodes
 from pipeline.core.row_pipeline import CHECK_CPUS, Step, stream_rows
 from pipeline.core.shard_progress import Pending
 from pipeline.ingestion.commit import COMMIT_BYTES, commit_shard, partial_shard, write_rows
-from pipeline.ingestion.raw_rows import all_rows, read_memory, read_raw
+from pipeline.ingestion.raw_rows import all_rows, read_memory, read_raw, reading_key
 from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.ingestion.smaller_tier import commit_tier, downsize_rows, read_images, tier_parts, write_tier_rows
 from pipeline.ingestion.validation import check_limit, check_memory, check_rows
@@ -33,12 +33,18 @@ def ingest_shards(shards: Mapping[str, RawShard], dataset: Store, rules: IngestR
 
     memory, most = check_memory(rules), at_most_a_node(check_limit(rules))
     reading = max(map(read_memory, shards.values()))
+    readings = {reading_key(found): found for found in {raw.reading for raw in shards.values()}}
     return stream_rows(
         "ingest",
         dict(zip(shards, map_in_order(pending, shards.values()), strict=True)),
         partial(read_raw, rules=rules),
         [
-            Step(name="check", work=partial(check_rows, rules=rules, most=most), cpus=CHECK_CPUS, memory=memory),
+            Step(
+                name="check",
+                work=partial(check_rows, rules=rules, readings=readings, most=most),
+                cpus=CHECK_CPUS,
+                memory=memory,
+            ),
             Step(name="write", work=partial(write_rows, dataset=dataset.root), cpus=CHECK_CPUS, memory=memory),
         ],
         partial(commit_shard, dataset=dataset.root, rules=rules),

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Final
 
 import pyarrow as pa
 
 from pipeline.core.records import IMAGES, TAG_CATEGORIES, TIER, Post, Rejected
 from pipeline.core.tables import DIED, ROW, SHARD
-from pipeline.ingestion.raw_rows import MADE_FROM, PATH, SOURCE
+from pipeline.ingestion.raw_rows import MADE_FROM, PATH, READING, SOURCE
 from pipeline.ingestion.rules import IngestRules
 from pipeline.pictures.containers import RejectReason
 from pipeline.pictures.crops import downsize
@@ -17,10 +18,13 @@ from pipeline.pictures.decoder import Picture, Refused, decode
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
 from pipeline.pictures.perceptual_hash import perceptual_hash
 from pipeline.sources import SITES
-from pipeline.sources.fields import image_bytes
+from pipeline.sources.pictures import image_bytes
+from pipeline.sources.reading import Reading
+from pipeline.sources.values import UnreadableField
 
 _PROCESS_BYTES = 300 << 20
 _TABLE_BYTES = 16 << 20
+_AS_IT_IS: Final = Reading()
 
 ABOUT_IMAGES: Final = IMAGES.remove(IMAGES.get_field_index("image"))
 TIER_COLUMNS: Final = {f"tier_{name}": name for name in TIER.names if name != "id"}
@@ -52,14 +56,22 @@ def check_limit(rules: IngestRules) -> int:
     return 3 * _TABLE_BYTES + PIXEL_BYTES * rules.limits.max_pixels + _PROCESS_BYTES
 
 
-def check_rows(table: pa.Table, rules: IngestRules, most: int = 0) -> Iterator[pa.Table]:
-    """The rows of a table from `read_raw` as CHECKED. A picture that needs more than `most` bytes is rejected."""
-    ours = [SHARD, ROW, DIED, PATH, SOURCE, MADE_FROM]
+def check_rows(
+    table: pa.Table, rules: IngestRules, readings: Mapping[str, Reading] = MappingProxyType({}), most: int = 0
+) -> Iterator[pa.Table]:
+    """The rows of a table from `read_raw` as CHECKED. A picture that needs more than `most` bytes is rejected.
+
+    readings: those of the raw files that are not the default, by `reading_key`.
+    """
+    ours = [SHARD, ROW, DIED, PATH, SOURCE, MADE_FROM, READING]
     raw_columns = [name for name in table.column_names if name not in ours]
     rows = [row for batch in table.select(raw_columns).to_batches() for row in _as_rows(rules.named(batch))]
     about = table.select(ours).to_pylist()
     with memory_limit(most):
-        checked = [_check(row, place, rules) for row, place in zip(rows, about, strict=True)]
+        checked = [
+            _check(row, place, readings.get(place[READING], _AS_IT_IS), rules)
+            for row, place in zip(rows, about, strict=True)
+        ]
     yield pa.Table.from_pylist(checked, CHECKED)
 
 
@@ -82,10 +94,10 @@ def _as_rows(batch: pa.RecordBatch) -> list[Row]:
         return [row for number in range(batch.num_rows) for row in _as_rows(batch.slice(number, 1))]
 
 
-def _check(row: Row, place: Mapping[str, Any], rules: IngestRules) -> dict[str, Any]:
+def _check(row: Row, place: Mapping[str, Any], reading: Reading, rules: IngestRules) -> dict[str, Any]:
     """A row of CHECKED. `place` has SHARD, ROW, DIED and PATH, SOURCE and MADE_FROM."""
     where = {SHARD: place[SHARD], ROW: place[ROW], MADE_FROM: place[MADE_FROM]}
-    outcome = _check_post(row, place, rules)
+    outcome = _check_post(row, place, reading, rules)
     if isinstance(outcome, Rejected):
         image = b"" if isinstance(row, Exception) else image_bytes(row)
         return where | asdict(outcome) | {"sha256": _sha256(image)}
@@ -96,15 +108,19 @@ def _check(row: Row, place: Mapping[str, Any], rules: IngestRules) -> dict[str, 
     return where | checked
 
 
-def _check_post(row: Row, place: Mapping[str, Any], rules: IngestRules) -> tuple[dict[str, Any], Picture] | Rejected:
+def _check_post(
+    row: Row, place: Mapping[str, Any], reading: Reading, rules: IngestRules
+) -> tuple[dict[str, Any], Picture] | Rejected:
     """The row of IMAGES with its decoded picture, or the reason for rejecting it."""
     where = f"{place[PATH]}#{place[ROW]}"
     if isinstance(row, Exception):
         return Rejected(where, "unreadable row", f"{type(row).__name__}: {row}")
     try:
-        post: Post | Rejected = SITES[place[SOURCE]].read_row(row, rules.admit)
+        post: Post | Rejected = SITES[place[SOURCE]].read_row(reading.row(row), rules.admit)
     except ValueError as error:
         return Rejected(where, "no id", str(error))
+    except UnreadableField as error:
+        return Rejected(where, "unreadable row", str(error))
     except Exception as error:  # a field of an unexpected type: one row must not cost its shard
         return Rejected(where, "unreadable row", f"{type(error).__name__}: {error}")
     if isinstance(post, Rejected):

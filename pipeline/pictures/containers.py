@@ -10,7 +10,7 @@ limit. Uses only the standard library.
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -52,6 +52,10 @@ class FirstImage:
 
 
 MAX_PROFILE: Final = 4 << 20  # bytes of an ICC profile; the largest printing profiles have 3 MB
+
+_SRGB: Final = bytes([1, 13, 0, 1])  # as cICP says it: primaries, transfer, matrix, full range
+_SRGB_GAMMA: Final = 45_455  # as gAMA says it: 1 / 2.2, times 100,000
+_SAME_GAMMA: Final = 0.05
 
 # Every scan of a progressive JPEG is decoded over the whole image: real files have about ten, a bomb has thousands.
 _MAX_SCANS = 100
@@ -148,7 +152,7 @@ def extract_png(data: bytes) -> FirstImage:
             frames += 2 if pixels and not frames else 1
         elif kind in _CHECKED:
             found.setdefault(kind, _checked(data, start, end))
-        elif kind in (b"iCCP", b"eXIf", b"acTL"):
+        elif kind in (b"iCCP", b"eXIf", b"acTL", b"cICP", b"sRGB", b"gAMA"):
             found.setdefault(kind, data[start:end])
     if b"IHDR" not in found or not pixels:
         raise UnusableFile(RejectReason.TRUNCATED, "ends before the first pixel")
@@ -156,7 +160,7 @@ def extract_png(data: bytes) -> FirstImage:
         raise UnusableFile(RejectReason.DECODE_FAILED, "no palette")
     if b"tRNS" in found:
         found[b"tRNS"] = _as_decoded(found[b"tRNS"], *found[b"IHDR"][8:10])
-    profile, notes = _unpack_profile(found[b"iCCP"]) if b"iCCP" in found else (None, ())
+    profile, notes = _unpack_profile(found[b"iCCP"]) if b"iCCP" in found else (None, _ignored_colours(found))
     head = [_png_chunk(kind, found[kind]) for kind in _CHECKED if kind in found]
     idat = struct.pack(">I4s", sum(map(len, pixels)), b"IDAT")
     return FirstImage(
@@ -204,6 +208,16 @@ def _as_decoded(transparent: bytes, bits: int, colour: int) -> bytes:
     if colour == 2 and bits == 16 and len(transparent) >= 6:
         return struct.pack(">HHH", *transparent[0:6:2])
     return transparent
+
+
+def _ignored_colours(found: Mapping[bytes, bytes]) -> tuple[str, ...]:
+    """Notes on colours that are not sRGB's, but are read as such: chunks cICP and gAMA of a file without a profile."""
+    colours, gamma = found.get(b"cICP", _SRGB), int.from_bytes(found.get(b"gAMA", b""), "big")
+    if colours != _SRGB:
+        return (f"colours ignored: cICP {' '.join(map(str, colours))}",)
+    if gamma and b"sRGB" not in found and abs(gamma / _SRGB_GAMMA - 1) > _SAME_GAMMA:
+        return (f"gamma ignored: {gamma / 100_000:.5g}",)
+    return ()
 
 
 def _unpack_profile(body: bytes) -> tuple[bytes | None, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pyarrow as pa
 
 from pipeline.sources import danbooru, pixiv
-from pipeline.sources.fields import IMAGE_COLUMNS, image_layout
+from pipeline.sources.pictures import IMAGE_COLUMNS, image_layout
 
 SITES: dict[str, ModuleType] = {"danbooru": danbooru, "pixiv": pixiv}
 SOURCES = tuple(SITES)
@@ -31,6 +31,11 @@ def recognise(columns: Collection[str], source: str = "auto", unread: Collection
     likeliest = max(matches, key=lambda name: matches[name])
     if source == "auto":
         source = likeliest
+        if not matches[source] and (complete := [name for name, fields in missing.items() if not fields]):
+            raise ValueError(
+                f"of an unclear layout: its columns {listed} fit {' and '.join(complete)}. Give --source "
+                f"{' or '.join(complete)}."
+            )
         if not matches[source]:
             raise ValueError(
                 f"neither Danbooru's nor Pixiv's layout: found the columns {listed}, missing for danbooru "

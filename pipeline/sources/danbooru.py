@@ -1,23 +1,16 @@
 """Danbooru posts, with the field names of its API and of the public dumps."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import (
-    IMAGE_COLUMNS,
-    first,
-    image_bytes,
-    parse_code,
-    parse_count,
-    parse_flag,
-    parse_id,
-    parse_int,
-    parse_tags,
-    parse_time,
-)
+from pipeline.sources.dates import parse_time
+from pipeline.sources.pictures import IMAGE_COLUMNS, image_bytes
+from pipeline.sources.tag_lists import by_category, tag_names
+from pipeline.sources.values import first, parse_code, parse_count, parse_flag, parse_id
 
 # Columns that tell this layout from Pixiv's.
 TELLTALE_COLUMNS = {
@@ -27,7 +20,10 @@ _CATEGORISED = tuple((f"tag_string_{category}", f"tags_{category}") for category
 _UNCATEGORISED = ("tag_string", "tags")
 REQUIRED = (("id",), IMAGE_COLUMNS, ("tag_string_general", "tags_general", *_UNCATEGORISED))  # alternatives of each
 ID_COLUMNS = ("id",)  # what row_id reads
-ADMISSIBLE = ("deleted", "banned", "unknown rating")  # reasons that --admit may lift
+RATING_COLUMNS = ("rating",)
+DATE_COLUMNS = ("created_at", "timestamp")
+TAG_COLUMNS = (*(name for names in _CATEGORISED for name in names), *_UNCATEGORISED)
+ADMISSIBLE = ("deleted", "banned", "made by AI", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset(
     {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext"}
     | {"is_deleted", "is_banned", *_UNCATEGORISED}
@@ -41,6 +37,12 @@ _RATINGS = {
     "q": Rating.QUESTIONABLE, "2": Rating.QUESTIONABLE, "questionable": Rating.QUESTIONABLE,
     "e": Rating.EXPLICIT, "3": Rating.EXPLICIT, "explicit": Rating.EXPLICIT,
 }  # fmt: skip
+
+# How dumps write ratings: "rating:safe", "Rating.EXPLICIT".
+_RATING_PREFIX = re.compile(r"rating\W")
+_RATING_TAG = re.compile(r"rating:\w+")
+
+MADE_BY_AI = frozenset({"ai-generated", "ai-assisted"})
 
 _REMOVAL_FLAGS = ("is_deleted", "is_banned")
 
@@ -60,7 +62,7 @@ def variant(schema: pa.Schema) -> list[str]:
 
 def row_id(row: Mapping[str, Any]) -> str:
     """Stable id of a raw row, "danbooru:ID". Raises ValueError if the row has no id."""
-    post = parse_int(row.get("id"))
+    post = parse_id(row.get("id"))
     if post is None:
         raise ValueError(f"id is {row.get('id')!r}")
     return f"danbooru:{post}"
@@ -73,7 +75,7 @@ def named_page(row: Mapping[str, Any]) -> int | None:
 
 def removal(row: Mapping[str, Any]) -> str:
     """Why the site no longer shows the post: "deleted", "banned", or "" if it does."""
-    return next((flag.removeprefix("is_") for flag in _REMOVAL_FLAGS if parse_flag(row.get(flag))), "")
+    return next((flag.removeprefix("is_") for flag in _REMOVAL_FLAGS if parse_flag(row, flag)), "")
 
 
 def refreshes(columns: Collection[str]) -> frozenset[str]:
@@ -93,20 +95,24 @@ def refreshes(columns: Collection[str]) -> frozenset[str]:
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
     """The row as a Post, or the reason why it has no usable image. `admit` lists reasons of ADMISSIBLE to ignore.
 
-    Raises ValueError if the row has no id.
+    Raises ValueError if the row has no id, UnreadableField for a flag or tags that are not understood.
     """
     key = row_id(row)
     for flag in _REMOVAL_FLAGS:
         reason = flag.removeprefix("is_")
-        if parse_flag(row.get(flag)) and reason not in admit:
+        if parse_flag(row, flag) and reason not in admit:
             return Rejected(key, reason, f"{flag} is set")
-    rating = parse_code(row.get("rating"))
+    rating = _RATING_PREFIX.sub("", parse_code(row.get("rating")))
     if rating and rating not in _RATINGS and "unknown rating" not in admit:
         return Rejected(key, "unknown rating", f"rating {row['rating']!r}")
     extension = str(row.get("file_ext") or "").lower()
     if extension in _UNUSABLE_FILES:
         return Rejected(key, "not a still picture", f"file_ext {extension}")
-    parent = parse_int(row.get("parent_id"))
+    tags = _tags(row)
+    made_by = MADE_BY_AI.intersection(tag for names in tags.values() for tag in names)
+    if made_by and "made by AI" not in admit:
+        return Rejected(key, "made by AI", f"tag {min(made_by)}")
+    parent = parse_id(row.get("parent_id"))
     return Post(
         id=key,
         source="danbooru",
@@ -114,16 +120,22 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         rating=_RATINGS.get(rating),
         score=parse_count(row.get("score")),
         favourites=parse_count(row.get("fav_count")),
-        created_at=parse_time(first(row, "created_at", "timestamp")),
-        tags=_tags(row),
+        created_at=parse_time(first(row, *DATE_COLUMNS)),
+        tags=tags,
         parent=None if parent is None else f"danbooru:{parent}",
         pixiv_id=parse_id(row.get("pixiv_id")),
     )
 
 
 def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Tags by category. A dump with a single uncategorised list has all of them under "general"."""
-    tags = {c: parse_tags(first(row, *names)) for c, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
-    if not any(tags.values()):
-        tags["general"] = parse_tags(first(row, *_UNCATEGORISED))
-    return tags
+    """Tags by category. Tags of the uncategorised list that have no category are under "general", if that is empty."""
+    tags = {c: tag_names(first(row, *names)) for c, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
+    if not tags["general"]:
+        every = first(row, *_UNCATEGORISED)
+        listed = by_category(every)
+        if listed is None:
+            known = set().union(*tags.values())
+            tags["general"] = [tag for tag in tag_names(every) if tag not in known]
+        elif not any(tags.values()):
+            tags = {category: tag_names(names) for category, names in listed.items()}
+    return {c: [tag for tag in names if not _RATING_TAG.fullmatch(tag)] for c, names in tags.items()}

@@ -1,23 +1,16 @@
 """Pixiv illustrations: one row is one page of a work, with the field names of the app API or of the web API."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
-from pipeline.sources.fields import (
-    IMAGE_COLUMNS,
-    first,
-    image_bytes,
-    image_path,
-    parse_code,
-    parse_count,
-    parse_flag,
-    parse_int,
-    parse_time,
-)
+from pipeline.sources.dates import parse_time
+from pipeline.sources.pictures import IMAGE_COLUMNS, image_bytes, image_path
+from pipeline.sources.tag_lists import tag_items, tag_name
+from pipeline.sources.values import first, is_missing, parse_code, parse_count, parse_flag, parse_id, parse_int
 from pipeline.tagging.tags import is_popularity_tag
 
 # Columns that tell this layout from Danbooru's.
@@ -29,13 +22,40 @@ TELLTALE_COLUMNS = {
 _APP_API = {"x_restrict", "illust_ai_type", "total_bookmarks", "total_view", "create_date", "sanity_level"}
 _WEB_API = {"xRestrict", "aiType", "bookmarkCount", "viewCount", "createDate", "sl", "illustType", "userName"}
 REQUIRED = (("id",), ("tags",), IMAGE_COLUMNS)  # alternatives of each
-ID_COLUMNS = ("id", "page", "image.path")  # what row_id reads
+_PAGE_COLUMNS = ("page", "num", "page_index")  # the API has none; "num" is gallery-dl's
+ID_COLUMNS = ("id", *_PAGE_COLUMNS, "image.path")  # what row_id reads
+RATING_COLUMNS = ("x_restrict", "xRestrict")
+DATE_COLUMNS = ("create_date", "createDate")
+TAG_COLUMNS = ("tags",)
 ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")  # reasons that --admit may lift
-FIELDS = frozenset({"id", "page", "type", "tags", "user", "user_name", "visible", *_APP_API, *_WEB_API})
+FIELDS = frozenset({"id", *_PAGE_COLUMNS, "type", "tags", "user", "user_name", "visible", *_APP_API, *_WEB_API})
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. A sanity_level above 2 marks all-ages works that are suggestive.
 _RATINGS = {"0": Rating.GENERAL, "1": Rating.EXPLICIT, "2": Rating.EXPLICIT}
+# Tags that the site adds to such works, and that some dumps have in place of the field. They are not taught.
+_RATING_TAGS = {"r-18": "1", "r18": "1", "r-18g": "2", "r18g": "2"}
 _MADE_BY_AI = 2
+# Tags of works made by AI, in lower case without separators. Illustrators tag them so whatever the field says.
+_AI_TAGS = frozenset(
+    {
+        "aiイラスト",
+        "ai生成",
+        "ai生成イラスト",
+        "aiイラストレーション",
+        "ai絵",
+        "ai画像",
+        "ai作画",
+        "ai绘画",
+        "ai繪圖",
+        "ai绘图",
+        "ai生成作品",
+    }
+    | {"aiart", "aigenerated", "aigeneratedart", "aiillustration", "aiillust", "aigirl", "aipainting"}
+    | {"novelai", "novelaidiffusion", "stablediffusion", "midjourney", "nijijourney", "にじジャーニー", "holara"}
+)
+_SEPARATORS = re.compile(r"[\s_\-・.]+")
+# A work's id, or the name of one of its files: 84200001, 84200001_1, 84200001_p1.
+_ID_AND_PAGE = re.compile(r"(\d+)_p?(\d+)", re.ASCII)
 
 # Page number in names such as 12345678_p3.png and 12345678_p3_master1200.jpg.
 _PAGE_IN_NAME = re.compile(r"_p(\d+)(?!\d)")
@@ -53,19 +73,30 @@ def variant(schema: pa.Schema) -> list[str]:
 
 def row_id(row: Mapping[str, Any]) -> str:
     """Stable id of a raw row, "pixiv:ID_pPAGE". Raises ValueError if the row has no id."""
-    work = parse_int(row.get("id"))
+    work = parse_id(row.get("id"))
+    if named := _id_and_page(row):
+        work = parse_id(named[1])
     if work is None:
         raise ValueError(f"id is {row.get('id')!r}")
     return f"pixiv:{work}_p{_page(row)}"
 
 
+def _id_and_page(row: Mapping[str, Any]) -> re.Match[str] | None:
+    return _ID_AND_PAGE.fullmatch(str(row.get("id")).strip())
+
+
 def named_page(row: Mapping[str, Any]) -> int | None:
     """Page of the work from its column, else from the file name; None if the row is about the whole work. Raises
     ValueError if the page is out of range."""
-    page = parse_int(row.get("page"))
-    if page is None and (named := _PAGE_IN_NAME.search(image_path(row))):
+    value = first(row, *_PAGE_COLUMNS)
+    page = parse_id(value)
+    if value is None and (named := _id_and_page(row)):
+        page = int(named[2])
+    elif value is None and (named := _PAGE_IN_NAME.search(image_path(row))):
         page = int(named[1])
-    if page is not None and not 0 <= page < 2**31:
+    elif value is not None and page is None:
+        raise ValueError(f"page is {value!r}")
+    if page is not None and page >= 2**31:
         raise ValueError(f"page is {page}")
     return page
 
@@ -76,8 +107,7 @@ def _page(row: Mapping[str, Any]) -> int:
 
 def removal(row: Mapping[str, Any]) -> str:
     """Why the site no longer shows the work: "deleted", also if its artist hid it, or "" if it does."""
-    visible = row.get("visible")
-    return "deleted" if visible is not None and not parse_flag(visible) else ""
+    return "deleted" if parse_flag(row, "visible") is False else ""
 
 
 def refreshes(columns: Collection[str]) -> frozenset[str]:
@@ -97,14 +127,20 @@ def refreshes(columns: Collection[str]) -> frozenset[str]:
 def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Rejected:
     """The row as a Post, or the reason why it has no usable image. `admit` lists reasons of ADMISSIBLE to ignore.
 
-    Raises ValueError if the row has no id.
+    Raises ValueError if the row has no id, UnreadableField for a flag or tags that are not understood.
     """
     key, page = row_id(row), _page(row)
-    if first(row, "type", "illustType") in ("ugoira", 2):
+    if parse_code(first(row, "type", "illustType")) in ("ugoira", "2"):
         return Rejected(key, "not a still picture", "type ugoira")
-    if parse_int(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI and "made by AI" not in admit:
-        return Rejected(key, "made by AI", "illust_ai_type 2")
-    restriction = parse_code(first(row, "x_restrict", "xRestrict"))
+    tags = tag_items(row.get("tags"))
+    names = [_original_name(tag).lower() for tag in tags]
+    if "made by AI" not in admit:
+        if parse_int(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI:
+            return Rejected(key, "made by AI", "illust_ai_type 2")
+        if made_by := [name for name in names if _SEPARATORS.sub("", name) in _AI_TAGS]:
+            return Rejected(key, "made by AI", f"tag {made_by[0]}")
+    restriction = parse_code(first(row, *RATING_COLUMNS))
+    restriction = max([_RATING_TAGS.get(restriction, restriction), *(_RATING_TAGS.get(name, "") for name in names)])
     if restriction and restriction not in _RATINGS and "unknown rating" not in admit:
         return Rejected(key, "unknown rating", f"x_restrict {restriction}")
     path = image_path(row)
@@ -117,8 +153,8 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         rating=_rating(row, restriction),
         score=parse_count(first(row, "total_view", "viewCount")),
         favourites=parse_count(first(row, "total_bookmarks", "bookmarkCount")),
-        created_at=parse_time(first(row, "create_date", "createDate")),
-        tags=_tags(row),
+        created_at=parse_time(first(row, *DATE_COLUMNS)),
+        tags=_tags(row, tags),
         page=page,
         parent=f"{key.rpartition('_p')[0]}_p0" if page else None,
     )
@@ -130,32 +166,30 @@ def _rating(row: Mapping[str, Any], restriction: str) -> Rating | None:
     return Rating.SENSITIVE if rating is Rating.GENERAL and suggestive else rating
 
 
-def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
+def _tags(row: Mapping[str, Any], items: Sequence[Any]) -> dict[str, list[str]]:
     """Pixiv's tags under "general" and the work's author under "artist", with underscores for spaces."""
     tags: dict[str, list[str]] = {category: [] for category in TAG_CATEGORIES}
-    tags["general"] = [name.replace(" ", "_") for name in map(_tag_name, _tag_list(row.get("tags"))) if name]
+    tags["general"] = [tag_name(_taught_name(item)) for item in items if _taught_name(item)]
     user = row.get("user")
     artist = user.get("name") if isinstance(user, Mapping) else first(row, "userName", "user_name")
-    if artist:
+    if not is_missing(artist):
         tags["artist"] = [str(artist).replace(" ", "_")]
     return tags
 
 
-def _tag_list(tags: Any) -> list[Any]:
-    """Tags from a list (app API), from `tags.tags` (web API) or from space-separated text (some dumps)."""
-    if isinstance(tags, Mapping):
-        tags = tags.get("tags")
-    listed = tags.split() if isinstance(tags, str) else list(tags or [])
-    return [tag for tag in listed if isinstance(tag, str | Mapping)]
+def _original_name(item: Any) -> str:
+    """The name of one of `tag_items` as the artist wrote it."""
+    return str(item if isinstance(item, str) else first(item, "name", "tag", "text", "label") or "").strip()
 
 
-def _tag_name(tag: Any) -> str:
-    """English name if the site has one, else the original name; "" for popularity tags such as "1000users入り"."""
-    name = tag if isinstance(tag, str) else str(first(tag, "name", "tag") or "")
-    if is_popularity_tag(name):
+def _taught_name(item: Any) -> str:
+    """English name if the site has one, else the original name; "" for popularity tags such as "1000users入り" and
+    for ratings."""
+    name = _original_name(item)
+    if is_popularity_tag(name) or name.lower() in _RATING_TAGS:
         return ""
-    if isinstance(tag, str):
+    if isinstance(item, str):
         return name
-    translation = tag.get("translation")
+    translation = item.get("translation")
     english = translation.get("en") if isinstance(translation, Mapping) else None
-    return str(tag.get("translated_name") or english or name)
+    return next((str(text) for text in (item.get("translated_name"), english) if not is_missing(text)), name)

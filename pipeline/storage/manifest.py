@@ -34,6 +34,7 @@ _WHOLE: Final = 1 << 40  # bytes; more than any manifest has
 _READERS: Final = 32  # on S3 they mostly wait
 _SHOWN_FROM: Final = 1000  # files whose reading gets a progress bar
 _COMPRESSION: Final = 3
+_LFS: Final = b"version https://git-lfs."
 _FOREIGN: Final = {b"ARROW:schema", b"pandas", b"huggingface"}  # long metadata that no job needs
 
 
@@ -229,9 +230,11 @@ def folder_manifest(dataset: Store, folder: str) -> Manifest:
 
 
 def read_footer(file: Store) -> Footer:
-    """The footer of the parquet file at the root of a Store, with one request if it is short. Raises OSError or
-    ArrowInvalid."""
+    """The footer of the parquet file at the root of a Store, with one request if it is short. Raises OSError,
+    ArrowInvalid, or ValueError for a pointer of Git LFS."""
     tail = file.tail("", _TAIL_BYTES)
+    if tail.startswith(_LFS):
+        raise ValueError("a Git LFS pointer in place of the file; fetch the file with: git lfs pull")
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] == b"PAR1" and length > len(tail) == _TAIL_BYTES:
         tail = file.tail("", length)

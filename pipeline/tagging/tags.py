@@ -34,7 +34,7 @@ IMPLIED: Final[tuple[str, ...]] = get_args(Implied)
 
 _COUNT = re.compile(r"(\d+\+?|multiple )(girl|boy|other)s?")
 # Popularity tags of Pixiv, in the original and as the site translates them.
-_POPULARITY = re.compile(r"\d+users入り|\d\+?[ _]?bookmarks", re.IGNORECASE)
+_POPULARITY = re.compile(r"\d\+?[ _]?(users|bookmarks|ブックマーク|收藏)|(ブックマーク|收藏)\d", re.IGNORECASE)
 # Up to this length underscores are part of a face such as ^_^ and >_<.
 _LONGEST_FACE = 3
 # Cached tags of a reader, some 200 bytes each: Danbooru has a million, most of them on one or two posts.

@@ -158,7 +158,7 @@ def test_finished_shards_are_skipped_and_changed_ones_are_redone(tmp_path: Path,
     write_raw(path, [row | {"rating": "q"} for row in posts(range(5))])
     assert ingest([file, other], dataset).todo == {one: "the raw file has changed"}
     assert dataset.tally(f"images/{one}.parquet", "rating") == {"questionable": 5}
-    untouched = replace(RULES, admit=("made by AI",))
+    untouched = replace(RULES, admit=("placeholder picture",))
     assert ingest([file, other], dataset, untouched).todo == {}, "a reason of Pixiv does not affect Danbooru"
     strict = replace(RULES, limits=DecodeLimits(min_side=41))
     [why] = set(ingest([file, other], dataset, strict).todo.values())

@@ -92,6 +92,10 @@ def chunk(kind: bytes, body: bytes = b"") -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def gamma(value: int) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", value))
+
+
 def png(
     width: int, height: int, bits: int, colour: int, rows: bytes, *extra: bytes, after: bytes = b"", interlaced: int = 0
 ) -> bytes:
@@ -600,6 +604,15 @@ PROFILES = [
         lambda: plain_png(chunk(b"iCCP", b"name\0\0nonsense")),
         noted("colour profile ignored"),
     ),
+    Case("png of linear light", lambda: plain_png(gamma(100_000)), noted("gamma ignored: 1")),
+    Case("png with the gamma of sRGB", lambda: plain_png(gamma(45_455)), PLAIN),
+    Case("png with another gamma and sRGB", lambda: plain_png(gamma(100_000), chunk(b"sRGB", b"\0")), PLAIN),
+    Case(
+        "png in the colours of HDR video",
+        lambda: plain_png(chunk(b"cICP", bytes([9, 16, 0, 1]))),
+        noted("colours ignored: cICP 9 16 0 1"),
+    ),
+    Case("png whose cICP says sRGB", lambda: plain_png(chunk(b"cICP", bytes([1, 13, 0, 1]))), PLAIN),
     Case(
         "jpeg without the second part of its profile",
         lambda: jpeg(jpeg_segment(0xE2, b"ICC_PROFILE\0\1\2" + rgb_profile(SRGB, 1))),

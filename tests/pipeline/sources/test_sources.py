@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.core.records import Post, Rating, Rejected
 from pipeline.sources import danbooru, pixiv, recognise
+from pipeline.sources.values import UnreadableField
 
 DANBOORU = {"id": 7, "image": b"bytes", "rating": "g", "tag_string_general": "long_hair ^_^", "fav_count": 5}
 PIXIV = {"id": 9_000_000_007, "image": {"bytes": b"bytes", "path": "9_p1.png"}, "tags": [], "x_restrict": 0, "page": 1}
@@ -27,6 +28,9 @@ def _post(outcome: Post | Rejected) -> Post:
         (" q ", Rating.QUESTIONABLE),
         (3.0, Rating.EXPLICIT),
         ("3.0", Rating.EXPLICIT),
+        ("rating:safe", Rating.GENERAL),
+        ("Rating.EXPLICIT", Rating.EXPLICIT),
+        ("", None),
         (float("nan"), None),
         (None, None),
     ],
@@ -77,6 +81,8 @@ def test_dates(spelling: object, moment: datetime | None) -> None:
         ({"is_banned": True}, "banned"),
         ({"file_ext": "MP4"}, "not a still picture"),
         ({"rating": "R-18"}, "unknown rating"),
+        ({"tag_string_meta": "highres ai-generated"}, "made by AI"),
+        ({"tag_string_general": "solo ai-assisted"}, "made by AI"),
     ],
 )
 def test_unusable_danbooru_posts_have_a_reason(field: dict[str, object], reason: str) -> None:
@@ -91,6 +97,9 @@ def test_unusable_danbooru_posts_have_a_reason(field: dict[str, object], reason:
         ({"type": "ugoira"}, "not a still picture"),
         ({"illust_ai_type": 2}, "made by AI"),
         ({"aiType": 2}, "made by AI"),
+        ({"aiType": 1, "tags": ["空", "AIイラスト"]}, "made by AI"),
+        ({"tags": [{"name": "Stable Diffusion", "translated_name": None}]}, "made by AI"),
+        ({"type": None, "illustType": "2.0"}, "not a still picture"),
         ({"x_restrict": 7}, "unknown rating"),
         ({"image": {"bytes": b"x", "path": "img/limit_unknown_360.png"}}, "placeholder picture"),
     ],
@@ -123,6 +132,8 @@ def test_pixiv_tags_are_english_if_translated_and_popularity_tags_are_dropped() 
         ({"x_restrict": 0, "sanity_level": 4}, Rating.SENSITIVE),
         ({"x_restrict": 2}, Rating.EXPLICIT),
         ({"x_restrict": None, "xRestrict": 1}, Rating.EXPLICIT),
+        ({"x_restrict": None, "xRestrict": "R-18G"}, Rating.EXPLICIT),
+        ({"x_restrict": 0, "tags": ["R-18"]}, Rating.EXPLICIT),
     ],
 )
 def test_pixiv_ratings_of_both_apis(fields: dict[str, object], rating: Rating) -> None:
@@ -153,8 +164,50 @@ def test_a_flag_that_is_not_set_rejects_nothing_in_any_form(flag: object) -> Non
 
 def test_pixiv_tags_may_be_one_text_or_a_list_with_nulls() -> None:
     assert _post(pixiv.read_row(PIXIV | {"tags": "空 original"})).tags["general"] == ["空", "original"]
-    assert _post(pixiv.read_row(PIXIV | {"tags": [None, 7, "空"]})).tags["general"] == ["空"]
+    assert _post(pixiv.read_row(PIXIV | {"tags": [None, "空"]})).tags["general"] == ["空"]
+    with pytest.raises(UnreadableField, match="a tag is 7"):
+        pixiv.read_row(PIXIV | {"tags": [7, "空"]})
 
 
 def test_a_pixiv_id_beyond_64_bits_is_dropped() -> None:
     assert _post(danbooru.read_row(DANBOORU | {"pixiv_id": 2**70})).pixiv_id is None
+
+
+def test_ratings_among_the_tags_are_not_taught() -> None:
+    assert _post(pixiv.read_row(PIXIV | {"tags": ["R-18", "空", "r-18g"]})).tags["general"] == ["空"]
+    assert _post(danbooru.read_row(DANBOORU | {"tag_string_general": "rating:e solo"})).tags["general"] == ["solo"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "id"),
+    [
+        ({"id": "84200001_0"}, "pixiv:84200001_p0"),
+        ({"id": "84200001_1"}, "pixiv:84200001_p1"),
+        ({"id": "84200002_p3"}, "pixiv:84200002_p3"),
+        ({"id": 5, "num": 2}, "pixiv:5_p2"),
+        ({"id": 5, "page_index": "2.0"}, "pixiv:5_p2"),
+        ({"id": 5, "image": {"bytes": b"x", "path": "5_p4_master1200.jpg"}}, "pixiv:5_p4"),
+        ({"id": 5}, "pixiv:5_p0"),
+    ],
+)
+def test_a_page_is_read_from_its_column_the_id_or_the_file_name(fields: dict[str, object], id: str) -> None:
+    assert pixiv.row_id({"image": b"x"} | fields) == id
+
+
+@pytest.mark.parametrize(
+    "fields", [{"id": "84200001_x"}, {"id": "8_4_2"}, {"id": 5, "page": "first"}, {"id": 5, "page": -1}]
+)
+def test_a_page_or_id_that_is_not_understood_is_no_id(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="is "):
+        pixiv.row_id(fields)
+
+
+def test_tags_without_a_category_fill_an_empty_general_list() -> None:
+    row = {"tag_string_general": None, "tag_string_artist": "somebody", "tag_string": "1girl solo somebody"}
+    tags = _post(danbooru.read_row(DANBOORU | row)).tags
+    assert (tags["general"], tags["artist"]) == (["1girl", "solo"], ["somebody"])
+
+
+def test_a_layout_that_fits_both_sites_asks_for_the_source() -> None:
+    with pytest.raises(ValueError, match="Give --source danbooru or pixiv"):
+        recognise(["id", "image", "tags", "rating", "score"])
