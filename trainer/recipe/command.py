@@ -50,7 +50,7 @@ class Command:
         if self.max_failures < 0:
             raise UsageError(f"--max-failures {self.max_failures}: must be at least 0")
         if not 0 <= self.s3_wait < math.inf:
-            raise UsageError(f"--s3-wait {self.s3_wait}: give the hours to wait for S3, at least 0")
+            raise UsageError(f"--s3-wait {self.s3_wait}: give the hours to wait for S3 or a network folder, at least 0")
         if self.notify is not None:
             check_address(self.notify)
 
@@ -169,7 +169,7 @@ def parse_args(description: str | None) -> Command:
     )  # fmt: skip
     add(
         "--s3-wait", type=float, default=6.0, metavar="HOURS",
-        help="How long to wait while S3 cannot be reached. Default: 6.",
+        help="How long to wait while S3 or a network folder cannot be reached. Default: 6.",
     )  # fmt: skip
     add(
         "--notify", default=os.environ.get("HDM_NOTIFY") or None, metavar="URL",

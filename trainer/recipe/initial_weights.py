@@ -39,8 +39,7 @@ def find_initial_checkpoint(
         check_encoders(found, stage)
         return found, f"stage {name} begins with the weights of {found.folder}"
     assert stage.after is not None
-    places = (run_folder.checkpoints_of(run, stage.after, home), run_folder.checkpoints_of(run, stage.after))
-    found = Checkpoints(places[0]).newest() or Checkpoints(places[1]).newest()
+    found = checkpoints_before(stage.after, run, home).newest()
     if found is None:
         raise UsageError(
             f"stage {name} begins with the weights of stage {stage.after}, of which {run} has no checkpoint; train "
@@ -48,6 +47,12 @@ def find_initial_checkpoint(
         )
     check_encoders(found, stage)
     return found, f"stage {name} begins with the weights of step {found.step} of stage {stage.after}: {found.folder}"
+
+
+def checkpoints_before(previous: str, run: Path, home: str | None) -> Checkpoints:
+    """Those of the previous stage: in `home`, or where it kept its own if there are none."""
+    first, second = (Checkpoints(run_folder.checkpoints_of(run, previous, place)) for place in (home, None))
+    return second if first.newest() is None and second.newest() is not None else first
 
 
 def check_encoders(initial: Checkpoint, stage: StageConfig) -> None:

@@ -17,7 +17,12 @@ from trainer.optimization.schedule import Anneal, Schedule, change_of_length
 from trainer.recipe import changes, overrides
 from trainer.recipe.changes import Changes, affecting
 from trainer.recipe.command import Command
-from trainer.recipe.initial_weights import find_adapter_base, find_initial_checkpoint, refuse_initial
+from trainer.recipe.initial_weights import (
+    checkpoints_before,
+    find_adapter_base,
+    find_initial_checkpoint,
+    refuse_initial,
+)
 from trainer.recipe.local_text_encoder import prepare_text_encoder
 from trainer.recipe.stage_config import PRESETS, check_grid, dividing_counts, micro_batch, stage_config, total_steps
 from trainer.recipe.stages import StageConfig
@@ -38,11 +43,13 @@ def resolve(command: Command) -> Training:
     if run.is_file():
         raise UsageError(f"--run {run} is a file; give a folder, which is created if it does not exist")
     home = _checkpoint_home(command, run)
+    restored = []
+    if command.anneal is not None and command.start_from is None:
+        restored += _restored(command, run, command.stage, run_folder.checkpoints_of(run, command.stage, home))
     branch = _branch(command, run, home)
     name = run_folder.anneal_name(command.stage, branch.step, command.anneal or 0) if branch else command.stage
     checkpoints = run_folder.checkpoints_of(run, name, home)
-    copies = _copies(command, name, checkpoints)
-    restored = restore(run, name, checkpoints, copies) if copies else None
+    restored += _restored(command, run, name, checkpoints)
     newest = Checkpoints(checkpoints).newest() or branch
     with _value_errors_are_usage_errors():
         base = None if branch else command.start_from
@@ -62,6 +69,8 @@ def resolve(command: Command) -> Training:
     if newest is None and adapters is not None:
         initial, origin = adapters.checkpoint(command.stage, stage)
     elif newest is None:
+        if stage.after is not None and command.start_from is None:
+            restored += _restored(command, run, stage.after, checkpoints_before(stage.after, run, home).root)
         initial, origin = find_initial_checkpoint(command, stage, run, home)
     text_encoder = prepare_text_encoder(run, stage, selection, newest, branch or initial)
     with _value_errors_are_usage_errors():
@@ -81,7 +90,7 @@ def resolve(command: Command) -> Training:
         folder=str(run / name),
         checkpoints=checkpoints,
         checkpoint_home=home,
-        copies=copies,
+        copies=_copies(command, name, checkpoints),
         text_encoder=text_encoder,
         example_prompts=examples,
         workers=counts[-1],
@@ -97,7 +106,7 @@ def resolve(command: Command) -> Training:
         weights=None if adapters else initial,
         lora=adapters.lora if adapters else None,
         began_from=adapters.lora.base if adapters else initial.folder if initial else None,
-        notes=((restored,) if restored else ()) + tuple(notes),
+        notes=(*restored, *notes),
         prompts=command.grid_prompts() or examples,
         audit=command.audit_file(),
         price_per_hour=command.price_per_hour,
@@ -167,6 +176,13 @@ def _copies(command: Command, name: str, checkpoints: str) -> str | None:
     if copies == checkpoints:
         raise UsageError(f"--checkpoints-copy {home} is where the checkpoints are; give another disk or a bucket")
     return copies
+
+
+def _restored(command: Command, run: Path, name: str, checkpoints: str) -> list[str]:
+    """Restores the newest copy of a stage or anneal if `checkpoints` has lost it. Lines for the user."""
+    copies = _copies(command, name, checkpoints)
+    line = restore(run, name, checkpoints, copies) if copies else None
+    return [line] if line else []
 
 
 def _branch(command: Command, run: Path, home: str | None) -> Checkpoint | None:

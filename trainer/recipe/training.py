@@ -52,7 +52,7 @@ class Training:
     price_per_hour: float | None  # dollars, for the whole cluster
     wandb: bool
     tagger: str | None  # folder of the classifier that scores the picture grid
-    s3_wait: float  # hours to wait for samples while S3 cannot be reached
+    s3_wait: float  # hours to wait while S3 or a network folder cannot be reached
     max_failures: int  # in a row without a new checkpoint, after which the job ends; each resumes from the newest one
 
     @property

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.storage.reachability import is_network_error
 from pipeline.storage.shards import Store
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file (model, ema, optimizer, power_ema), then by name
@@ -252,10 +253,12 @@ def _free_name(step: int, taken: Collection[str]) -> str:
 
 
 def _read_state(store: Store, name: str) -> State | None:
-    """None if state.json is unreadable, truncated or something else."""
+    """None if state.json is unreadable, truncated or something else. OSError if its folder cannot be reached."""
     try:
         state = json.loads(store.read(f"{name}/{_STATE}"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_network_error(error):
+            raise
         return None
     ours = isinstance(state, dict) and isinstance(state.get("files"), dict)
     return state if ours and isinstance(state.get("saved_at"), int | float) else None
@@ -296,15 +299,20 @@ def _write_files(place: _Place, tensors: Tensors, state: State) -> None:
 
 
 def _copy_files(place: _Place, folder: str) -> None:
-    """state.json comes last. OSError if what was written differs from what was read."""
+    """state.json comes last. Raises the errors of `copy_file`."""
     source = Store(folder)
     for name in (*json.loads(source.read(_STATE))["files"], _STATE):
         with place(name) as path:
-            with source.open(name) as original, open(path, "wb") as copy:
-                digest = _copy_stream(original, copy)
-            with open(path, "rb") as copy:
-                if hashlib.file_digest(copy, "sha256").digest() != digest:
-                    raise OSError(errno.EIO, "what was written differs when it is read back", path)
+            copy_file(source, name, path)
+
+
+def copy_file(source: Store, name: str, path: str) -> None:
+    """Writes a file of `source` to a local path. OSError if what was written differs from what was read."""
+    with source.open(name) as original, open(path, "wb") as copy:
+        digest = _copy_stream(original, copy)
+    with open(path, "rb") as copy:
+        if hashlib.file_digest(copy, "sha256").digest() != digest:
+            raise OSError(errno.EIO, "what was written differs when it is read back", path)
 
 
 def _copy_stream(original: BinaryIO, copy: BinaryIO) -> bytes:

@@ -1,6 +1,7 @@
-"""A second copy of a run's checkpoints and text encoder, in a folder or on S3 (run.py --checkpoints-copy).
+"""A second copy of what a run cannot be without, in a folder or on S3 (run.py --checkpoints-copy).
 
-COPY/<stage>/checkpoints/step-<N>/, COPY/text_encoder/: the layout of a run folder, so `sample.py --run COPY` draws.
+COPY/<stage>/checkpoints/step-<N>/, COPY/<stage>/ema/, COPY/text_encoder/: the layout of a run folder, so that
+`sample.py --run COPY` draws.
 """
 
 import shutil
@@ -11,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from pipeline.core.errors import JobFailed, S3Unavailable, UsageError
+from pipeline.core.errors import JobFailed, StorageUnavailable, UsageError
 from pipeline.storage.shards import Store
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
+from trainer.runs.ema_snapshots import Snapshots
 from trainer.runs.run_folder import config_of
 
 _ENCODER: Final = "text_encoder"
@@ -33,6 +35,7 @@ class Copier:
         """`run`: the run folder, whose text encoder is copied too if it has one. `warn` is called in the thread."""
         self._run, self._copies, self._warn = run, Checkpoints(copies), warn
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
+        self._snapshots: dict[str, str] = {}  # stamps of those that were copied, by name
         self._next: Checkpoint | None = None
         self._changes = threading.Condition()
         self._is_running = False
@@ -45,12 +48,14 @@ class Copier:
                 self._is_running = True
                 threading.Thread(target=self._work, name="checkpoint copy", daemon=True).start()
 
-    def close(self) -> None:
-        """Waits for the copy in progress, up to an hour."""
-        if not self._ends_within(_REPORT_SECONDS):
-            self._warn(f"the last checkpoint is being copied to {self._copies.root}: waiting for up to an hour")
-            if not self._ends_within(_CLOSE_SECONDS):
-                self._warn(f"the last checkpoint was not copied to {self._copies.root} within an hour")
+    def close(self, longest: float = _CLOSE_SECONDS) -> None:
+        """Waits for the copy in progress, up to `longest` seconds."""
+        reported = min(_REPORT_SECONDS, longest / 2)
+        if not self._ends_within(reported):
+            what = f"the last checkpoint is being copied to {self._copies.root}"
+            self._warn(f"{what}: waiting for up to {longest - reported:.0f} s more")
+            if not self._ends_within(longest - reported):
+                self._warn(f"{what}, but not within {longest:.0f} s: the next start copies it")
 
     def _ends_within(self, seconds: float) -> bool:
         with self._changes:
@@ -80,6 +85,8 @@ class Copier:
             if Store(checkpoint.folder).exists("state.json"):
                 raise
             return  # training was faster: the checkpoint was removed as outdated, and a newer one comes next
+        snapshots = Snapshots(checkpoint.folder.rpartition("/")[0])
+        Snapshots(self._copies.root).add_from(snapshots, checkpoint.step, self._snapshots)
         encoder, copy = Store(f"{self._run}/{_ENCODER}"), Store(f"{_home(self._copies)}/{_ENCODER}")
         if encoder.sizes() != copy.sizes():
             for name in encoder.sizes():
@@ -87,8 +94,8 @@ class Copier:
 
 
 def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
-    """Copies the newest copy back if it was saved later than all checkpoints, and the text encoder if the run folder
-    has none.
+    """Copies the newest copy back if it was saved later than all checkpoints, with its averages, and the text encoder
+    if the run folder has none.
 
     Returns a line for the user, None if there is nothing to say. Copies that cannot be read are no reason to fail if
     there are checkpoints. UsageError if the copies are of another run, JobFailed if there is no room.
@@ -97,7 +104,7 @@ def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
     newest = ours.newest()
     try:
         copy = theirs.newest()
-    except (OSError, S3Unavailable) as error:
+    except (OSError, StorageUnavailable) as error:
         if newest is None:
             raise
         goes_on = f"training goes on from the checkpoint of step {newest.step}"
@@ -112,6 +119,7 @@ def restore(run: Path, stage: str, checkpoints: str, copies: str) -> str | None:
     try:
         _restore_encoder(Store(f"{_home(theirs)}/{_ENCODER}"), run / _ENCODER)
         ours.copy(copy, keep_last=sys.maxsize)
+        Snapshots(checkpoints).add_from(Snapshots(copies), copy.step, {})
     except OSError as error:
         raise JobFailed(
             f"the copy {copy.folder} could not be restored to {checkpoints} ({error}); make room and run the same "

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.storage.shards import Store
-from trainer.runs.checkpoint import Checkpoint, write_tensors
+from trainer.runs.checkpoint import Checkpoint, copy_file, write_tensors
 from trainer.runs.power_ema import combination
 
 _NAME = re.compile(r"step-(\d+)-began-(\d+)-updates-(\d+)\.safetensors")
@@ -39,11 +39,33 @@ class Snapshots:
         """
         name = f"step-{step:08d}-began-{int(tensors['began'])}-updates-{int(tensors['updates'])}.safetensors"
         averages = {name: tensor for name, tensor in tensors.items() if "/" in name}
+        self._remove_from(step)
+        with self._store.committed(name) as path:
+            write_tensors(path, averages)
+
+    def add_from(self, source: "Snapshots", last_step: int, stamps: dict[str, str]) -> None:
+        """Copies the snapshots of `source` up to `last_step` that are not here, each read back and compared. Like
+        `save`, each removes those of the same and later steps.
+
+        `stamps`: of the files of `source` that were copied, by name, so that one that was written again after a
+        rollback is copied again; updated. A file that is not listed is here if its name and size are.
+        """
+        originals, copies = source._store.files(), self._store.files()
+        for name, step, _, _ in source.found():
+            if step > last_step:
+                break
+            original = originals[name]
+            is_known = stamps.setdefault(name, original.stamp) == original.stamp
+            if not (is_known and name in copies and copies[name].size == original.size):
+                self._remove_from(step)
+                with self._store.committed(name) as path:
+                    copy_file(source._store, name, path)
+                stamps[name], copies = original.stamp, self._store.files()
+
+    def _remove_from(self, step: int) -> None:
         for other, found_step, _, _ in self.found():
             if found_step >= step:
                 self._store.remove(other)
-        with self._store.committed(name) as path:
-            write_tensors(path, averages)
 
     def found(self) -> list[tuple[str, int, int, int]]:
         """(file name, step, began, updates) of each, by step."""

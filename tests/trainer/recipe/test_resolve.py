@@ -1,6 +1,7 @@
 """A command line against a run folder: where training starts, which settings may change, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from trainer.recipe.stage_config import micro_batch, stage_config
 from trainer.recipe.stages import STAGES
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.checkpoint_copy import Copier
 from trainer.runs.run_folder import find_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -270,6 +272,26 @@ def test_a_stage_begins_with_the_newest_weights_of_the_previous_stage(ask: Any, 
     assert (going_on.start_step, going_on.weights) == (2, None), "its own checkpoint takes precedence"
     assert going_on.began_from == str(folder)
     assert ask("256", *TINY).start_step == 9
+
+
+def test_a_lost_run_gets_the_copy_of_the_stage_back_that_the_command_begins_with(ask: Any, tmp_path: Path) -> None:
+    """Of the previous stage, or of the one that is annealed, each told in one line."""
+    copies = str(tmp_path / "copy")
+    for stage in ("256", "demo"):
+        first = ask(stage, *TINY, checkpoints_copy=copies)
+        copier = Copier(first.run, first.copies, pytest.fail)
+        copier.submit(find_checkpoint(str(save(first, 5))))
+        copier.close()
+    shutil.rmtree(tmp_path / "run")
+    following = ask("512", *TINY, checkpoints_copy=copies)
+    assert following.weights == find_checkpoint(str(tmp_path / "run/256"))
+    assert following.text_encoder == str(tmp_path / "run/text_encoder")
+    [line] = [note for note in following.notes if "restored" in note]
+    assert "/run/256/checkpoints has no checkpoint: step 5, saved" in line
+    assert not any("restored" in note for note in ask("512", *TINY, checkpoints_copy=copies).notes), "once"
+    annealed = ask("demo", *TINY, anneal=3, checkpoints_copy=copies)
+    assert (annealed.start_step, annealed.stop_step) == (5, 8)
+    assert sum("restored" in note for note in annealed.notes) == 1
 
 
 def test_from_takes_a_run_stage_or_checkpoint_with_its_text_encoder_or_nothing(ask: Any, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 from pipeline.core.errors import JobFailed, S3Unavailable, UsageError
 from pipeline.storage import s3
 from pipeline.storage.shards import Store
-from trainer.runs import checkpoint, checkpoint_copy
+from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Checkpoint, Checkpoints
 from trainer.runs.checkpoint_copy import Copier, restore
+from trainer.runs.ema_snapshots import Snapshots
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,44 @@ def test_the_text_encoder_is_copied_too(run: Path, tmp_path: Path) -> None:
         assert (tmp_path / "copy/text_encoder/config.json").read_text() == text
 
 
+def snapshots(home: object) -> Snapshots:
+    return Snapshots(root(home))
+
+
+def average(home: object, step: int, value: float) -> None:
+    tensors = {"0.05/weight": torch.full((4,), value), "began": torch.tensor(0), "updates": torch.tensor(step)}
+    snapshots(home).save(step, tensors)
+
+
+def averages(home: object) -> dict[int, float]:
+    """Value of each by its step."""
+    found = snapshots(home).found()
+    return {step: snapshots(home).read(name)["0.05/weight"][0].item() for name, step, _, _ in found}
+
+
+def test_averages_are_copied_up_to_the_checkpoint_again_after_a_rollback_and_restored(
+    run: Path, tmp_path: Path
+) -> None:
+    copier = Copier(str(run), root(tmp_path / "copy"), pytest.fail)
+
+    def copy(step: int) -> None:
+        copier.submit(save(run, step))
+        copier.close()
+
+    for step in (1, 2, 3):
+        average(run, step, 0.5)
+    copy(2)
+    assert averages(tmp_path / "copy") == {1: 0.5, 2: 0.5}
+    copy(3)
+    average(run, 2, 0.25)  # training has gone back, and has other weights
+    copy(4)
+    assert averages(tmp_path / "copy") == averages(run) == {1: 0.5, 2: 0.25}
+    average(run, 5, 1)
+    shutil.rmtree(run)
+    assert restore(run, "demo", root(run), root(tmp_path / "copy"))
+    assert averages(run) == {1: 0.5, 2: 0.25}
+
+
 def test_training_does_not_wait_and_only_the_newest_is_copied(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,14 +154,13 @@ def test_the_end_of_the_job_waits_for_a_copy_only_so_long(
 ) -> None:
     goes_on = threading.Event()
     monkeypatch.setattr(Checkpoints, "copy", lambda *_, **__: goes_on.wait(300))
-    monkeypatch.setattr(checkpoint_copy, "_REPORT_SECONDS", 0.05)
-    monkeypatch.setattr(checkpoint_copy, "_CLOSE_SECONDS", 0.05)
     warnings: list[str] = []
     copier = Copier(str(run), root(tmp_path / "copy"), warnings.append)
     copier.submit(save(run, 1))
-    copier.close()
+    copier.close(0.1)
     goes_on.set()
     assert [str(tmp_path / "copy") in line for line in warnings] == [True, True]
+    assert warnings[-1].endswith("the next start copies it")
 
 
 # --- Copies that fail -------------------------------------------------------------------------------------------------
