@@ -32,6 +32,8 @@ class ControlActor:
         self._smaller_batches, self._smaller_batches_seen = 0, 0
         self._waiting_since: float | None = None
         self._report_at = 0.0
+        self._activities: dict[int, tuple[int, bool]] = {}  # steps finished and whether it waits, by rank
+        self._quiet_since = 0.0
 
     def add_message(self, message: "Line | str | Notice") -> None:
         self.messages.append(message)
@@ -70,6 +72,19 @@ class ControlActor:
         if workers != self._workers:
             self.add_message(f"training on {workers} worker{'s' if workers > 1 else ''}, with the same global batches")
         self._workers = workers
+        self._activities = {}
+
+    def note_activity(self, rank: int, steps: int, waits: bool) -> float:
+        """Seconds for which no worker has finished a step or has waited for something that may take any time.
+
+        Called by every worker again and again; 0 until all of them have.
+        """
+        now, before = time.monotonic(), self._activities.get(rank)
+        self._activities[rank] = (steps, waits)
+        is_complete = len(self._activities) >= self._workers
+        if before != (steps, waits) or not is_complete or any(each for _, each in self._activities.values()):
+            self._quiet_since = now
+        return now - self._quiet_since
 
     def note_smaller_batch(self) -> None:
         """A worker has run out of memory and recorded a smaller micro batch. The failure that follows is not counted:

@@ -1,9 +1,12 @@
 """Runs a training job with Ray Train. sample_stream.py reads its samples; replicas.py draws pictures with Ray Serve."""
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -20,6 +23,7 @@ from trainer.cluster.monitor import ActorReporter, JobMonitor
 from trainer.cluster.policies import FailuresWithoutProgress, PolicyTrainer
 from trainer.cluster.recording import RecordingTorchConfig
 from trainer.cluster.sample_stream import Warn, cpus_per_worker, stream_source
+from trainer.health.hangs import HangWatch
 from trainer.health.notify import Notifier
 from trainer.health.stacks import StackWriter, recorder_environment
 from trainer.recipe.memory import check_device
@@ -31,8 +35,10 @@ from trainer.training.run_log import check_writers
 from trainer.training.worker import SampleSource, Worker
 from trainer.training.worker_group import WorkerGroup
 
-# After which a collective operation fails, besides the time that another worker may wait for S3. Ray's default.
+# After which a collective operation fails, besides the time that another worker may wait for samples. It cannot depend
+# on whether one does: trainer/health/hangs.py ends workers that hang although none waits.
 _COLLECTIVE_SECONDS: Final = 1800
+_TELL_SECONDS: Final = 30.0
 _RESIZE_SECONDS: Final = 15.0  # between looks for new nodes; a resize then waits for a checkpoint
 
 MakeSource = Callable[[TrainingData, Training, WorkerGroup, Warn], SampleSource]
@@ -148,7 +154,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         if group.is_rank_zero:
             # Not before the checkpoint was read: the limit for waiting for S3 counts from the last begin.
             control.begin.remote(group.size)
-        steps = worker.run()
+        with HangWatch(worker.activity, partial(_note_activity, control, group.rank), partial(_end_process, control)):
+            steps = worker.run()
     except (JobFailed, UsageError, ValueError) as error:
         ray.get(control.fail.remote(str(error)))
         raise
@@ -159,6 +166,22 @@ def _train_worker(config: dict[str, Any]) -> None:
         raise
     if group.is_rank_zero:
         ray.get(control.finish.remote(steps))
+
+
+def _note_activity(control: Any, rank: int, steps: int, waits: bool) -> float:
+    """As of ControlActor; 0 if it cannot be asked."""
+    try:
+        quiet: float = ray.get(control.note_activity.remote(rank, steps, waits), timeout=_TELL_SECONDS)
+    except RayError:
+        return 0.0
+    return quiet
+
+
+def _end_process(control: Any, why: str) -> None:
+    """Ends this worker, which its hanging thread cannot: Ray then starts all of them again."""
+    with suppress(RayError):
+        ray.get(control.add_message.remote(why), timeout=_TELL_SECONDS)
+    os._exit(1)
 
 
 def keep_freed_memory() -> None:

@@ -23,6 +23,7 @@ from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import TextEncoder, load_text_encoder
 from trainer.evaluation.tagger import Tagger, tag_agreement
 from trainer.health.gpu_state import GpuReader, gpu_metrics
+from trainer.health.hangs import Activity
 from trainer.health.notify import Notice
 from trainer.model.xut import Standardization
 from trainer.recipe.training import Training
@@ -56,6 +57,10 @@ from trainer.training.worker_group import WorkerGroup
 # Skipped steps in a row that cause a rollback: then the weights have diverged, it is not just a bad batch.
 _MAX_SKIPPED: Final = 3
 _MAX_ROLLBACKS: Final = 3  # in a row to the same checkpoint
+# After a stop was requested, for the last checkpoint and its copy: Ray kills a stopped job after 300 s, see
+# deploy/start-ray.sh, of which the step in progress and the end of the job take some.
+_STOP_SECONDS: Final = 150.0
+_LEAST_COPY_SECONDS: Final = 5.0
 _STATISTICS_TEXTS: Final = 512  # whose features are standardized: tens of thousands of tokens
 _VALIDATION_SAMPLES: Final = 256  # more would change little and take longer than a log line is worth
 
@@ -94,6 +99,7 @@ class Worker:
         self, training: Training, group: WorkerGroup, device: torch.device, source: SampleSource, reporter: Reporter
     ) -> None:
         self.group, self.device, self.source, self.reporter = group, device, source, reporter
+        self.activity = Activity()
         # Rank 0 looks for it alone. Otherwise a checkpoint that appears meanwhile would be loaded by some workers only.
         self.training, checkpoint = group.broadcast(
             from_newest(training, reporter.warn) if group.is_rank_zero else (training, None)
@@ -151,6 +157,7 @@ class Worker:
         self.unwritable: set[Path] = set()
         self.replaced = Replaced(training.folder, len(source.data.row_index.counts_G), self._append, reporter.warn)
         self.rollbacks = 0
+        self.stopped_at: float | None = None
         self.held_out: Batch | None = None
         if group.is_rank_zero and not source.data.row_index.held_out_count:
             reporter.warn(
@@ -176,21 +183,27 @@ class Worker:
         stops = False
         while self.loop.steps_taken < self.training.stop_step and not stops:
             self._step(self.batches)
+            self.activity.finish_step()
             taken = self.loop.steps_taken
             stops = self.group.any(self.reporter.stop_requested())
+            if stops:
+                self.stopped_at = time.monotonic()
             ends = stops or taken == self.training.stop_step
             saves = ends or taken % self.stage.checkpoint_every == 0
             if (saves or taken % self.stage.log_every == 0) and self._report().worst_run >= _MAX_SKIPPED:
-                self._roll_back()
+                with self.activity.waiting():
+                    self._roll_back()
                 continue
-            if self.training.takes_snapshot(taken):
-                self._save_snapshot(taken)
-            if saves:
-                self._save()
-            # Not after a stop request: a spot machine may be gone before the evaluation ends.
-            if not stops and (ends or taken % self.stage.evaluate_every == 0):
-                self._evaluate()
-        self._finish()
+            with self.activity.waiting():
+                if self.training.takes_snapshot(taken):
+                    self._save_snapshot(taken)
+                if saves:
+                    self._save()
+                # Not after a stop request: a spot machine may be gone before the evaluation ends.
+                if not stops and (ends or taken % self.stage.evaluate_every == 0):
+                    self._evaluate()
+        with self.activity.waiting():
+            self._finish()
         return self.loop.steps_taken
 
     def _write(self, write: Callable[[], None]) -> None:
@@ -276,7 +289,7 @@ class Worker:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         is_first = not self.context.startup_seconds
-        with self._phase("first batch", is_first), self.times.data.running():
+        with self._phase("first batch", is_first), self.times.data.running(), self.activity.waiting():
             batch = concatenate([self._read(batches) for _ in range(self.training.accumulation)])
         compiles = self.stage.compiled and self.device.type == "cuda"
         with self._phase(COMPILE if compiles else FIRST_STEP, is_first):
@@ -462,6 +475,9 @@ class Worker:
         if newest is None or newest.step != self.loop.steps_taken:
             why = self.saver.failures[-1] if self.saver.failures else "it is not there"
             raise JobFailed(f"{why}; fix that and run the same command again")
-        if self.copier:
+        if self.copier and self.stopped_at is None:
             self.copier.close()
+        elif self.copier and self.stopped_at is not None:
+            left = _STOP_SECONDS - (time.monotonic() - self.stopped_at)
+            self.copier.close(max(_LEAST_COPY_SECONDS, left))
         self.log.close()

@@ -51,6 +51,32 @@ def test_waiting_is_reported_and_ends_after_the_limit_and_is_forgotten_when_work
     assert "given up after 1 h; run the same command" in control.failure
 
 
+def test_workers_hang_while_none_of_them_steps_or_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(control_actor.time, "monotonic", lambda: now)
+    control = ControlActor(workers=2)
+
+    def after(seconds: float, first: tuple[int, bool], second: tuple[int, bool]) -> float:
+        """What the second worker is told, which reports after the first."""
+        nonlocal now
+        now += seconds
+        control.note_activity(0, *first)
+        return control.note_activity(1, *second)
+
+    assert control.note_activity(0, 5, False) == 0
+    now = 3600
+    assert control.note_activity(0, 5, False) == 0, "the other worker still starts"
+    assert after(10, (5, False), (5, False)) == 0
+    assert after(1000, (5, False), (5, False)) == 1000
+    assert after(1000, (6, False), (5, False)) == 0, "a step"
+    assert after(1000, (6, False), (6, True)) == 0, "waits for samples"
+    assert after(5000, (6, False), (6, True)) == 0
+    assert after(10, (6, False), (6, False)) == 0
+    assert after(2000, (6, False), (6, False)) == 2000
+    control.begin(2)
+    assert after(10, (0, False), (0, False)) == 0, "new workers"
+
+
 def test_a_stop_without_a_worker_that_could_save_ends_the_job() -> None:
     control = ControlActor()
     control.request_stop()

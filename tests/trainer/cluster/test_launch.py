@@ -12,6 +12,7 @@ import torch
 
 from pipeline.core.errors import JobFailed, UsageError
 from trainer.cluster import launch
+from trainer.health.hangs import Activity
 
 
 @dataclass
@@ -83,7 +84,7 @@ def test_the_control_actor_learns_why_a_worker_ends(
     monkeypatch.setattr(launch.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(launch.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(launch, "ActorReporter", lambda control: SimpleNamespace(warn=print))
-    monkeypatch.setattr(launch, "Worker", lambda *_: SimpleNamespace(run=raise_it))
+    monkeypatch.setattr(launch, "Worker", lambda *_: SimpleNamespace(run=raise_it, activity=Activity()))
     config = {"training": training, "control": Control(), "data": None, "source": lambda *_: None}
     with pytest.raises(type(error)):
         launch._train_worker(config)

@@ -21,6 +21,7 @@ from trainer.recipe.command import Command
 from trainer.recipe.resolve import resolve
 from trainer.recipe.training import Training
 from trainer.runs.checkpoint import Checkpoints
+from trainer.runs.checkpoint_copy import Copier
 from trainer.runs.ema_snapshots import Snapshots, averages_of_length
 from trainer.runs.weights import trained_model
 from trainer.samples.data import Batch, TrainingData, example_texts, held_out_batch, load_batch
@@ -112,6 +113,40 @@ def test_a_worker_resumes_after_a_stop_request_with_equal_losses(dataset: Path, 
     again = Recorder()
     assert worker(resolved(dataset, tmp_path / "parts", 5), again).run() == 5
     assert [line["loss"] for line in parts.lines + again.lines] == [line["loss"] for line in whole.lines]
+
+
+def test_a_stopped_worker_waits_for_its_second_copy_only_for_what_is_left(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray kills a stopped job after 300 s."""
+    given: list[float] = []
+    monkeypatch.setattr(Copier, "close", lambda _, longest=3600.0: given.append(longest))
+    copies = str(tmp_path / "copy")
+    worker(resolved(dataset, tmp_path / "run", 3, checkpoints_copy=copies), Recorder(stops_after=1)).run()
+    worker(resolved(dataset, tmp_path / "run", 3, checkpoints_copy=copies), Recorder()).run()
+    stopped, finished = given
+    assert 0 < stopped <= 150
+    assert finished == 3600
+    assert saved(tmp_path / "run")[-1] == 3
+
+
+def test_a_worker_says_that_it_waits_but_not_during_a_step(dataset: Path, tmp_path: Path) -> None:
+    waits: dict[str, list[bool]] = {"reads": [], "steps": [], "saves": []}
+    recorder, training = Recorder(), resolved(dataset, tmp_path, 4)
+    samples = source(training)
+
+    def batches(training: Training) -> Iterator[Batch]:
+        for batch in samples.batches(training):
+            waits["reads"].append(it.activity.waits)
+            yield batch
+
+    it = worker(training, recorder, replace(samples, batches=batches))
+    step, save = it.loop.step, it._save
+    it.loop.step = lambda inputs: (waits["steps"].append(it.activity.waits), step(inputs))[1]  # type: ignore[method-assign]
+    it._save = lambda: (waits["saves"].append(it.activity.waits), save())[1]  # type: ignore[method-assign]
+    it.run()
+    assert waits == {"reads": [True] * 4, "steps": [True, False, False, False], "saves": [True, True]}
+    assert it.activity.steps == 4
 
 
 def test_phases_of_the_start_are_reported_when_they_begin_and_end(dataset: Path, tmp_path: Path) -> None:
