@@ -53,6 +53,7 @@ ONLY_IN = {
         "pipeline/pictures/classifiers.py",
         "trainer/encoders/random_encoders.py",
         "trainer/encoders/text.py",
+        "trainer/encoders/vision.py",
     },
     "diffusers": {
         "trainer/encoders/load_codec.py",

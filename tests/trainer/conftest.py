@@ -172,6 +172,24 @@ def whole(resumed: tuple[Path, str]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DINOv2 with 24 features of patches of 7 pixels."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("vision") / "dinov2"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Dinov2Model(
+            Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7)
+        )
+    model.save_pretrained(folder)
+    normalisation = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a random model of the demo stage and its text encoder, made without training."""
     import torch  # seconds, which tests of other things should not wait

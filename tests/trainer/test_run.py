@@ -115,6 +115,7 @@ def test_a_refused_job_leaves_no_folder_behind(call_job: RunJob, dataset: Path, 
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     _refuses(_train(call_job, dataset, tmp_path / "run", "--workers", 3), "does not divide")
+    _refuses(_train(call_job, dataset, tmp_path / "run", "--set", f"repa.features={tmp_path}"), "vision model")
     assert (tmp_path / "run").exists(), "the folder was the user's"
 
 

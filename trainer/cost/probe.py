@@ -91,7 +91,10 @@ def _measure_stage(setup: StageSetup, seconds: float) -> Row | None:
 
 
 def _step(setup: StageSetup, size: int, codec: Any, text: TextEncoder) -> Callable[[], None]:
-    """A function that takes a step of a new model on `size` images of noise and texts of setup.text_tokens tokens."""
+    """A function that takes a step of a new model on `size` images of noise and texts of setup.text_tokens tokens.
+
+    Tokens are not aligned with a vision model (stage.repa), which a training may do for a part of its steps.
+    """
     tokens, side = setup.text_tokens, setup.stage.resolution
     stage = replace(setup.stage, micro_batch=size, batch_size=size, text_tokens=tokens, text_multiple=1)
     loop = new_loop(

@@ -188,6 +188,7 @@ class Block(nn.Module):
         self.mlp = Branch("mlp", config, SwiGLU(config.dim, config.mlp_dim))
         self.concat = nn.Linear(2 * config.dim, config.dim) if skip == "concat" else None
         self.add = skip == "add"
+        self.number = 1  # in forward order, set by the model
         self.recompute = False  # activation checkpointing: recompute this block in the backward pass
 
     def forward(self, h_BSD: Tensor, context: Context, skip_BSD: Tensor | None = None) -> Tensor:

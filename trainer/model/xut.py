@@ -15,6 +15,7 @@ D width, V = C * patch_size^2 values of a patch, 2 = position (y, x).
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,6 +56,15 @@ class TimeEmbedding(nn.Module):
     def forward(self, t_B: Tensor) -> Tensor:
         angle_BF = 1000 * t_B.float()[:, None] * self.frequency.float()
         return F.mish(self.proj(torch.cat([angle_BF.cos(), angle_BF.sin()], dim=-1)))
+
+
+@dataclass
+class BlockOutput:
+    """Asks a forward pass for the image tokens that one block puts out, for a loss on them. The pass fills it."""
+
+    block: int  # its number in forward order, from 1
+    tokens_BKD: Tensor | None = None
+    index_BK: Tensor | None = None  # places of these tokens among the N image tokens; None: all of them, in order
 
 
 class Standardization(nn.Module):
@@ -131,6 +141,7 @@ class XUT(nn.Module):
         self.patch_out = nn.Linear(dim, patch_values)
 
         for i, block in enumerate(module for module in self.modules() if isinstance(module, Block)):
+            block.number = i + 1
             block.recompute = checkpointing == "all" or (checkpointing == "blocks" and i % 2 == 0)
         self.initialise()
 
@@ -165,6 +176,7 @@ class XUT(nn.Module):
         aspect: Tensor | None = None,
         selection_rate: float = 0.0,
         routing_key: Tensor | None = None,
+        output: BlockOutput | None = None,
     ) -> Tensor:
         """Velocity (B, C, H, W), an estimate of noise - data, of latents at time t (B,) in [0, 1]; 1 is pure noise.
 
@@ -178,6 +190,8 @@ class XUT(nn.Module):
         papers train with 0.5. routing_key: (B,) int64, required if the rate is above 0. Which tokens a sample keeps is
         a function of its own key.
 
+        output: is filled with the image tokens of its block, under TREAD with the kept ones if the block lies in the U.
+
         Raises ValueError for latents, a position map, a rate or a routing key of the wrong shape, type or range.
         """
         patches_BNV = self._patches(x_BCHW)
@@ -189,9 +203,10 @@ class XUT(nn.Module):
         h_BSD = torch.cat([image_BND, self.text_in(self.text_standard(self.text_norm(text)))], dim=1)
         context = self._context(t_B, position_BN2, text_tokens, text_mask, aspect)
 
-        h_BSD = self._run(self.prev, h_BSD, context)
+        h_BSD = self._run(self.prev, h_BSD, context, output=output)
+        index_BK = None
         if selection_rate == 0:
-            h_BSD = self._u(h_BSD, context)
+            h_BSD = self._u(h_BSD, context, output)
         else:
             if routing_key is None or routing_key.shape != t_B.shape or routing_key.dtype != torch.int64:
                 given = None if routing_key is None else (tuple(routing_key.shape), routing_key.dtype)
@@ -199,9 +214,13 @@ class XUT(nn.Module):
                     f"selection_rate={selection_rate} needs a routing_key, one int64 a sample: got {given}"
                 )
             index_BK = select_tokens(routing_key, image_tokens, text_tokens, selection_rate)
-            kept_BKD = self._u(gather_tokens(h_BSD, index_BK), _of_kept_tokens(context, index_BK))
+            kept_BKD = self._u(gather_tokens(h_BSD, index_BK), _of_kept_tokens(context, index_BK), output)
             h_BSD = scatter_tokens(h_BSD, index_BK, kept_BKD)
-        h_BSD = self._run(self.post, h_BSD, context)
+        h_BSD = self._run(self.post, h_BSD, context, output=output)
+        if output is not None and output.tokens_BKD is not None:
+            kept = output.tokens_BKD.shape[1] - text_tokens
+            output.tokens_BKD = output.tokens_BKD[:, :kept]
+            output.index_BK = index_BK[:, :kept] if index_BK is not None and kept < image_tokens else None
 
         out_BCHW = self._unpatched(self._outputs(self.final_norm(h_BSD[:, :image_tokens])), x_BCHW)
         if self.config.prediction == "velocity":
@@ -218,24 +237,33 @@ class XUT(nn.Module):
             out_BNV: Tensor = self.patch_out(h_BND.to(dtype))
         return out_BNV
 
-    def _u(self, h_BSD: Tensor, context: Context) -> Tensor:
+    def _u(self, h_BSD: Tensor, context: Context, output: BlockOutput | None) -> Tensor:
         """Encoder stages, then decoder stages, each of which reads one encoder stage's output."""
         skips = []
         for stage in self.encoder:
-            h_BSD = self._run(stage, h_BSD, context)
+            h_BSD = self._run(stage, h_BSD, context, output=output)
             skips.append(h_BSD)
         for i, stage in enumerate(self.decoder):
             skip_BSD = skips[-1] if self.config.skip_order == "last" else skips[-1 - i]
-            h_BSD = self._run(stage, h_BSD, context, skip_BSD)
+            h_BSD = self._run(stage, h_BSD, context, skip_BSD, output)
         return h_BSD
 
-    def _run(self, blocks: nn.Module, h_BSD: Tensor, context: Context, skip_BSD: Tensor | None = None) -> Tensor:
+    def _run(
+        self,
+        blocks: nn.Module,
+        h_BSD: Tensor,
+        context: Context,
+        skip_BSD: Tensor | None = None,
+        output: BlockOutput | None = None,
+    ) -> Tensor:
         """Blocks in order; the first one receives the skip."""
         for block in blocks.children():
             if block.recompute:
                 h_BSD = checkpoint(block, h_BSD, context, skip_BSD, use_reentrant=False)
             else:
                 h_BSD = block(h_BSD, context, skip_BSD)
+            if output is not None and block.number == output.block:
+                output.tokens_BKD = h_BSD
             skip_BSD = None
         return h_BSD
 

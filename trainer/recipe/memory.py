@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 
 from pipeline.core.errors import UsageError
+from trainer.diffusion.repa import projector_parameters
 from trainer.encoders.latents import EMBEDDED_CODECS
+from trainer.encoders.pretrained import cached_folder
+from trainer.encoders.vision import vision_parameters, vision_shape
 from trainer.model.config import XUTConfig
 from trainer.model.routing import kept_image_tokens
 from trainer.model.xut import XUT, Checkpointing
@@ -17,8 +20,11 @@ _BYTES_PER_PARAMETER = 20  # fp32: weight, gradient, AdamW's two moments, EMA
 _BYTES_PER_LENGTH = 4  # each power-function average, fp32
 _BYTES_CAST = 2  # bfloat16 copy of a weight, from its use in the forward pass to the end of the backward pass
 _BYTES_FROZEN = 4  # weight only
+_BYTES_PROJECTOR = 18  # fp32: weight, gradient, two moments; bfloat16 copy
+_BYTES_VISION = 2  # bfloat16
 # Frozen encoders in bfloat16 (Qwen3-0.6B: 1.2 GB, VAE: 0.2 GB), the CUDA context, and fragmentation.
 _OVERHEAD = 3_000_000_000
+_TYPICAL_FEATURES = 1024  # of a vision model that is not on this machine: ViT-L's
 # The VAE's first level keeps about four tensors of 128 channels at once, in bfloat16.
 _VAE_BYTES_PER_PIXEL = 4 * 128 * 2
 RECOMPUTED: dict[Checkpointing, float] = {"none": 0.0, "blocks": 0.5, "all": 1.0}  # share of the blocks
@@ -100,8 +106,27 @@ def training_bytes(
     per_parameter = _BYTES_FROZEN if frozen else _BYTES_PER_PARAMETER + averages
     per_parameter += _BYTES_CAST if stage.precision == "bf16" else 0
     encoding = _VAE_BYTES_PER_PIXEL * stage.resolution**2 if stage.codec not in EMBEDDED_CODECS else 0
-    sample = max(activation_bytes(config, stage, codec_factor, checkpointing), encoding)
-    return per_parameter * parameters(config) + micro_batch * sample + _OVERHEAD
+    alignment, per_sample = repa_bytes(config, stage, codec_factor)
+    sample = max(activation_bytes(config, stage, codec_factor, checkpointing) + per_sample, encoding)
+    return per_parameter * parameters(config) + alignment + micro_batch * sample + _OVERHEAD
+
+
+def repa_bytes(config: XUTConfig, stage: StageConfig, codec_factor: int) -> tuple[int, int]:
+    """Bytes of the alignment with a vision model: of that model and the projector, and of each sample.
+
+    Those of a sample are its features, and what the projector keeps of all its tokens. The vision model's own
+    activations are freed before the forward pass and smaller. Zeros if the stage has none.
+    """
+    repa = stage.repa
+    if repa.features is None:
+        return 0, 0
+    width = vision_shape(repa.features).width if cached_folder(repa.features) else _TYPICAL_FEATURES
+    fixed = _BYTES_VISION * vision_parameters(repa.features)
+    fixed += _BYTES_PROJECTOR * projector_parameters(config.dim, repa.width, width)
+    image_tokens = (stage.resolution // codec_factor // config.patch_size) ** 2
+    kept = KEPT[stage.compiled, stage.precision].bytes
+    # Input, both hidden layers before and after SiLU, and the output, also in float32 beside the features.
+    return fixed, image_tokens * (kept * (config.dim + 4 * repa.width + width) + 2 * 4 * width)
 
 
 class Fit(NamedTuple):

@@ -11,6 +11,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.jobs import local_path
 from trainer.encoders.load_codec import codec_shape
 from trainer.encoders.text import text_width
+from trainer.encoders.vision import vision_shape
 from trainer.model.config import XUTConfig
 from trainer.model.float8 import check_installed
 from trainer.optimization.schedule import Anneal, Schedule, change_of_length
@@ -79,6 +80,8 @@ def resolve(command: Command) -> Training:
         else:
             older = _older_design(newest or initial)
             model = _model(stage, channels, text_width(text_encoder), older | model_fields)
+            if stage.repa.features is not None:
+                stage.repa.block_of(model)
     examples = example_texts(selection, 6)
     training = Training(
         stage_name=name,
@@ -142,6 +145,11 @@ def _check_optional_parts(stage: StageConfig, with_adapters: bool) -> None:
             raise UsageError("fp8=true converts the layers that --lora adapts: set fp8=false")
         with _value_errors_are_usage_errors():
             check_installed()
+    if stage.repa.features is not None:
+        if with_adapters:
+            raise UsageError("repa.features aligns whole models, not the adapters of --lora: leave it out")
+        with _value_errors_are_usage_errors():
+            vision_shape(stage.repa.features)
 
 
 def _model(stage: StageConfig, channels: int, text_dim: int, fields: Mapping[str, Any]) -> XUTConfig:

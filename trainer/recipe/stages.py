@@ -14,6 +14,7 @@ The stages 256, 512, 768 and 1024 follow the table in section 4.2 of the HDM rep
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.diffusion.repa import RepaConfig
 from trainer.model.xut import MOST_TEXT_LENGTHS, Precision
 from trainer.optimization.optimizers import OptimizerConfig
 from trainer.runs.power_ema import LONGEST
@@ -53,6 +54,7 @@ class StageConfig:
     selection_rate: float  # share of image tokens that TREAD routes around the middle blocks; 0: off
     timestep_shift: float = 1.0  # above 1 trains more often near pure noise, where the composition is decided
     captions: CaptionConfig = field(default_factory=CaptionConfig)  # dropout and mixing of tags and captions
+    repa: RepaConfig = field(default_factory=RepaConfig)  # alignment with a vision model; off by default
 
     # --- Optimization ---
     optimizer: OptimizerConfig  # kind, learning rates, betas, weight decay, warm-up

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.encoders.latents import Codec
 from trainer.encoders.text import TextEncoder
+from trainer.encoders.vision import VisionModel
 from trainer.recipe.stages import StageConfig
 from trainer.training.loop import TrainingInputs
 from trainer.training.step_times import Stopwatch
@@ -36,18 +37,24 @@ def encode(
     padding_is_text: bool = False,
     text_time: Stopwatch | None = None,
     vae_time: Stopwatch | None = None,
+    vision: VisionModel | None = None,
 ) -> TrainingInputs:
-    """Pixels -> latents and texts -> embeddings, by the frozen encoders."""
+    """Pixels -> latents and texts -> embeddings, by the frozen encoders; with `vision` also pixels -> features of the
+    image tokens. `vae_time` counts both that is done with the pixels."""
     with text_time.running() if text_time else nullcontext():
         text_BTD, mask_BT = encoder.encode(batch.texts, stage.text_tokens, stage.text_multiple, padding_is_text)
     with vae_time.running() if vae_time else nullcontext():
-        latents_BCHW = codec.encode(_on_device(batch.pixels_BHW3, device).permute(0, 3, 1, 2))
+        pixels_B3HW = _on_device(batch.pixels_BHW3, device).permute(0, 3, 1, 2)
+        latents_BCHW = codec.encode(pixels_B3HW)
+        rows, columns = (side // stage.patch_size for side in latents_BCHW.shape[-2:])
+        features_BNF = vision.features(pixels_B3HW, rows, columns) if vision else None
     return TrainingInputs(
         latents_BCHW=latents_BCHW,
         text_BTD=text_BTD,
         text_mask_BT=mask_BT,
         frame_B4=_on_device(batch.frame_B4, device),
         keys_B=_on_device(batch.keys_B, device),
+        features_BNF=features_BNF,
     )
 
 

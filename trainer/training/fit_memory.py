@@ -18,6 +18,7 @@ from pipeline.core.errors import JobFailed
 from pipeline.storage.shards import Store
 from trainer.encoders.latents import Codec
 from trainer.encoders.text import TextEncoder
+from trainer.encoders.vision import VisionModel
 from trainer.recipe import memory
 from trainer.recipe.memory import Fit
 from trainer.recipe.stages import StageConfig
@@ -121,24 +122,35 @@ def largest_fitting(sizes: Sequence[int], first: int, peak: Callable[[int], floa
     return max((s for s, p in peaks.items() if p <= limit), default=0)
 
 
-def probe(training: Training, loop: Loop, codec: Codec, encoder: TextEncoder, pads_text: bool) -> tuple[int, str]:
+def probe(
+    training: Training,
+    loop: Loop,
+    codec: Codec,
+    encoder: TextEncoder,
+    pads_text: bool,
+    vision: VisionModel | None = None,
+) -> tuple[int, str]:
     """The largest micro batch whose real step fits on the GPU, and a line that says so.
 
     Rehearses steps with the longest texts: encoders, forward and backward pass, optimizer. 0 if none fits.
     """
     device, stage = loop.device, training.stage
 
+    def rehearse(size: int) -> None:
+        batch = synthetic_batch(stage, size)
+        loop.rehearse(encode(batch, codec, encoder, stage, device, pads_text, vision=vision))
+
     def peak(size: int) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            loop.rehearse(encode(synthetic_batch(stage, size), codec, encoder, stage, device, pads_text))
+            rehearse(size)
             torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:
             return math.inf
         return torch.cuda.max_memory_reserved(device)
 
-    loop.rehearse(encode(synthetic_batch(stage, 1), codec, encoder, stage, device, pads_text))  # allocates moments
+    rehearse(1)  # allocates moments
     torch.cuda.empty_cache()
     idle = float(torch.cuda.memory_reserved(device))
     limit = (torch.cuda.mem_get_info(device)[0] + idle) * (1 - memory.MARGIN)
@@ -174,4 +186,5 @@ def _chosen_for(training: Training, device: str) -> dict[str, Any]:
         "fp8",
     )
     found = {name: getattr(stage, name) for name in fields}
+    found |= {"repa.features": stage.repa.features, "repa.width": stage.repa.width}
     return found | {"model": training.model.to_dict(), "workers": training.workers, "device": device}

@@ -1,14 +1,17 @@
 """The training step. Needs torch only: no Ray, no files.
 
-Axes: B batch, C latent channels, H W latent rows and columns, T text tokens, D text width, 4 = (x0, y0, width, height).
+Axes: B batch, C latent channels, H W latent rows and columns, T text tokens, D text width, N image tokens, F features
+of a vision model, 4 = (x0, y0, width, height).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from trainer.diffusion.conditioning import aspect, crop_positions
 from trainer.diffusion.flow import (
@@ -20,7 +23,7 @@ from trainer.diffusion.flow import (
     losses_by_time,
     velocity_target,
 )
-from trainer.model.xut import XUT, Precision, compiled
+from trainer.model.xut import XUT, BlockOutput, Precision, compiled
 from trainer.optimization.optimizers import (
     build_optimizer,
     load_optimizer_tensors,
@@ -32,6 +35,7 @@ from trainer.optimization.schedule import Schedule, set_learning_rate
 from trainer.recipe.stages import StageConfig
 from trainer.runs.ema import EMA, load_trainable_state, trainable_state
 from trainer.runs.power_ema import PowerEMA
+from trainer.training.alignment import Alignment
 from trainer.training.step_times import StepTimes
 
 
@@ -44,6 +48,7 @@ class TrainingInputs:
     text_mask_BT: Tensor  # True at real tokens
     frame_B4: Tensor  # position of the crop in its picture, and the picture's size; pixels
     keys_B: Tensor  # int64: all random numbers of a sample are functions of its key
+    features_BNF: Tensor | None = None  # of the crop, by a vision model, while the stage aligns tokens with it
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Reading:
     outliers: int  # those of them that were finite: gradient-norm outliers
     worst_run: int  # most steps skipped in a row since the last reading, earlier ones of the series included
     loss_by_time: dict[float, float]  # mean around each of flow.TIMES; nan without samples
+    repa_loss: float  # mean of 1 - cosine of tokens and features; nan without an alignment
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class StepResult:
     loss_sum: Tensor  # float64, over the taken steps
     norm_sum: Tensor  # float64, over the taken steps
     by_time: Tensor  # float64 (2, T), `losses_by_time` over the taken steps
+    repa: Tensor  # float64 (2,), sum of the samples' alignment losses over the taken steps, and their number
 
     @classmethod
     def start(cls, skipped: Tensor, outliers: Tensor, run: Tensor | None = None) -> "StepResult":
@@ -96,9 +103,12 @@ class StepResult:
             loss_sum=zero.double(),
             norm_sum=zero.double(),
             by_time=zero.double().expand(2, len(TIMES)),
+            repa=zero.double().expand(2),
         )
 
-    def after(self, loss: Tensor, grad_norm: Tensor, limit: Tensor, by_time: Tensor) -> tuple["StepResult", Tensor]:
+    def after(
+        self, loss: Tensor, grad_norm: Tensor, limit: Tensor, by_time: Tensor, repa: Tensor
+    ) -> tuple["StepResult", Tensor]:
         """The counts after one more step, and whether it is skipped: a bool tensor."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         outlier = finite & (grad_norm > limit)
@@ -116,8 +126,15 @@ class StepResult:
             loss_sum=self.loss_sum + loss.double().masked_fill(skip, 0),
             norm_sum=self.norm_sum + grad_norm.double().masked_fill(skip, 0),
             by_time=self.by_time + by_time.double().masked_fill(skip, 0),
+            repa=self.repa + repa.double().masked_fill(skip, 0),
         )
         return after, skip
+
+
+class SampleLosses(NamedTuple):
+    flow_B: Tensor  # of the velocity
+    t_B: Tensor  # time
+    alignment_B: Tensor | None = None  # 1 - cosine of tokens and features
 
 
 class Loop:
@@ -137,8 +154,10 @@ class Loop:
         loss_weight_C: Tensor,
         precision: Precision = "fp32",
         compile: bool = False,
+        feature_width: int | None = None,
     ) -> None:
-        """`compile`: torch.compile the model."""
+        """`compile`: torch.compile the model. `feature_width`: features of a patch, if stage.repa names a vision model;
+        None turns the alignment off."""
         self.workers = distributed.get_world_size() if distributed.is_initialized() else 1
         if stage.batch_size % self.workers:
             raise ValueError(
@@ -154,6 +173,8 @@ class Loop:
         self.power_ema = PowerEMA(model, stage.ema_lengths) if stage.ema_snapshots else None
         self.optimizer = build_optimizer(model, stage.optimizer)
         self.steps_taken = 0
+        self.feature_width = feature_width
+        self.alignment = self._new_alignment()
         # The compiled model shares the parameters.
         self._forward: Callable[..., Tensor] = compiled(model) if compile else model
         self.norms = RecentNorms(self.device)
@@ -165,6 +186,12 @@ class Loop:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def aligns(self) -> bool:
+        """Whether the next step needs the features of a vision model. It depends on the number of steps alone."""
+        seen = self.steps_taken * self.stage.batch_size
+        return self.feature_width is not None and self.stage.repa.active(seen)
+
     def step(self, micro_batches: Iterable[TrainingInputs]) -> StepResult:
         """One optimizer step on this worker's share of a global batch, in micro batches of any sizes.
 
@@ -173,21 +200,25 @@ class Loop:
         average changes on any. This is decided on the device; the host does not wait. ValueError unless the micro
         batches add up to the share.
         """
-        set_learning_rate(self.optimizer, self.schedule.factor(self.steps_taken))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, by_time = self._accumulate(micro_batches)
+        if not self.aligns:
+            self.alignment = None
+        for optimizer in self._optimizers():
+            set_learning_rate(optimizer, self.schedule.factor(self.steps_taken))
+            optimizer.zero_grad(set_to_none=True)
+        loss, by_time, repa = self._accumulate(micro_batches)
         if self.workers > 1:
             with self.times.sums.running():
-                _sum_over_workers([loss, by_time, *_gradients(self.model)])
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.clip_norm)
+                _sum_over_workers([loss, by_time, repa, *_gradients(self._parameters())])
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters(), self.stage.clip_norm)
         if self.workers > 1:
             # GPUs of different kinds may round the norm differently, but all workers must decide alike.
             distributed.broadcast(grad_norm, src=0)
         threshold = self.stage.outlier_threshold
         limit = self.norms.limit(threshold) if threshold else torch.full_like(grad_norm, torch.inf)
-        self._last, skip = self._last.after(loss, grad_norm, limit, by_time)
+        self._last, skip = self._last.after(loss, grad_norm, limit, by_time, repa)
         self.norms.add(grad_norm)
-        step_unless(skip, self.optimizer)
+        for optimizer in self._optimizers():
+            step_unless(skip, optimizer)
         self.ema.update(self.model, skip)
         if self.power_ema:
             self.power_ema.update(self.model, skip)
@@ -196,23 +227,28 @@ class Loop:
 
     def rehearse(self, inputs: TrainingInputs) -> None:
         """Takes the memory of a step on one micro batch, and changes nothing but that moments of zero may appear."""
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self._sample_losses(inputs)[0].sum())
+        optimizers = self._optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        losses = self._sample_losses(inputs)
+        torch.autograd.backward(self._objective(losses.flow_B, losses.alignment_B))
         skip = torch.ones((), dtype=torch.bool, device=self.device)
-        step_unless(skip, self.optimizer)
+        for optimizer in optimizers:
+            step_unless(skip, optimizer)
         self.ema.update(self.model, skip)
         if self.power_ema:
             self.power_ema.update(self.model, skip)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def read(self) -> Reading:
         """Statistics of the steps since the last reading. Makes the host wait for the device: only call it to log."""
         last, self._last = self._last, StepResult.start(self._last.skipped, self._last.outliers, self._last.run)
         totals = [last.loss_sum, last.norm_sum, last.grad_norm_limit]
         counts = torch.stack([*totals, last.taken, last.skipped, last.outliers, last.worst_run])
-        numbers = torch.cat([counts, last.by_time.flatten()]).tolist()
-        loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run = numbers[: len(counts)]
-        sums, samples = numbers[len(counts) : -len(TIMES)], numbers[-len(TIMES) :]
+        numbers = torch.cat([counts, last.repa, last.by_time.flatten()]).tolist()
+        loss_sum, norm_sum, limit, taken, skipped, outliers, worst_run, repa, aligned = numbers[: len(counts) + 2]
+        sums, samples = numbers[len(counts) + 2 : -len(TIMES)], numbers[-len(TIMES) :]
         return Reading(
             loss=loss_sum / taken if taken else float("nan"),
             grad_norm=norm_sum / taken if taken else float("nan"),
@@ -224,24 +260,27 @@ class Loop:
             loss_by_time={
                 t: loss / count if count else float("nan") for t, loss, count in zip(TIMES, sums, samples, strict=True)
             },
+            repa_loss=repa / aligned if aligned else float("nan"),
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint: model, ema, optimizer and power_ema, if kept. Not copies: a step changes them.
+        """Tensors of a checkpoint: model, ema, optimizer, power_ema, if kept, and repa, if the next step aligns tokens.
+        Not copies: a step changes them.
 
         A partly frozen model, such as one with adapters, gives its trainable parameters only.
         """
         counts = {_SKIPPED: self._last.skipped, _OUTLIERS: self._last.outliers}
         optimizer = optimizer_tensors(self.optimizer, self.model) | counts | self.norms.tensors()
         tensors = {"model": trainable_state(self.model), "ema": self.ema.state_dict(), "optimizer": optimizer}
-        return tensors | ({"power_ema": self.power_ema.state_dict()} if self.power_ema else {})
+        tensors |= {"power_ema": self.power_ema.state_dict()} if self.power_ema else {}
+        return tensors | ({"repa": self.alignment.tensors()} if self.alignment and self.aligns else {})
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], steps_taken: int) -> None:
         """The inverse of `tensors`. On a CPU the following steps are bit-equal to those of an uninterrupted run.
 
         Without "optimizer" it starts new, and without "ema" the averages start at the loaded weights. So do those of
-        "power_ema" if they are missing or of other lengths. ValueError for an optimizer or averages of other shapes,
-        RuntimeError for a model of other shapes.
+        "power_ema" if they are missing or of other lengths. The projector is new without "repa" of the same shapes.
+        ValueError for an optimizer or averages of other shapes, RuntimeError for a model of other shapes.
         """
         load_trainable_state(self.model, tensors["model"])
         if "ema" in tensors:
@@ -255,6 +294,9 @@ class Loop:
         skipped, outliers = (count.to(self.device, copy=True) for count in counts)
         self._last = StepResult.start(skipped, outliers)
         self.steps_taken = steps_taken
+        self.alignment = self._new_alignment()
+        if self.alignment:
+            self.alignment.load(tensors.get("repa", {}))
         if self.power_ema and not self.power_ema.load_state_dict(tensors.get("power_ema", {})):
             self.start_power_ema()
 
@@ -282,34 +324,56 @@ class Loop:
         with self.ema.applied(self.model), torch.no_grad():
             yield self._velocity
 
-    def _accumulate(self, micro_batches: Iterable[TrainingInputs]) -> tuple[Tensor, Tensor]:
-        """Backward passes of all micro batches. Returns this worker's part of the global mean loss, and its
-        `losses_by_time`, detached."""
+    def _new_alignment(self) -> Alignment | None:
+        """A new projector, if the next step aligns tokens."""
+        if self.feature_width is None or not self.aligns:
+            return None
+        return Alignment(self.stage, self.model.config, self.feature_width, self.device)
+
+    def _optimizers(self) -> list[Optimizer]:
+        return [self.optimizer, self.alignment.optimizer] if self.alignment else [self.optimizer]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Of the model and, if there is one, the projector."""
+        projector = self.alignment.projector.parameters() if self.alignment else []
+        return [*self.model.parameters(), *projector]
+
+    def _accumulate(self, micro_batches: Iterable[TrainingInputs]) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward passes of all micro batches. Returns this worker's part of the global mean loss, without that of the
+        alignment, its `losses_by_time`, and the sum and number (2,) of its samples' alignment losses, all detached."""
         share = self.stage.batch_size // self.workers
         seen = 0
         total = torch.zeros((), device=self.device)
         by_time = torch.zeros(2, len(TIMES), device=self.device)
+        repa = torch.zeros(2, device=self.device)
         for inputs in micro_batches:
             seen += len(inputs.keys_B)
+            losses = self._sample_losses(inputs)
             # Dividing by the global batch makes the sum correct for micro batches of unequal sizes.
-            loss_B, t_B = self._sample_losses(inputs)
-            loss = loss_B.sum() / self.stage.batch_size
-            torch.autograd.backward(loss)
-            total += loss.detach()
-            by_time += losses_by_time(loss_B.detach(), t_B)
+            torch.autograd.backward(self._objective(losses.flow_B, losses.alignment_B) / self.stage.batch_size)
+            total += losses.flow_B.detach().sum() / self.stage.batch_size
+            by_time += losses_by_time(losses.flow_B.detach(), losses.t_B)
+            if losses.alignment_B is not None:
+                repa += torch.stack([losses.alignment_B.detach().sum(), torch.full_like(total, len(inputs.keys_B))])
         if seen != share:
             raise ValueError(
                 f"the micro batches of this worker have {seen} samples, but its share of a batch of "
                 f"{self.stage.batch_size} on {self.workers} workers is {share}"
             )
-        return total, by_time
+        return total, by_time, repa
 
-    def _sample_losses(self, inputs: TrainingInputs) -> tuple[Tensor, Tensor]:
-        """The samples' losses and times, (B,) each."""
+    def _objective(self, flow_B: Tensor, alignment_B: Tensor | None) -> Tensor:
+        """What is minimised, summed over the samples."""
+        if alignment_B is None:
+            return flow_B.sum()
+        return flow_B.sum() + self.stage.repa.weight * alignment_B.sum()
+
+    def _sample_losses(self, inputs: TrainingInputs) -> SampleLosses:
         config = self.model.config
         x_BCHW = inputs.latents_BCHW.float()
         noise_BCHW = draw_noise(inputs.keys_B, x_BCHW.shape[1:])
         t_B = draw_times(inputs.keys_B, self.stage.timestep_shift)
+        output = BlockOutput(self.alignment.block) if self.alignment else None
         velocity_BCHW = self._velocity(
             interpolate(x_BCHW, noise_BCHW, t_B),
             t_B,
@@ -319,21 +383,30 @@ class Loop:
             aspect=aspect(config, inputs.frame_B4[:, 2], inputs.frame_B4[:, 3]),
             selection_rate=self.stage.selection_rate,
             routing_key=inputs.keys_B,
+            output=output,
         )
-        return flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW), self.loss_weight_C), t_B
+        flow_B = flow_loss(velocity_BCHW, velocity_target(x_BCHW, noise_BCHW), self.loss_weight_C)
+        if self.alignment is None or output is None:
+            return SampleLosses(flow_B, t_B)
+        with self._autocast():
+            return SampleLosses(flow_B, t_B, self.alignment.losses(output, inputs.features_BNF))
 
-    def _velocity(self, x_BCHW: Tensor, t_B: Tensor, *, text: Tensor, **inputs: Tensor | float | None) -> Tensor:
+    def _velocity(
+        self, x_BCHW: Tensor, t_B: Tensor, *, text: Tensor, **inputs: Tensor | float | BlockOutput | None
+    ) -> Tensor:
         """XUT's forward pass in the configured precision."""
-        bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self._forward(x_BCHW, t_B, text=text if bf16 else text.float(), **inputs)
+        with self._autocast():
+            return self._forward(x_BCHW, t_B, text=text if self.precision == "bf16" else text.float(), **inputs)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 _SKIPPED, _OUTLIERS = "skipped_steps", "outlier_steps"  # stored with the optimizer's, whose names all contain a dot
 
 
-def _gradients(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _sum_over_workers(tensors: list[Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.core.errors import JobFailed, StorageUnavailable
 from trainer.encoders.latents import Codec
+from trainer.encoders.vision import vision_shape
 from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT
 from trainer.optimization.schedule import Schedule
@@ -46,7 +47,7 @@ def from_newest(training: Training, warn: Callable[[str], None]) -> tuple[Traini
 def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, device: torch.device) -> Loop:
     """The loop at `start_step`: loaded from the checkpoint, else from the initial weights, else new.
 
-    ValueError if the base of adapters is missing or has changed.
+    ValueError if the base of adapters is missing or has changed, or the stage's vision model is missing.
     """
     torch.manual_seed(training.stage.seed)
     if training.lora is None:
@@ -54,7 +55,8 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     else:
         model = training.lora.base_model(training.checkpointing)
         add_adapters(model, training.lora.rank)
-    loop = new_loop(training.stage, model, training.schedule(), codec, device)
+    feature_width = vision_shape(training.stage.repa.features).width if training.stage.repa.features else None
+    loop = new_loop(training.stage, model, training.schedule(), codec, device, feature_width)
     if checkpoint:
         loop.load(all_tensors(checkpoint), checkpoint.step)
         if training.branch and checkpoint.folder == training.branch.folder:
@@ -66,8 +68,18 @@ def build_loop(training: Training, checkpoint: Checkpoint | None, codec: Codec, 
     return loop
 
 
-def new_loop(stage: StageConfig, model: XUT, schedule: Schedule, codec: Codec, device: torch.device) -> Loop:
-    """A loop before its first step. JobFailed if the stage asks for float8 and the GPU or torchao is not there."""
+def new_loop(
+    stage: StageConfig,
+    model: XUT,
+    schedule: Schedule,
+    codec: Codec,
+    device: torch.device,
+    feature_width: int | None = None,
+) -> Loop:
+    """A loop before its first step. feature_width: of the stage's vision model; None: tokens are not aligned.
+
+    JobFailed if the stage asks for float8 and the GPU or torchao is not there.
+    """
     on_gpu = device.type == "cuda"
     precision = stage.precision if on_gpu else "fp32"
     model = model.to(device)
@@ -76,10 +88,13 @@ def new_loop(stage: StageConfig, model: XUT, schedule: Schedule, codec: Codec, d
             use_float8(model)
         except ValueError as error:
             raise JobFailed(str(error)) from error
-    return Loop(model, stage, schedule, codec.loss_weight_C, precision, compile=stage.compiled and on_gpu)
+    return Loop(
+        model, stage, schedule, codec.loss_weight_C, precision, stage.compiled and on_gpu, feature_width=feature_width
+    )
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """The argument of `Loop.load`."""
-    optional = ["power_ema"] if "power_ema.safetensors" in checkpoint.state()["files"] else []
+    files = checkpoint.state()["files"]
+    optional = [name for name in ("power_ema", "repa") if f"{name}.safetensors" in files]
     return {name: checkpoint.tensors(name) for name in ("model", "ema", "optimizer", *optional)}

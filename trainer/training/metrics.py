@@ -28,6 +28,7 @@ METRICS = {
     "step": Metric("steps", "optimizer steps taken, including skipped ones"),
     "loss": Metric("", "mean weighted squared error of the velocity"),
     "loss_by_time": Metric("", "loss of the samples around a time between 0, the data, and 1, the noise"),
+    "repa_loss": Metric("", "mean of 1 - cosine of image tokens and a vision model's features, while they are aligned"),
     "grad_norm": Metric("", "norm of the whole gradient before clipping"),
     "grad_norm_limit": Metric("", "gradient norm above which the last step was skipped as an outlier"),
     "learning_rate": Metric("", "AdamW's learning rate at the base width"),
@@ -43,7 +44,7 @@ METRICS = {
     "data_wait_share": Metric("", "share of the time that workers, on GPUs the devices, wait for batches"),
     "encoder_share": Metric("", "share of the time spent in the image and text encoders"),
     "text_encoder_share": Metric("", "share of the time spent in the text encoder"),
-    "vae_share": Metric("", "share of the time spent in the image encoder"),
+    "vae_share": Metric("", "share of the time spent in the image encoder and, if there is one, the vision model"),
     "model_share": Metric("", "share of the time spent in forward and backward passes and the optimizer"),
     "sums_share": Metric(
         "", "share of the time spent adding the gradients of all workers, waiting for slower ones included"
@@ -176,6 +177,7 @@ def log_line(
     learning_rate: float,
     grad_norm_limit: float = math.inf,
     loss_by_time: Mapping[float, float] | None = None,
+    repa_loss: float = math.nan,
     gpu_memory_bytes: float | None = None,
     skipped_steps: int = 0,
     outlier_steps: int = 0,
@@ -184,7 +186,7 @@ def log_line(
 ) -> Line:
     """The metrics between two snapshots. ValueError unless both time and steps lie between them.
 
-    loss_by_time: the loss around each time; nan if unknown.
+    loss_by_time, repa_loss: nan if unknown.
 
     Checkpoints and evaluations in between count as training time; take `last` after them to exclude it.
     """
@@ -202,6 +204,7 @@ def log_line(
         "step": now.step,
         "loss": loss,
         **{f"loss_by_time/{t}": None if math.isnan(at) else at for t, at in (loss_by_time or {}).items()},
+        "repa_loss": None if math.isnan(repa_loss) else repa_loss,
         "grad_norm": grad_norm,
         "grad_norm_limit": grad_norm_limit if math.isfinite(grad_norm_limit) else None,
         "learning_rate": learning_rate,

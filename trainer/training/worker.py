@@ -21,6 +21,7 @@ from trainer.drawing.sheet import grid_png
 from trainer.encoders.latents import Codec
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import TextEncoder, load_text_encoder
+from trainer.encoders.vision import VisionModel, load_vision_model
 from trainer.evaluation.tagger import Tagger, tag_agreement
 from trainer.health.gpu_state import GpuReader, gpu_metrics
 from trainer.health.hangs import Activity
@@ -117,8 +118,10 @@ class Worker:
             self.encoder: TextEncoder = load_text_encoder(
                 training.text_encoder, device, training.model.text_layers, training.model.text_prefix
             )
+            self.vision: VisionModel | None = None
         with self._phase("model"):
             self.loop = build_loop(self.training, checkpoint, self.codec, device)
+            self._load_or_free_vision_model()
             self._choose_attention()
             if checkpoint is None and training.weights is None and training.lora is None:
                 self._standardize_text()
@@ -251,7 +254,9 @@ class Worker:
     def _probe_micro_batch(self) -> None:
         """Chooses the largest micro batch that fits on the GPUs of all workers, and records it."""
         text_is_padded = pads_text(self.training.model)
-        size, figures = fit_memory.probe(self.training, self.loop, self.codec, self.encoder, text_is_padded)
+        size, figures = fit_memory.probe(
+            self.training, self.loop, self.codec, self.encoder, text_is_padded, self.vision
+        )
         smallest = min(self.group.gather(size))
         if smallest == 0:
             error = torch.OutOfMemoryError("a probe of one sample does not fit")
@@ -264,6 +269,17 @@ class Worker:
                 f"micro batch {smallest}, recomputed blocks: {self.training.checkpointing}; {figures} on one "
                 f"{self.device_name}"
             )
+
+    def _load_or_free_vision_model(self) -> None:
+        """Has the vision model in memory if the next step needs it. A rollback may need it again."""
+        name = self.stage.repa.features
+        if not self.loop.aligns or name is None:
+            if self.vision is not None:
+                self.vision = None
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        elif self.vision is None:
+            self.vision = load_vision_model(name, self.device)
 
     def _lower_micro_batch(self, error: BaseException) -> None:
         """Records the smaller micro batch with which the next start goes on from the newest checkpoint."""
@@ -289,6 +305,7 @@ class Worker:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         is_first = not self.context.startup_seconds
+        self._load_or_free_vision_model()
         with self._phase("first batch", is_first), self.times.data.running(), self.activity.waiting():
             batch = concatenate([self._read(batches) for _ in range(self.training.accumulation)])
         compiles = self.stage.compiled and self.device.type == "cuda"
@@ -319,7 +336,7 @@ class Worker:
             lengths = self.encoder.lengths(batch.texts, self.stage.text_tokens)
         for numbers in by_length(lengths, self.training.micro_batch):
             cut_before = self.encoder.cut_texts
-            inputs = self._encode(batch.take(numbers))
+            inputs = self._encode(batch.take(numbers), self.vision)
             image_tokens = (inputs.latents_BCHW.shape[-1] // self.stage.patch_size) ** 2
             self.counts += batch_counts(
                 self.training.model, len(numbers), image_tokens, inputs.text_BTD.shape[1], self.stage.selection_rate,
@@ -327,11 +344,11 @@ class Worker:
             )  # fmt: skip
             yield inputs
 
-    def _encode(self, batch: Batch) -> TrainingInputs:
+    def _encode(self, batch: Batch, vision: VisionModel | None = None) -> TrainingInputs:
         times = self.times
         return encode(
             batch, self.codec, self.encoder, self.stage, self.device, pads_text(self.training.model), times.text,
-            times.vae,
+            times.vae, vision,
         )  # fmt: skip
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
@@ -352,7 +369,7 @@ class Worker:
         line = log_line(
             self.context, self.last, now, loss=reading.loss, grad_norm=reading.grad_norm,
             learning_rate=reading.learning_rate, grad_norm_limit=reading.grad_norm_limit,
-            loss_by_time=reading.loss_by_time,
+            loss_by_time=reading.loss_by_time, repa_loss=reading.repa_loss,
             skipped_steps=reading.skipped, outlier_steps=reading.outliers,
             gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             failed_saves=len(self.saver.failures) if self.saver else 0,

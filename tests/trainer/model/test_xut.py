@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from trainer.diffusion.positions import full_position_map
 from trainer.model.blocks import Branch, Modulation
 from trainer.model.config import XUTConfig
-from trainer.model.xut import MOST_TEXT_LENGTHS, XUT, Standardization, TimeEmbedding, compiled
+from trainer.model.routing import select_tokens
+from trainer.model.xut import MOST_TEXT_LENGTHS, XUT, BlockOutput, Standardization, TimeEmbedding, compiled
 
 TEXT_DIM = 16
 
@@ -529,3 +530,42 @@ def test_the_compiled_kernels_of_a_block_equal_eager_in_output_and_gradients() -
             results.append([out.detach(), *gradients])
     for eager, kernels in zip(*results, strict=True):
         torch.testing.assert_close(kernels, eager, atol=1e-5, rtol=1e-5)
+
+
+# --- The output of one block ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "all"])
+def test_the_image_tokens_of_a_block_are_given_and_change_nothing(checkpointing: Any) -> None:
+    """Blocks 1 and 8 lie outside the U, 2 and 3 are its encoder. TREAD's kept tokens have their places with them."""
+    random, given = small_model(), inputs() | {"selection_rate": 0.5, "routing_key": torch.tensor([3, 4])}
+    model = XUT(random.config, checkpointing)
+    model.load_state_dict(random.state_dict())
+    wanted = model(**given)
+    index_BK = select_tokens(given["routing_key"], 16, 6, 0.5)[:, :8]
+    for number, name in ((1, "prev.0"), (2, "encoder.0.0"), (3, "encoder.1.0"), (8, "post.0")):
+        seen = capture(model.get_submodule(name))
+        output = BlockOutput(number)
+        assert torch.equal(model(**given, output=output), wanted)
+        routed = number in (2, 3)
+        assert output.tokens_BKD is not None
+        assert torch.equal(output.tokens_BKD, seen[1][:, : 8 if routed else 16])
+        assert output.tokens_BKD.requires_grad
+        if routed:
+            assert output.index_BK is not None
+            assert torch.equal(output.index_BK, index_BK)
+        else:
+            assert output.index_BK is None
+    dense = BlockOutput(2)
+    model(**inputs(), output=dense)
+    assert dense.tokens_BKD is not None
+    assert (dense.tokens_BKD.shape[1], dense.index_BK) == (16, None)
+
+
+def test_compiled_blocks_give_the_same_tokens() -> None:
+    torch._dynamo.reset()
+    eager, traced = small_model(), compiled(small_model(), backend="aot_eager")
+    outputs = [BlockOutput(3), BlockOutput(3)]
+    for model, output in zip((eager, traced), outputs, strict=True):
+        model(**inputs(), output=output)
+    torch.testing.assert_close(outputs[1].tokens_BKD, outputs[0].tokens_BKD, rtol=1e-4, atol=1e-5)

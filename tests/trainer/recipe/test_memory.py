@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.diffusion.repa import RepaConfig, RepaProjector, alignment_loss
+from trainer.encoders.vision import load_vision_model
 from trainer.model.attention import Padding
 from trainer.model.blocks import Block, BranchKind, Context, Modulation
 from trainer.model.config import XUTConfig
 from trainer.model.rope import axial_frequencies, rotary_table
-from trainer.model.xut import XUT, Checkpointing, Precision
+from trainer.model.xut import XUT, BlockOutput, Checkpointing, Precision
 from trainer.recipe import memory
 from trainer.recipe.stage_config import PRESETS
 from trainer.recipe.stages import STAGES
@@ -164,3 +167,33 @@ def test_what_a_stage_sets_is_kept_and_what_cannot_fit_is_none() -> None:
     given = replace(STAGES["512"], micro_batch=3, checkpointing="all")
     assert memory.fitting(base, given, 4, 8, 80e9) == (2, "all")
     assert memory.fitting(base, STAGES["1024"], 4, 8, 12e9) is None
+
+
+def test_an_alignment_adds_the_vision_model_the_projector_and_what_it_keeps(vision_folder: Path) -> None:
+    config = XUTConfig.tiny(text_dim=16, patch_size=1)
+    plain = replace(STAGES["demo"], selection_rate=0.0)
+    stage = replace(plain, repa=RepaConfig(features=str(vision_folder), width=96))
+    vision = load_vision_model(str(vision_folder))
+    projector = RepaProjector(config.dim, 96, 24, seed=0)
+    numbers = [sum(p.numel() for p in each.parameters()) for each in (vision.model, projector)]
+    fixed = 2 * numbers[0] + 18 * numbers[1]
+    one, two = (
+        memory.training_bytes(config, stage, size, 8) - memory.training_bytes(config, plain, size, 8) for size in (1, 2)
+    )
+    assert one - (two - one) == fixed
+
+    tokens_BND = torch.randn(4, 64, config.dim, requires_grad=True)
+    features_BNF = torch.randn(4, 64, 24)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in projector.parameters()}
+    kept: dict[int, int] = {features_BNF.untyped_storage().data_ptr(): features_BNF.untyped_storage().nbytes()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses_B = alignment_loss(projector, BlockOutput(1, tokens_BND), features_BNF)
+    assert losses_B.requires_grad, "what the graph keeps is alive"
+    assert sum(kept.values()) / 4 == pytest.approx(two - one, rel=0.25)

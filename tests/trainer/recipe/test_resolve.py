@@ -458,3 +458,16 @@ def test_float8_without_a_gpu_bfloat16_or_torchao_is_refused(ask: Any, monkeypat
     check_device(training, gpus=1)
     monkeypatch.setattr(float8, "find_spec", lambda name: None)
     assert 'pip install -c deploy/constraints.txt -e ".[fp8]"' in refused(ask, "demo", *settings, run="other")
+
+
+def test_a_vision_model_that_cannot_be_used_is_refused(ask: Any, vision_folder: Path, tmp_path: Path) -> None:
+    assert "is not a folder" in refused(ask, "demo", f"repa.features={tmp_path / 'nothing'}")
+    encoder = ask("demo").text_encoder
+    assert "No such file" in refused(ask, "demo", f"repa.features={encoder}"), "it has no preprocessor_config.json"
+    fields = (f"repa.features={vision_folder}", "repa.samples=80")
+    assert "repa.block must be at most 6" in refused(ask, "demo", *fields, "repa.block=7")
+    assert "repa.weight must be above 0" in refused(ask, "demo", *fields, "repa.weight=0")
+    training = ask("demo", *fields, "repa.block=6")
+    assert (training.stage.repa.features, training.stage.repa.samples) == (str(vision_folder), 80)
+    save(training, 2)
+    assert "repa.weight: 0.5 -> 0.25" in "\n".join(ask("demo", *fields, "repa.block=6", "repa.weight=0.25").notes)

@@ -254,6 +254,8 @@ def test_defaults_of_a_run_of_adapters(ask: Callable[..., Training], random_run:
         check_device(large, gpus=0)
     with pytest.raises(UsageError, match="fp8=true converts the layers that --lora adapts"):
         ask("fp8=true", "precision=bf16", run="float8")
+    with pytest.raises(UsageError, match=r"repa\.features aligns whole models"):
+        ask("repa.features=any", run="aligned")
     with pytest.raises(UsageError, match="there is no GPU"):  # whatever preset the stage names
         check_device(replace(training, model=XUTConfig.base()), gpus=0)
 

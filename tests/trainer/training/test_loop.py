@@ -5,6 +5,7 @@ Run as a script this file is several workers: test_loop.py WORKERS FOLDER.
 
 import functools
 import itertools
+import math
 import os
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer.training.loop
 from trainer.diffusion.flow import TIMES, draw_times
 from trainer.diffusion.keyed_random import sample_key
+from trainer.diffusion.repa import RepaConfig
 from trainer.model.config import XUTConfig
 from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT, compiled
@@ -35,7 +37,9 @@ from trainer.training.loop import Loop, StepResult, TrainingInputs
 
 BATCH = 12
 TEXT_TOKENS = 6
-KINDS = ["adamw", "muon"]
+IMAGE_TOKENS, FEATURES = 16, 8
+# aligned: by AdamW, with tokens aligned with the features of a vision model.
+KINDS = ["adamw", "muon", "aligned"]
 # High enough that a step moves weights by far more than the tolerance.
 RATES: dict[str, Any] = {"learning_rate": 1e-3, "muon_learning_rate": 1e-3, "warmup_steps": 0}
 
@@ -48,19 +52,25 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def new_loop(kind: str = "adamw", device: str = "cpu", batch_size: int = BATCH, **changes: Any) -> Loop:
+def new_loop(
+    kind: str = "adamw", device: str = "cpu", batch_size: int = BATCH, repa_samples: int = 0, **changes: Any
+) -> Loop:
     torch.manual_seed(0)
     blocks: dict[str, Any] = {"depth": 1, "dec_blocks": 1, "prev_blocks": 0, "post_blocks": 0}
     model = XUT(XUTConfig(dim=32, heads=2, mlp_dim=48, text_dim=16, patch_size=1, **blocks)).to(device)
+    aligned = kind == "aligned"
+    optimizer: Any = "adamw" if aligned else kind
+    changes = ({"feature_width": FEATURES} if aligned else {}) | changes
     stage = replace(
         STAGES["demo"],
+        repa=RepaConfig(features="any", width=24, samples=repa_samples) if aligned else RepaConfig(),
         resolution=32,
         batch_size=batch_size,
         selection_rate=0.5,
         ema_decay=0.9,
         clip_norm=1.0,
         timestep_shift=2.0,
-        optimizer=OptimizerConfig(kind=kind, **RATES),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(kind=optimizer, **RATES),
     )
     return Loop(
         model, stage, Schedule(stage.optimizer, 20), torch.tensor([1.5, 0.5, 1.0, 1.0], device=device), **changes
@@ -79,6 +89,7 @@ def batch_of(step: int) -> TrainingInputs:
         text_mask_BT=mask_BT,
         frame_B4=torch.tensor([3.0, 5.0, 48.0, 40.0]).expand(BATCH, 4),
         keys_B=torch.tensor([sample_key(0, 0, step * BATCH + slot) for slot in range(BATCH)]),
+        features_BNF=torch.randn(BATCH, IMAGE_TOKENS, FEATURES, generator=generator),
     )
 
 
@@ -93,6 +104,7 @@ def split(batch: TrainingInputs, sizes: Sequence[int], first: int = 0) -> Iterat
             batch.text_mask_BT[rows, :longest],
             batch.frame_B4[rows],
             batch.keys_B[rows],
+            None if batch.features_BNF is None else batch.features_BNF[rows],
         )
 
 
@@ -428,6 +440,71 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(kind: str, tmp_path:
     found = train(second, range(3, 6))
     assert [float(r.loss) for r in found] == [float(r.loss) for r in wanted[3:]]
     assert_bit_equal(copy_of(second), copy_of(whole))
+
+
+def test_the_alignment_ends_after_its_samples_and_the_steps_are_then_those_of_a_run_without_it(tmp_path: Path) -> None:
+    """Two of five steps are aligned. The others need no features, and only gradients of the model."""
+    ended, plain = new_loop("aligned", repa_samples=2 * BATCH), new_loop("adamw")
+    train(ended, range(2))
+    assert ended.read().repa_loss == pytest.approx(1, abs=0.3), "features are random"
+    assert not ended.aligns
+    state = {part: {name: t.clone() for name, t in ts.items()} for part, ts in ended.tensors().items()}
+    assert state.keys() == plain.tensors().keys(), "no projector is saved"
+    plain.load(state, ended.steps_taken)
+    for step in range(2, 5):
+        found = ended.step([replace(batch_of(step), features_BNF=None)])
+        wanted = plain.step([replace(batch_of(step), features_BNF=None)])
+        assert ended.alignment is None
+        assert (float(found.loss), float(found.grad_norm)) == (float(wanted.loss), float(wanted.grad_norm))
+    assert_bit_equal(copy_of(ended), copy_of(plain))
+    assert math.isnan(ended.read().repa_loss)
+
+
+def test_a_rollback_into_the_aligned_part_brings_the_projector_back() -> None:
+    whole, loop = new_loop("aligned", repa_samples=2 * BATCH), new_loop("aligned", repa_samples=2 * BATCH)
+    train(loop, range(1))
+    saved = {part: {name: t.clone() for name, t in ts.items()} for part, ts in loop.tensors().items()}
+    train(loop, range(1, 4))
+    assert loop.alignment is None
+    loop.roll_back(saved, 1)
+    train(loop, range(1, 4))
+    train(whole, range(4))
+    assert_bit_equal(
+        {name: t for name, t in copy_of(loop).items() if "recent" not in name},
+        {name: t for name, t in copy_of(whole).items() if "recent" not in name},
+    )
+
+
+def test_a_projector_of_other_shapes_or_none_is_replaced_by_a_new_one() -> None:
+    first, other = new_loop("aligned"), new_loop("aligned")
+    other.feature_width = FEATURES + 1
+    new = copy_of(new_loop("aligned"))
+    train(first, range(2))
+    other.load(first.tensors(), 2)
+    assert other.alignment is not None
+    assert other.alignment.projector.third.out_features == FEATURES + 1
+    first.load({part: ts for part, ts in first.tensors().items() if part != "repa"}, 2)
+    found = copy_of(first)
+    assert {name: t for name, t in found.items() if name.startswith("repa/")}.keys() == {
+        name for name in new if name.startswith("repa/")
+    }
+    assert all(torch.equal(t, new[name]) for name, t in found.items() if name.startswith("repa/"))
+
+
+def test_the_alignment_pulls_tokens_towards_the_features_without_touching_what_is_averaged() -> None:
+    """On the same batch again and again the cosine rises. Averages and weights have no tensor of the projector."""
+    loop = new_loop("aligned")
+    losses = []
+    for _ in range(6):
+        train(loop, range(1))
+        losses.append(loop.read().repa_loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.02
+    names = {name for name, _ in loop.model.named_parameters()}
+    assert loop.ema.weights.keys() == names
+    assert set(loop.tensors()["model"]) == set(loop.model.state_dict())
+    with pytest.raises(ValueError, match="has no features"):
+        loop.step([replace(batch_of(0), features_BNF=None)])
 
 
 def test_a_checkpoint_with_float8_products_is_continued_without_them_and_the_reverse() -> None:

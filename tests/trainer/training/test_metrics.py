@@ -45,11 +45,12 @@ NOW = Snapshot(
 def test_a_line_has_averages_since_the_last_one_and_totals_since_the_start() -> None:
     line = log_line(
         JOB, LAST, NOW, loss=0.5, grad_norm=1.5, learning_rate=2e-3, gpu_memory_bytes=3e9, skipped_steps=4,
-        grad_norm_limit=2.5, outlier_steps=1, failed_saves=5, failed_writes=6,
+        grad_norm_limit=2.5, repa_loss=0.75, outlier_steps=1, failed_saves=5, failed_writes=6,
     )  # fmt: skip
     assert line == {
         "step": 160,
         "loss": 0.5,
+        "repa_loss": 0.75,
         "grad_norm": 1.5,
         "grad_norm_limit": 2.5,
         "learning_rate": 2e-3,
@@ -94,7 +95,7 @@ def test_unknown_metrics_are_none() -> None:
     job = JobContext(start_step=0, stop_step=10, workers=1, peak_teraflops=None, price_per_hour=None)
     line = log_line(job, Snapshot(step=0), Snapshot(step=1, seconds=1.0), loss=1.0, grad_norm=1.0, learning_rate=1.0)
     unknown = [name for name, value in line.items() if value is None]
-    assert unknown == ["grad_norm_limit", "share_of_peak", "gpu_memory_bytes", "dollars"]
+    assert unknown == ["repa_loss", "grad_norm_limit", "share_of_peak", "gpu_memory_bytes", "dollars"]
     assert line["hours_left"] == pytest.approx(9 / 3600)
 
 

@@ -54,7 +54,8 @@ def inputs(count: int = 3, latents: float = 0.0) -> TrainingInputs:
 
 
 def part(whole: TrainingInputs, start: int, stop: int) -> TrainingInputs:
-    return TrainingInputs(**{name: value[start:stop] for name, value in vars(whole).items()})
+    given = {name: value for name, value in vars(whole).items() if value is not None}
+    return TrainingInputs(**{name: value[start:stop] for name, value in given.items()})
 
 
 def evaluate(velocity: Callable[..., Tensor], *batches: TrainingInputs, weight_C: Tensor = ONES_C) -> Tensor:

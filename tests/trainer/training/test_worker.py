@@ -409,3 +409,51 @@ def test_stage_256_trains_with_a_vae_and_a_language_model_from_folders(dataset: 
     assert (results["validation_loss"] or 0) > 0
     assert (tmp_path / "run/256/grids/step-00000002.png").exists()
     PictureModel.load(tmp_path / "run", torch.device("cpu"))
+
+
+# --- Alignment with a vision model ------------------------------------------------------------------------------------
+
+
+def test_tokens_are_aligned_with_a_vision_model_for_the_stages_first_samples(
+    dataset: Path, vision_folder: Path, tmp_path: Path
+) -> None:
+    """For three of five steps of two micro batches. Then the model is freed, and what is saved is that of any run."""
+    settings = ("micro_batch=2", f"repa.features={vision_folder}", "repa.width=32", "repa.samples=12")
+    recorder = Recorder()
+    live = worker(resolved(dataset, tmp_path / "whole", 5, *settings), recorder)
+    assert live.vision is not None
+    seen: list[tuple[int, ...]] = []
+    live.vision.model.register_forward_hook(lambda _, __, out: seen.append(tuple(out.last_hidden_state.shape)))
+    assert live.run() == 5
+    assert seen == [(2, 1 + 16, 24)] * 6, "32 pixels are 4 x 4 tokens of the codec's blocks"
+    assert live.vision is None
+    assert [line["repa_loss"] is not None for line in recorder.lines] == [True] * 3 + [False] * 2
+    live.loop.steps_taken = 1  # as after a rollback
+    live._load_or_free_vision_model()
+    assert live.vision is not None
+
+    stopped, again = Recorder(stops_after=1), Recorder()
+    assert worker(resolved(dataset, tmp_path / "parts", 5, *settings), stopped).run() == 2
+    assert worker(resolved(dataset, tmp_path / "parts", 5, *settings), again).run() == 5
+    for name in ("loss", "repa_loss", "grad_norm"):
+        assert [line[name] for line in stopped.lines + again.lines] == [line[name] for line in recorder.lines]
+
+    plain = resolved(dataset, tmp_path / "plain", 2)
+    assert worker(plain, Recorder()).run() == 2
+    [wanted] = Checkpoints.of_stage(tmp_path / "plain", "demo").finished()
+    for found in Checkpoints.of_stage(tmp_path / "whole", "demo").finished():
+        aligned = {"repa.safetensors"} if found.step == 2 else set()
+        assert set(found.state()["files"]) == set(wanted.state()["files"]) | aligned
+        for part in ("model", "ema", "power_ema", "optimizer"):
+            assert found.tensors(part).keys() == wanted.tensors(part).keys()
+        assert trained_model(found).state_dict().keys() == trained_model(wanted).state_dict().keys()
+
+
+def test_an_alignment_can_be_turned_off_and_on_when_a_run_is_resumed(
+    dataset: Path, vision_folder: Path, tmp_path: Path
+) -> None:
+    on = (f"repa.features={vision_folder}", "repa.width=32")
+    for steps, settings, aligned in ((2, on, True), (4, (), False), (6, on, True)):
+        recorder = Recorder()
+        assert worker(resolved(dataset, tmp_path, steps, *settings), recorder).run() == steps
+        assert [line["repa_loss"] is not None for line in recorder.lines] == [aligned] * 2
