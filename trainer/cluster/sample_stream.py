@@ -5,6 +5,7 @@ whatever order these arrive, are put together by position. Therefore a stream ca
 fails continues where it was.
 """
 
+import hashlib
 import threading
 import time
 import warnings
@@ -106,7 +107,10 @@ class SampleDatasource(Datasource):  # type: ignore[misc]
         ]
 
 
-def _dataset(name: str, load: Callable[[], TrainingData], share: Share, start: int, side: int) -> ray.data.Dataset:
+def _dataset(
+    name: str, run: str, load: Callable[[], TrainingData], share: Share, start: int, side: int
+) -> ray.data.Dataset:
+    """`name` and `run` identify the worker."""
     row_bytes = 3 * side**2
     with warnings.catch_warnings():
         # Passing the number of retries is deprecated in 2.60, which has no other way to set it yet.
@@ -120,6 +124,10 @@ def _dataset(name: str, load: Callable[[], TrainingData], share: Share, start: i
             ray_remote_args={"max_retries": 0},
         )
     dataset.set_name(name)
+    # Ray Data divides the CPUs among the executions by their id, and counts one for 3 minutes after its process was
+    # killed. On a small cluster whole CPUs would not suffice, and the readers would start 10 to 60 s later. So the
+    # stream of a restarted worker takes over the share of the lost one.
+    dataset._set_uuid(hashlib.sha256(run.encode()).hexdigest()[:12])
     context = dataset.context
     # A task's output becomes a block when it is larger than this, and is sliced when it is 1.5 times as large.
     block = max(_LEAST_BLOCK, int(0.9 * share.least_part * row_bytes))
@@ -140,7 +148,7 @@ def _batches(data: TrainingData, training: Training, group: WorkerGroup, warn: W
     name = f"{training.stage_name} rank {group.rank}"
     assembly, failures = Assembly(share, side), _Failures(3600 * training.s3_wait, warn)
     while True:
-        dataset = _dataset(name, partial(ray.get, kept), share, assembly.number, side)
+        dataset = _dataset(name, training.folder, partial(ray.get, kept), share, assembly.number, side)
         try:
             # Not through streaming_split: its actor is another process, whose start costs seconds of a core.
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

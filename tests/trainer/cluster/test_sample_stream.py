@@ -115,7 +115,21 @@ def test_an_error_for_the_user_is_raised_in_one_line_and_again(
 
 def test_the_dashboard_names_stage_and_rank(training: Training, data: TrainingData, ray_address: str) -> None:
     share = sample_stream._share(data, training, WorkerGroup(0, 1, None))
-    assert sample_stream._dataset("demo rank 0", lambda: data, share, 0, 64).name == "demo rank 0"
+    assert sample_stream._dataset("demo rank 0", "run", lambda: data, share, 0, 64).name == "demo rank 0"
+
+
+def test_a_restarted_worker_takes_over_the_share_of_cpus_of_its_lost_stream(
+    training: Training, data: TrainingData, ray_address: str
+) -> None:
+    """Ray Data keeps a share for each id for minutes after its process was killed."""
+    share = sample_stream._share(data, training, WorkerGroup(0, 1, None))
+
+    def requester(rank: int, run: str) -> str:
+        dataset = sample_stream._dataset(f"demo rank {rank}", run, lambda: data, share, 0, 64)
+        return dataset._create_executor()._dataset_id  # type: ignore[no-any-return]
+
+    assert requester(0, "/run") == requester(0, "/run")
+    assert len({requester(0, "/run"), requester(1, "/run"), requester(0, "/other")}) == 3
 
 
 def test_an_evaluation_waits_for_its_dataset_too(
