@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 
 from pipeline.core.errors import JobFailed, S3Refused, StorageUnavailable, UsageError
 
+_OUT_OF_REACH: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTUNREACH)
 _OUTPUT_FLAGS: Final = ("dataset", "run", "checkpoints", "checkpoints_copy", "out")
 
 
@@ -62,9 +63,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _exit(f"error: {error}; give a path of the right kind that this user may write to", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _exit(f"failed: {error}; make room and run the same command again", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _exit(f"failed: {error}; make room and run the same command again", 1)
+        if error.errno in _OUT_OF_REACH:
+            _exit(f"failed: {error}; run the same command again when the folder can be read", 1)
+        raise
     sys.exit(0)
 
 
