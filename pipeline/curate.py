@@ -92,7 +92,7 @@ def curate(curation: Curation, inputs: CurationInputs, execution: Execution, fla
     judged = [shard for shard in catalog.shards(f"{folder}/judged") if shard not in failed]
     made_from = search_digest({shard: judging[shard].provenance for shard in judged})
     if (copies := saved_digests(dataset, folder, made_from)) is None:
-        search = partial(save_copies, dataset.root, folder, judged, made_from)
+        search = partial(save_copies, dataset.root, folder, judged, made_from, curation.rules.near_copies)
         execution.task(search, BYTES_PER_ROW * sum(judging[shard].rows for shard in judged), "looking for copies")
         copies = saved_digests(dataset, folder, made_from)
         assert copies is not None, folder

@@ -41,7 +41,9 @@ from enum import StrEnum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+OTHER_MD5 = "not the original: its md5 is another"  # among the notes of IMAGES
 
 TAG_CATEGORIES = ("artist", "character", "copyright", "general", "meta")
 
@@ -67,7 +69,8 @@ IMAGES = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("notes", pa.string()),  # faults survived by the decoder, such as an unreadable colour profile
         pa.field("sha256", pa.string(), nullable=False),  # of the bytes: exact duplicates
-        pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: near duplicates
+        pa.field("phash", pa.uint64(), nullable=False),  # 64-bit perceptual hash: candidates for near duplicates
+        pa.field("thumbnail", pa.binary(1536)),  # 32 x 32 pixels (pictures/thumbnails.py), which confirms them
         pa.field("rating", pa.string()),  # a Rating; null if the source has none
         pa.field("score", pa.int32()),  # votes (Danbooru) or views (Pixiv)
         pa.field("favourites", pa.int32()),  # favourites (Danbooru) or bookmarks (Pixiv)
@@ -205,6 +208,7 @@ class Post:
     page: int = 0
     parent: str | None = None
     pixiv_id: int | None = None
+    md5: str | None = None  # of the original file, as the site says
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ files, from which each shard reads its part.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
@@ -16,28 +16,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.core.records import COPIES, IMAGES
+from pipeline.core.records import COPIES, IMAGES, OTHER_MD5
 from pipeline.curation.admission import TAG_COLUMNS, Refusal
-from pipeline.curation.dedup import Pictures, Rows, groups, keepers, page_links
+from pipeline.curation.dedup import NEAR_BITS, Pictures, Rows, groups, keepers, page_links
+from pipeline.pictures.thumbnails import BYTES
 from pipeline.storage.fingerprints import Provenance, digest
 from pipeline.storage.posts import read_images
 from pipeline.storage.scan import map_in_order
 from pipeline.storage.shards import Store
 
 # Increment when the search finds other copies in the same rows: it is then made again, and shards whose copies changed.
-CODE_VERSION: Final = "2"
-BYTES_PER_ROW: Final = 160  # estimated from a search over four million simulated rows, one in a hundred a copy
+CODE_VERSION: Final = "3"
+BYTES_PER_ROW: Final = 200  # estimated from a search over four million simulated rows, one in a hundred a copy
 
 # Meta tags of posts whose file is not the original: such a copy is kept only if there is no other.
 NOT_ORIGINAL: Final = (
     "upscaled", "ai-upscaled", "waifu2x", "resized", "downscaled", "md5_mismatch", "source_larger", "lossy-lossless",
     "jpeg_artifacts", "duplicate", "pixel-perfect_duplicate",
 )  # fmt: skip
+_MANY_COPIES: Final = 0.02
+_LARGE_GROUP: Final = 10
 _VARIANT = "variant_set"  # meta tag of posts that are variants of one picture, such as another expression
 
 _READERS = 4
 _KEYS = ["id", "sha256", "phash", "width", "height", "page", "pixiv_id"]
-_RANKED_BY = ["id", "width", "height", "favourites", "score", "parent", "tags_meta"]
+_RANKED_BY = ["id", "width", "height", "notes", "favourites", "score", "parent", "tags_meta"]
 
 Place = NDArray[np.int32]  # (rows, 2): number of the shard, row in the shard
 
@@ -85,6 +88,40 @@ class Copies:
 NO_COPIES: Final = Copies()
 
 
+@dataclass
+class NearCopies:
+    """How many rows are refused as near copies, whose bytes differ from those of the kept row."""
+
+    admitted: int = 0  # rows that were compared
+    copies: int = 0
+    largest: int = 0  # near copies of one row
+    of: str = ""  # that row
+
+    def count(self, admitted: int, keeper: Rows, ids: pa.ChunkedArray) -> None:
+        """keeper: the kept row, as a place in `ids`, of each near copy."""
+        self.admitted, self.copies = admitted, len(keeper)
+        if len(keeper):
+            rows, counts = np.unique(keeper, return_counts=True)
+            self.largest, self.of = int(counts.max()), ids[int(rows[counts.argmax()])].as_py()
+
+    def warnings(self) -> list[str]:
+        """What is unusual about the counts."""
+        share, found = self.copies / max(1, self.admitted), []
+        if share > _MANY_COPIES:
+            found.append(f"{share:.1%} of the rows ({self.copies:,}) are near copies of others")
+        if self.largest > _LARGE_GROUP:
+            found.append(f"{self.largest} rows are near copies of {self.of}")
+        return found
+
+
+def near_copies(store: Store, selection: str) -> NearCopies:
+    """The counts of the search that a selection (its folder) was made with; zeros if it has none."""
+    try:
+        return NearCopies(**json.loads(store.read(f"{selection}/copies.json"))["near"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return NearCopies()
+
+
 # --- The files of a selection that keep the result -------------------------------------------------------------------
 
 
@@ -106,10 +143,10 @@ def saved_digests(store: Store, selection: str, made_from: str) -> dict[str, str
     return found
 
 
-def save_copies(dataset: str, selection: str, shards: list[str], made_from: str) -> None:
+def save_copies(dataset: str, selection: str, shards: list[str], made_from: str, near_bits: int) -> None:
     """Searches the admitted rows of a selection (its folder) and writes copies/<shard> of every shard with copies.
 
-    copies.json is written last: where it exists, the search was completed.
+    copies.json is written last: where it exists, the search was completed. near_bits: see `Pictures.are_copies`.
     """
     store = Store(dataset)
     store.remove(f"{selection}/copies.json")
@@ -121,11 +158,13 @@ def save_copies(dataset: str, selection: str, shards: list[str], made_from: str)
             digests[shard] = copies.digest
             store.write_table(f"{selection}/copies/{shard}.parquet", copies.to_table(), COPIES)
 
-    for _ in map_in_order(save, find_copies(store, selection, shards)):
+    counts = NearCopies()
+    for _ in map_in_order(save, find_copies(store, selection, shards, near_bits, counts)):
         pass
     for shard in set(store.shards(f"{selection}/copies")) - digests.keys():
         store.remove(f"{selection}/copies/{shard}.parquet")
-    store.write(f"{selection}/copies.json", json.dumps({"made_from": made_from, "shards": digests}).encode())
+    record = {"made_from": made_from, "shards": digests, "near": asdict(counts)}
+    store.write(f"{selection}/copies.json", json.dumps(record).encode())
 
 
 def read_copies(store: Store, selection: str, shard: str, expected: str) -> Copies:
@@ -141,12 +180,14 @@ def read_copies(store: Store, selection: str, shard: str, expected: str) -> Copi
 # --- The search ------------------------------------------------------------------------------------------------------
 
 
-def find_copies(store: Store, selection: str, shards: Sequence[str]) -> Iterator[tuple[str, Copies]]:
+def find_copies(
+    store: Store, selection: str, shards: Sequence[str], near_bits: int = NEAR_BITS, near: NearCopies | None = None
+) -> Iterator[tuple[str, Copies]]:
     """Each shard with the copies among the admitted rows of a selection (its folder).
 
     Of a group of copies the one that `ranked` puts first is kept. A kept row of one site takes over data from its best
     copy on the other site: Pixiv's numbers or Danbooru's tags. Of several rows with one id the first is kept, in the
-    order of the shards' names.
+    order of the shards' names. `near` is filled with counts.
     """
     place_N2, id_N, keys = _admitted(store, selection, shards)
     repeated = _repeated(store, shards, place_N2, id_N)
@@ -154,15 +195,19 @@ def find_copies(store: Store, selection: str, shards: Sequence[str]) -> Iterator
     refused = _Found(place_N2[repeated], lambda rows: [("duplicate id", "of a row before it")] * len(rows))
     if len(repeated):
         place_N2, keys = np.delete(place_N2, repeated, axis=0), [np.delete(column, repeated) for column in keys]
+    admitted = len(place_N2)
     place_C2, pictures = _shared(place_N2, *keys)
     del place_N2, keys
+    pictures.thumbnail[:], pictures.has_thumbnail[:] = _thumbnails(store, shards, place_C2)
 
     posts = _read_rows(store, shards, place_C2, _RANKED_BY)
     best_first = ranked(posts)
-    kept = keepers(_with_variants(pictures, posts), best_first)
+    kept = keepers(_with_variants(pictures, posts), best_first, near_bits)
     ids = posts["id"]
     copy = best_first[kept[best_first] != best_first]
     keeper = kept[copy]
+    if near is not None:
+        near.count(admitted, keeper[pictures.content[copy] != pictures.content[keeper]], ids)
     of_pixiv = pc.starts_with(ids, "pixiv:").to_numpy()
     names = ids.take(pa.array(keeper))
     duplicates = _Found(
@@ -207,12 +252,13 @@ def _first_of_each(copy: Rows, keeper: Rows, wanted: NDArray[np.bool_]) -> tuple
 def ranked(posts: pa.Table) -> Rows:
     """The rows of a table of _RANKED_BY in the order in which to keep them.
 
-    First the files that are originals as far as their tags say, then those with most pixels, then Danbooru's (its tags
-    are better), then posts rather than their children, then the lowest id.
+    First the files that are originals as far as their tags and their md5 say, then those with most pixels, then
+    Danbooru's (its tags are better), then posts rather than their children, then the lowest id.
     """
     tags = posts["tags_meta"].combine_chunks()
     altered = np.zeros(len(posts), bool)
     altered[_rows_with(tags, NOT_ORIGINAL)] = True
+    altered |= pc.match_substring(posts["notes"], OTHER_MD5).fill_null(False).to_numpy()
     ids = posts["id"].combine_chunks()
     parts = pc.extract_regex(ids, r"^(?P<source>[^:]*):(?P<number>\d{1,18})(?:_p(?P<page>\d{1,9}))?$")
     number, page = (pc.struct_field(parts, name) for name in ("number", "page"))
@@ -238,10 +284,15 @@ def _rows_with(lists: pa.ListArray, wanted: Iterable[str]) -> Rows:
 
 
 def _with_variants(pictures: Pictures, posts: pa.Table) -> Pictures:
-    """Rows tagged as variants get the number of their family, which is that of the parent's id."""
+    """Rows tagged as variants, and Danbooru's parents and children, get the number of their family, which is that of
+    the parent's id. Posts that are tagged as copies of another file get none."""
+    ids, tags = posts["id"].combine_chunks(), posts["tags_meta"].combine_chunks()
+    of_danbooru = pc.starts_with(ids, "danbooru:").to_numpy(zero_copy_only=False)
     family = pc.coalesce(posts["parent"], posts["id"]).combine_chunks().dictionary_encode().indices.to_numpy()
-    pictures.variant[_rows_with(posts["tags_meta"].combine_chunks(), [_VARIANT])] = 0
-    pictures.variant[pictures.variant == 0] = family[pictures.variant == 0]
+    is_variant = of_danbooru & (np.bincount(family)[family] > 1)
+    is_variant[_rows_with(tags, [_VARIANT])] = True
+    is_variant[_rows_with(tags, NOT_ORIGINAL)] = False
+    pictures.variant[is_variant] = family[is_variant]
     return pictures
 
 
@@ -253,7 +304,7 @@ def _shared(
     work_N: Rows,
     page_N: NDArray[np.int32],
 ) -> tuple[Place, Pictures]:
-    """The rows that may be copies of another row: places and pictures, without variants."""
+    """The rows that may be copies of another row: places and pictures, without variants and thumbnails."""
     row_W = np.flatnonzero(work_N >= 0)
     work_W, page_W = work_N[row_W], page_N[row_W]
     is_page = page_W >= 0
@@ -265,7 +316,15 @@ def _shared(
     linked_page = np.full(len(shared), -1)
     linked_page[np.searchsorted(shared, posts)] = pages
     linked_page[np.searchsorted(shared, pages)] = pages
-    pictures = Pictures(content_N[shared], phash_N[shared], aspect_N[shared], linked_page, np.full(len(shared), -1))
+    pictures = Pictures(
+        content=content_N[shared],
+        phash=phash_N[shared],
+        aspect=aspect_N[shared],
+        linked_page=linked_page,
+        variant=np.full(len(shared), -1),
+        thumbnail=np.zeros((len(shared), BYTES), np.uint8),
+        has_thumbnail=np.zeros(len(shared), bool),
+    )
     return place_N2[shared], pictures
 
 
@@ -314,6 +373,14 @@ def _repeated(store: Store, shards: Sequence[str], place_N2: Place, id_N: NDArra
     first: dict[str, int] = {}
     found = [row for row, name in zip(rows.tolist(), names, strict=True) if first.setdefault(name, row) != row]
     return np.array(found, np.int64)
+
+
+def _thumbnails(store: Store, shards: Sequence[str], place_C2: Place) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Thumbnails (C, BYTES) of some rows, and whether each has one: datasets of earlier versions have none."""
+    column = _read_rows(store, shards, place_C2, ["thumbnail"])["thumbnail"].combine_chunks()
+    filled = column.fill_null(bytes(BYTES))
+    values = np.frombuffer(filled.buffers()[1] or b"", np.uint8, len(filled) * BYTES, filled.offset * BYTES)
+    return values.reshape(-1, BYTES), column.is_valid().to_numpy(zero_copy_only=False)
 
 
 def _read_rows(store: Store, shards: Sequence[str], place_C2: Place, columns: list[str]) -> pa.Table:

@@ -1,9 +1,9 @@
 """Finds the pictures that are copies of one another, and which copy to keep. Pure functions over columns.
 
 Two rows are copies if their bytes have the same content hash; if their 64-bit perceptual hashes differ in at most four
-bits and their shapes are alike; or if a Danbooru post names the Pixiv work, the hashes differ in at most eight bits and
-no other page of the work is nearer. Groups of copies are transitive, but a row is refused only if it is a copy of the
-kept row itself. The result does not depend on the order of the rows.
+bits, their shapes are alike and their thumbnails look alike; or likewise, with eight bits, if a Danbooru post names the
+Pixiv work and no other page of the work is nearer. Groups of candidates are transitive, but a row is refused only if it
+is a copy of the kept row itself. The result does not depend on the order of the rows.
 
 Axes: N rows, C rows that have copies, U rows with distinct (perceptual hash, shape), P rows from Pixiv, B blocks of
 bits.
@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.curation.look_alike import look_alike
 from pipeline.pictures.perceptual_hash import FLAT
 
 NEAR_BITS: Final = 4
@@ -82,30 +83,25 @@ class Pictures:
     aspect: NDArray[np.float64]  # width / height
     linked_page: Rows  # number of the Pixiv page that a row is, or was taken from; -1 for none
     variant: Rows  # number of the set of variants that a row belongs to; -1 for none
+    thumbnail: NDArray[np.uint8]  # (C, BYTES)
+    has_thumbnail: NDArray[np.bool_]  # rows without one are compared by their hashes alone
 
-    def take(self, rows: Rows) -> "Pictures":
-        return Pictures(*(getattr(self, column)[rows] for column in self.__dataclass_fields__))
-
-    def links(self) -> tuple[Rows, Rows]:
-        """Pairs of rows with the same linked page."""
-        order = np.argsort(self.linked_page, kind="stable")
-        page = self.linked_page[order]
-        same = (page[1:] == page[:-1]) & (page[1:] >= 0)
-        return order[1:][same], order[:-1][same]
-
-    def are_copies(self, left: Rows, right: Rows) -> NDArray[np.bool_]:
-        """For each pair of rows, whether they are copies of one another."""
+    def are_copies(self, left: Rows, right: Rows, near_bits: int = NEAR_BITS) -> NDArray[np.bool_]:
+        """For each pair of rows, whether they are copies of one another. near_bits below 0: only by equal bytes."""
         bits = np.bitwise_count(self.phash[left] ^ self.phash[right])
-        near = (bits <= NEAR_BITS) & (self.phash[left] != FLAT) & (self.phash[right] != FLAT)
+        near = (bits <= min(near_bits, NEAR_BITS)) & (self.phash[left] != FLAT) & (self.phash[right] != FLAT)
         page, variant = self.linked_page, self.variant
-        near |= (bits <= LINKED_BITS) & (page[left] >= 0) & (page[left] == page[right])
+        near |= (near_bits >= 0) & (bits <= LINKED_BITS) & (page[left] >= 0) & (page[left] == page[right])
         near &= _same_shape(np.log(self.aspect), left, right)
         near &= (variant[left] < 0) | (variant[left] != variant[right])
-        same: NDArray[np.bool_] = near | (self.content[left] == self.content[right])
+        same: NDArray[np.bool_] = self.content[left] == self.content[right]
+        unsure = np.flatnonzero(near & ~same & self.has_thumbnail[left] & self.has_thumbnail[right])
+        near[unsure] = look_alike(self.thumbnail[left[unsure]], self.thumbnail[right[unsure]])
+        same |= near
         return same
 
 
-def keepers(pictures: Pictures, best_first: Rows) -> Rows:
+def keepers(pictures: Pictures, best_first: Rows, near_bits: int = NEAR_BITS) -> Rows:
     """For each row the row to keep instead of it, itself if it is kept: (C,). `best_first` are all rows, best first.
 
     Of each group the best row is kept. Rows of the group that are not copies of it, but only of copies of it, are
@@ -113,14 +109,22 @@ def keepers(pictures: Pictures, best_first: Rows) -> Rows:
     """
     kept_C, waiting = np.arange(len(best_first)), best_first
     while len(waiting):
-        left = pictures.take(waiting)
-        group = groups(left.content, left.phash, left.aspect, left.links())
+        content, phash, aspect = pictures.content[waiting], pictures.phash[waiting], pictures.aspect[waiting]
+        group = groups(content, phash, aspect, _links(pictures.linked_page[waiting]))
         best = np.unique(group, return_index=True)[1]  # `waiting` is best first
         keeper = waiting[best[np.searchsorted(group[best], group)]]
-        copies = pictures.are_copies(waiting, keeper) | (waiting == keeper)
+        copies = pictures.are_copies(waiting, keeper, near_bits) | (waiting == keeper)
         kept_C[waiting[copies]] = keeper[copies]
         waiting = waiting[~copies]
     return kept_C
+
+
+def _links(linked_page: Rows) -> tuple[Rows, Rows]:
+    """Pairs of rows with the same linked page."""
+    order = np.argsort(linked_page, kind="stable")
+    page = linked_page[order]
+    same = (page[1:] == page[:-1]) & (page[1:] >= 0)
+    return order[1:][same], order[:-1][same]
 
 
 def page_links(

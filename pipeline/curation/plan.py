@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import ShardsFailed, UsageError
-from pipeline.curation.copies import NO_COPIES, find_copies, saved_digests, search_digest
+from pipeline.curation.copies import NO_COPIES, find_copies, near_copies, saved_digests, search_digest
 from pipeline.curation.selection import Curation, ShardWork
 from pipeline.curation.stage_rules import FILES, Rules
 from pipeline.storage.fingerprints import (
@@ -191,7 +191,7 @@ def plan_lines(curation: Curation, inputs: CurationInputs) -> Iterator[str]:
         yield "would do: writing these shards, and shards in which other copies are found then"
     else:
         if copies is None:
-            found = find_copies(catalog.dataset, curation.folder, list(judging))
+            found = find_copies(catalog.dataset, curation.folder, list(judging), curation.rules.near_copies)
             copies = {shard: each.digest for shard, each in found}
         rewritten = to_do(catalog, curation.folder, selection_work(judging, inputs, judging, copies))
     yield f"would do: {describe_changes('writing', rewritten, len(judging))}"
@@ -232,3 +232,9 @@ def finish(
         "hash": _content_hash(catalog, folder, done),
     }
     dataset.write(f"{folder}/selection.json", json.dumps(record, indent=1).encode())
+    for warning in near_copies(dataset, folder).warnings():
+        print(
+            f"curate: WARNING: {warning}. Look at some in the section Duplicates of pipeline/report.py; if they are "
+            "not, give the rule near_copies = false (only equal bytes) or fewer bits",
+            flush=True,
+        )

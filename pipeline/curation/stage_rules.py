@@ -9,6 +9,7 @@ from typing import Any, Final, get_origin, get_type_hints
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import Rating
+from pipeline.curation.dedup import NEAR_BITS
 from pipeline.curation.quality import ERA_WORDS, PRESETS
 from pipeline.sources import SOURCES
 from pipeline.tagging.tags import EXCLUDED, IMPLIED, TagReader, TagRules, read_list, read_pairs
@@ -46,6 +47,9 @@ class Rules:
     implications: str = "implications.txt"
     implied: str = "add"  # add | drop | keep: see tags.IMPLIED
     blacklist: str = "blacklist.txt"
+    # Largest difference between the perceptual hashes of near copies, in bits up to 4; thumbnails then decide. In a
+    # file of rules `false` is -1: only files with equal bytes are copies.
+    near_copies: int = NEAR_BITS
 
 
 # At 64 pixels the demo cannot learn from blurred pictures or pictures of several objects.
@@ -75,7 +79,8 @@ _WORDS: Final[dict[str, tuple[str, ...]]] = {
     "eras": ERA_WORDS,
     "implied": IMPLIED,
 }
-_LOWEST: Final = {"min_side": 0, "max_aspect": 1}
+_LOWEST: Final = {"min_side": 0, "max_aspect": 1, "near_copies": 0}
+_HIGHEST: Final = {"near_copies": NEAR_BITS}
 _TYPES: Final = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
 
 
@@ -98,6 +103,9 @@ def override(rules: Rules, path: Path) -> Rules:
     known = ", ".join(field.name for field in fields(Rules))
     changes: dict[str, Any] = {}
     for name, value in given.items():
+        if name == "near_copies" and value is False:
+            changes[name] = -1
+            continue
         if name not in hints:
             raise UsageError(f"--rules {path}: no rule is called {name}; known are {known}")
         changes[name] = _scores(path, value) if name == "scores" else _typed(path, name, value, hints[name], known)
@@ -117,6 +125,8 @@ def _typed(path: Path, name: str, value: Any, hint: Any, known: str) -> Any:
         raise UsageError(f"--rules {path}: {name} = {value!r} must be {_TYPES[wanted]}; known rules are {known}")
     if name in _LOWEST and not _LOWEST[name] <= value < math.inf:  # also refuses NaN
         raise UsageError(f"--rules {path}: {name} = {value!r} must be a number from {_LOWEST[name]} on")
+    if name in _HIGHEST and value > _HIGHEST[name]:
+        raise UsageError(f"--rules {path}: {name} = {value!r} must be at most {_HIGHEST[name]}, or false")
     words = value if texts else [value]
     unknown = [word for word in words if name in _WORDS and word not in _WORDS[name]]
     if unknown:

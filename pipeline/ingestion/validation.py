@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipeline.core.records import IMAGES, TAG_CATEGORIES, TIER, Post, Rejected
+from pipeline.core.records import IMAGES, OTHER_MD5, TAG_CATEGORIES, TIER, Post, Rejected
 from pipeline.core.tables import DIED, ROW, SHARD
 from pipeline.ingestion.raw_rows import MADE_FROM, PATH, READING, SOURCE
 from pipeline.ingestion.rules import IngestRules
@@ -17,6 +17,7 @@ from pipeline.pictures.crops import downsize
 from pipeline.pictures.decoder import Picture, Refused, decode
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
 from pipeline.pictures.perceptual_hash import perceptual_hash
+from pipeline.pictures.thumbnails import small_copy, thumbnail
 from pipeline.sources import SITES
 from pipeline.sources.pictures import image_bytes
 from pipeline.sources.reading import Reading
@@ -136,15 +137,20 @@ def _check_post(
 
 
 def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
-    row = asdict(post)
-    tags = row.pop("tags")
+    row, small = asdict(post), small_copy(picture.image)
+    tags, md5 = row.pop("tags"), row.pop("md5")
+    notes = picture.header.notes
+    # A copy that was resized or saved again on the way from the site.
+    if md5 and hashlib.md5(post.image, usedforsecurity=False).hexdigest() != md5:
+        notes = (*notes, OTHER_MD5)
     return row | {
         "format": picture.header.format,
         "width": picture.header.width,
         "height": picture.header.height,
-        "notes": "; ".join(picture.header.notes) or None,
+        "notes": "; ".join(notes) or None,
         "sha256": _sha256(post.image),
-        "phash": perceptual_hash(picture.image),
+        "phash": perceptual_hash(small),
+        "thumbnail": thumbnail(small),
         **{f"tags_{category}": tags[category] for category in TAG_CATEGORIES},
     }
 

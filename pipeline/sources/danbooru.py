@@ -10,7 +10,7 @@ from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.dates import parse_time
 from pipeline.sources.pictures import IMAGE_COLUMNS, image_bytes
 from pipeline.sources.tag_lists import by_category, tag_names
-from pipeline.sources.values import first, parse_code, parse_count, parse_flag, parse_id
+from pipeline.sources.values import first, is_missing, parse_code, parse_count, parse_flag, parse_id
 
 # Columns that tell this layout from Pixiv's.
 TELLTALE_COLUMNS = {
@@ -25,7 +25,7 @@ DATE_COLUMNS = ("created_at", "timestamp")
 TAG_COLUMNS = (*(name for names in _CATEGORISED for name in names), *_UNCATEGORISED)
 ADMISSIBLE = ("deleted", "banned", "made by AI", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset(
-    {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext"}
+    {"id", "rating", "score", "fav_count", "created_at", "timestamp", "parent_id", "pixiv_id", "file_ext", "md5"}
     | {"is_deleted", "is_banned", *_UNCATEGORISED}
     | {name for names in _CATEGORISED for name in names}
 )
@@ -124,6 +124,7 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         tags=tags,
         parent=None if parent is None else f"danbooru:{parent}",
         pixiv_id=parse_id(row.get("pixiv_id")),
+        md5=str(row["md5"]).strip().lower() if not is_missing(row.get("md5")) else None,
     )
 
 

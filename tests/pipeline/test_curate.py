@@ -709,6 +709,44 @@ def test_the_original_is_kept_and_not_its_enlarged_copy(dataset: Dataset) -> Non
     assert dataset.rows("selections/test/rejected")["danbooru:1"]["detail"] == "of danbooru:2"
 
 
+def test_parents_and_children_are_variants_unless_one_is_tagged_as_a_copy(dataset: Dataset) -> None:
+    parent = image("danbooru:1", phash=1 << 40)
+    child = image("danbooru:2", phash=1 << 40, parent="danbooru:1")
+    resized = image("danbooru:3", phash=1 << 40, parent="danbooru:1", tags_meta=["resized"])
+    same_file = image("danbooru:4", sha256=parent["sha256"], parent="danbooru:1")
+    dataset.add("a", parent, child, resized, same_file)
+    dataset.curate()
+    assert dataset.selected().keys() == {"danbooru:1", "danbooru:2"}
+
+
+def test_near_copies_can_be_switched_off_and_too_many_of_them_are_reported(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [image(f"danbooru:{number}", phash=1 << 40) for number in range(1, 14)]
+    dataset.add("a", *rows, image("danbooru:20", sha256=rows[0]["sha256"]))
+    dataset.curate()
+    assert dataset.selected().keys() == {"danbooru:1"}
+    warned = capsys.readouterr().out
+    assert "WARNING: 85.7% of the rows (12) are near copies of others" in warned
+    assert "WARNING: 12 rows are near copies of danbooru:1. Look at some in the section Duplicates" in warned
+    dataset.curate(replace(RULES, near_copies=-1))
+    assert len(dataset.selected()) == 13
+    assert dataset.reasons() == {"danbooru:20": "duplicate"}
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_thumbnails_tell_apart_what_the_hash_does_not(dataset: Dataset) -> None:
+    grey = bytes([128]) * 1536
+    red = grey[:-1] + b"\xff"
+    rows = [
+        image(f"danbooru:{number}", phash=1 << 40, thumbnail=each)
+        for number, each in enumerate((grey, red, grey, None))
+    ]
+    dataset.add("a", *rows)
+    dataset.curate()
+    assert dataset.reasons() == {"danbooru:2": "duplicate", "danbooru:3": "duplicate"}, "the last has no thumbnail"
+
+
 def test_variants_of_one_post_are_kept_and_the_end_of_a_chain_as_well(dataset: Dataset) -> None:
     first = image("danbooru:1", phash=1 << 40, tags_meta=["variant_set"])
     variant = image("danbooru:2", phash=1 << 40 | 1, tags_meta=["variant_set"], parent="danbooru:1")

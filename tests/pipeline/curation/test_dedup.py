@@ -6,11 +6,12 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.core.records import IMAGES
+from pipeline.core.records import IMAGES, OTHER_MD5
 from pipeline.curation import dedup
 from pipeline.curation.copies import NOT_ORIGINAL, ranked
 from pipeline.curation.dedup import LINKED_BITS, NEAR_BITS, Pictures, groups, near_pairs, page_links
 from pipeline.pictures.perceptual_hash import FLAT
+from pipeline.pictures.thumbnails import BYTES
 
 Hashes = NDArray[np.uint64]
 
@@ -28,7 +29,7 @@ def flipped(hashes: Hashes, bits: int, seed: int) -> Hashes:
 
 def post(name: str, **columns: Any) -> dict[str, Any]:
     """What a picture is ranked by."""
-    return {"id": name, "width": 10, "height": 10, "parent": None, "tags_meta": []} | columns
+    return {"id": name, "width": 10, "height": 10, "notes": None, "parent": None, "tags_meta": []} | columns
 
 
 def ranked_ids(*posts: dict[str, Any]) -> list[str]:
@@ -39,7 +40,7 @@ def ranked_ids(*posts: dict[str, Any]) -> list[str]:
 
 
 def table_of(*posts: dict[str, Any]) -> pa.Table:
-    names = ("id", "width", "height", "parent", "tags_meta")
+    names = ("id", "width", "height", "notes", "parent", "tags_meta")
     return pa.Table.from_pylist(list(posts), pa.schema([IMAGES.field(name) for name in names]))
 
 
@@ -50,15 +51,25 @@ def keepers(
     pixels: NDArray[np.int64],
     aspect: NDArray[np.float64] | None = None,
     variant: Sequence[int] = (),
+    thumbnail: NDArray[np.uint8] | None = None,
+    near_bits: int = NEAR_BITS,
 ) -> list[str | None]:
     """For each row the id of the row that is kept instead, None if the row itself is kept."""
     number: dict[Hashable, int] = {}
     numbers = np.array([number.setdefault(each, len(number)) for each in content], np.uint64)
     none = np.full(len(ids), -1)
     aspect = np.ones(len(ids)) if aspect is None else aspect
-    pictures = Pictures(numbers, phash, aspect, none, np.array(variant) if len(variant) else none)
+    pictures = Pictures(
+        content=numbers,
+        phash=phash,
+        aspect=aspect,
+        linked_page=none,
+        variant=np.array(variant) if len(variant) else none,
+        thumbnail=np.zeros((len(ids), BYTES), np.uint8) if thumbnail is None else thumbnail,
+        has_thumbnail=np.full(len(ids), thumbnail is not None),
+    )
     posts = [post(name, width=count, height=1) for name, count in zip(ids, pixels.tolist(), strict=True)]
-    kept = dedup.keepers(pictures, ranked(table_of(*posts)))
+    kept = dedup.keepers(pictures, ranked(table_of(*posts)), near_bits)
     return [None if keeper == row else ids[keeper] for row, keeper in enumerate(kept.tolist())]
 
 
@@ -249,3 +260,27 @@ def test_a_link_to_a_picture_of_another_look_or_shape_is_ignored() -> None:
 def test_links_join_flat_pictures_as_well() -> None:
     phash, pair = np.array([FLAT, FLAT, FLAT], np.uint64), (np.array([0]), np.array([2]))
     assert groups(np.arange(3, dtype=np.uint64), phash, np.ones(3), pair).tolist() == [0, 1, 0]
+
+
+def test_near_hashes_are_copies_only_if_the_thumbnails_look_alike() -> None:
+    names, phash, pixels = ["danbooru:1", "danbooru:2", "danbooru:3"], np.full(3, 1 << 40, np.uint64), np.ones(3, int)
+    grey = np.full((3, BYTES), 128, np.uint8)
+    red = grey.copy()
+    red[1, -1] = 200  # a Cr value
+    assert keepers(names, range(3), phash, pixels, thumbnail=grey) == [None, "danbooru:1", "danbooru:1"]
+    assert keepers(names, range(3), phash, pixels, thumbnail=red) == [None, None, "danbooru:1"]
+    assert keepers(names, "aab", phash, pixels, thumbnail=red) == [None, "danbooru:1", "danbooru:1"], "equal bytes"
+
+
+@pytest.mark.parametrize(("near_bits", "found"), [(4, 3), (1, 1), (0, 0), (-1, 0)])
+def test_a_rule_limits_the_bits_in_which_near_copies_differ(near_bits: int, found: int) -> None:
+    phash = np.array([1 << 40, 1 << 40 | 1, 1 << 40 | 0b11, 1 << 40 | 0b1111], np.uint64)
+    names = [f"danbooru:{number}" for number in range(4)]
+    kept = keepers(names, range(4), phash, np.ones(4, int), near_bits=near_bits)
+    assert sum(keeper is not None for keeper in kept) == found
+    assert keepers(names, "aabb", phash, np.ones(4, int), near_bits=-1) == [None, "danbooru:0", None, "danbooru:2"]
+
+
+def test_a_file_whose_md5_is_not_that_of_the_post_comes_after_the_original() -> None:
+    other = post("danbooru:1", width=99, notes=f"ends without IEND; {OTHER_MD5}")
+    assert ranked_ids(other, post("danbooru:2")) == ["danbooru:2", "danbooru:1"]

@@ -1,5 +1,6 @@
 """Raw files -> plan -> shards: nothing is done twice, no row is lost, and every rejection has a reason."""
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import UsageError
-from pipeline.core.records import IMAGES, TIER
+from pipeline.core.records import IMAGES, OTHER_MD5, SCHEMA_VERSION, TIER
 from pipeline.ingestion import commit, raw_rows
 from pipeline.ingestion.commit import ingest_shard
 from pipeline.ingestion.preflight import IngestPlan, plan_shards
@@ -281,10 +282,19 @@ def test_faults_tolerated_by_the_decoder_are_noted_in_the_row(tmp_path: Path, da
     assert "profile" in notes[1]
 
 
+def test_a_picture_that_is_not_the_posts_original_file_is_noted(tmp_path: Path, dataset: Store) -> None:
+    md5s = {1: hashlib.md5(png(seed=1)).hexdigest().upper(), 2: hashlib.md5(b"another").hexdigest(), 3: None}
+    rows = [row | {"md5": md5} for number, md5 in md5s.items() for row in posts(range(number, number + 1))]
+    rows[0]["image"] = png(seed=1)
+    ingest([write_raw(tmp_path / "r" / "one.parquet", rows)], dataset)
+    table = dataset.read_table(f"images/{only(dataset)}.parquet", ["id", "notes"])
+    assert table["notes"].to_pylist() == [None, OTHER_MD5, None]
+
+
 def test_files_carry_the_name_of_their_format_and_the_settings(tmp_path: Path, dataset: Store) -> None:
     ingest([write_raw(tmp_path / "r" / "one.parquet", posts(range(1)))], dataset, replace(RULES, downsize=16))
     for folder, schema in (("images", IMAGES), ("images-16", TIER)):
         metadata = dataset.metadata(f"{folder}/{only(dataset)}.parquet")
         assert len(metadata["fingerprint"]) == 64
         assert metadata["hdm.format"] == schema.metadata[b"hdm.format"].decode()
-    assert json.loads(metadata["hdm.version"]) == 1
+    assert json.loads(metadata["hdm.version"]) == SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""Pictures for the tests of this folder."""
+"""Pictures for the tests of the pipeline."""
 
 from collections.abc import Callable
 
