@@ -1,5 +1,6 @@
 """What loading any frozen pretrained model needs: its folder, its dtype, and a library that stays quiet meanwhile."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,6 +10,10 @@ from typing import Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+# transformers and diffusers import torchao if it is installed. It then warns of kernels and classes that are not used.
+for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def pretrained_folder(name: str | Path, files: Sequence[str], kind: str, needs: str, example: str) -> Path:

@@ -1,7 +1,10 @@
 """Float8 matrix products, emulated: which layers have them, what they round, and that the weights stay plain."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from trainer.model.config import XUTConfig
 from trainer.model.float8 import use_float8
 from trainer.model.xut import XUT, compiled
 
+ROOT = Path(__file__).parents[3]
 SHAPE: dict[str, Any] = {"dim": 32, "heads": 2, "mlp_dim": 48, "depth": 1, "dec_blocks": 1, "post_blocks": 1}
 
 
@@ -154,3 +158,14 @@ def test_a_cpu_an_old_gpu_and_a_missing_torchao_are_refused_with_the_fix(monkeyp
     monkeypatch.setattr(float8, "find_spec", lambda name: importlib.util.find_spec("no_such_package"))
     with pytest.raises(ValueError, match=r"pip install -c deploy/constraints.txt -e \"\.\[fp8\]\""):
         use_float8(model())
+
+
+def test_an_installed_torchao_does_not_fill_the_terminal_of_every_job() -> None:
+    """transformers and diffusers import it too, and on a machine without a GPU it warns of kernels that do not load."""
+    code = (
+        "import trainer.encoders.load_codec, trainer.encoders.text, transformers.quantizers.auto, sys\n"
+        "from diffusers import AutoencoderKL\n"
+        "assert 'torchao' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
