@@ -13,6 +13,8 @@ from pipeline.core.errors import UsageError
 from trainer.cost.dataset import selected_stages, selection_of, text_lengths
 from trainer.cost.machines import PAPERS
 from trainer.encoders.load_codec import codec_shape
+from trainer.encoders.pretrained import cached_folder
+from trainer.encoders.vision import vision_shape
 from trainer.model.config import XUTConfig
 from trainer.model.flops import count_flops
 from trainer.model.xut import Checkpointing
@@ -104,6 +106,10 @@ def stage_setup(name: str, settings: Mapping[str, str], gpus: int, root: str | N
         channels, factor = codec_shape(stage.codec) if here else _VAE_SHAPE
         width = {"text_dim": _LOCAL_TEXT_WIDTH} if stage.text_encoder == EMBEDDED_ENCODER else {}
         model = PRESETS[stage.model](in_channels=channels, patch_size=stage.patch_size, **width, **model_fields)
+        if stage.repa.features is not None:
+            stage.repa.block_of(model)
+            if cached_folder(stage.repa.features) is not None:
+                vision_shape(stage.repa.features)
     except (UsageError, ValueError) as error:
         raise UsageError(str(error).replace("--workers", "--gpus")) from error
     check_grid(stage, factor)

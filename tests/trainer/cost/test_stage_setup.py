@@ -1,14 +1,17 @@
 """Operations of a stage and the lengths of its padded texts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.core.errors import UsageError
 from trainer.cost.stage_setup import padded_tokens, stage_setup
 from trainer.encoders.random_encoders import local_text_encoder, qwen3_600m, sdxl_vae
+from trainer.recipe.memory import training_bytes
 
 
 def test_the_operations_of_the_encoders_equal_those_of_a_flop_counter() -> None:
@@ -40,6 +43,22 @@ def test_recomputing_every_block_takes_a_third_more() -> None:
 
 def test_the_local_text_encoder_is_as_wide_as_planned() -> None:
     assert stage_setup("demo", {}, 1).model.text_dim == local_text_encoder(torch.device("cpu")).dim
+
+
+def test_a_vision_model_is_planned_for_also_where_it_is_not_on_this_machine(
+    vision_folder: Path, tmp_path: Path
+) -> None:
+    def added(**repa: str) -> int:
+        setups = (stage_setup("256", {f"repa.{name}": text for name, text in more.items()}, 4) for more in ({}, repa))
+        plain, aligned = (training_bytes(setup.model, setup.stage, 1, setup.codec_factor) for setup in setups)
+        return aligned - plain
+
+    assert added(features=str(vision_folder)) > 18 * 2048 * (1024 + 2048 + 24), "its projector"
+    assert added(features="nobody/no-such-model") > 2 * 300e6, "ViT-L in bfloat16"
+    with pytest.raises(UsageError, match="vision model"):
+        added(features=str(tmp_path))
+    with pytest.raises(UsageError, match="at most 20"):
+        added(features=str(vision_folder), block="21")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
