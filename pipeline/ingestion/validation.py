@@ -14,9 +14,11 @@ from pipeline.ingestion.raw_rows import MADE_FROM, PATH, READING, SOURCE
 from pipeline.ingestion.rules import IngestRules
 from pipeline.pictures.containers import RejectReason
 from pipeline.pictures.crops import downsize
+from pipeline.pictures.damage import find_damage
 from pipeline.pictures.decoder import Picture, Refused, decode
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
 from pipeline.pictures.perceptual_hash import perceptual_hash
+from pipeline.pictures.pixels import is_blank
 from pipeline.pictures.thumbnails import small_copy, thumbnail
 from pipeline.sources import SITES
 from pipeline.sources.pictures import image_bytes
@@ -133,6 +135,11 @@ def _check_post(
     picture = decode(post.image, rules.limits)
     if isinstance(picture, Refused):
         return Rejected(post.id, picture.reason.value, picture.detail)
+    header = picture.header
+    if damage := find_damage(post.image, header.format, header.width * header.height):
+        return Rejected(post.id, RejectReason.DAMAGED.value, f"{header.format}: {damage}")
+    if is_blank(picture.image):
+        return Rejected(post.id, RejectReason.BLANK.value, "all pixels have the same colour, or are transparent")
     return _image_row(post, picture), picture
 
 

@@ -23,6 +23,8 @@ class RejectReason(StrEnum):
     NOT_AN_IMAGE = "not an image"
     UNSUPPORTED_FORMAT = "unsupported format"
     TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    BLANK = "blank"
     TOO_MANY_BYTES = "too many bytes"
     TOO_MANY_PIXELS = "too many pixels"
     TOO_MANY_SCANS = "too many scans"
@@ -144,7 +146,7 @@ def _join_profile(parts: list[bytes]) -> tuple[bytes | None, tuple[str, ...]]:
 def extract_png(data: bytes) -> FirstImage:
     """Header, palette, transparent colour and pixels (PNG, third edition). Of an animation, the default image."""
     found, pixels, frames, kind = dict[bytes, bytes](), list[memoryview](), 0, b""
-    for kind, start, end in _png_chunks(data):
+    for kind, start, end in png_chunks(data):
         if kind == b"IDAT":
             pixels.append(memoryview(data)[start:end])
         elif kind == b"fcTL":
@@ -173,7 +175,7 @@ def extract_png(data: bytes) -> FirstImage:
     )
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yields type, start and end of the body of each chunk, up to IEND or the first bytes that are no chunk."""
     at = 8
     for _ in range(_MAX_CHUNKS):

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.pictures.containers import EXTRACTORS, FirstImage, RejectReason, UnusableFile
+from pipeline.pictures.damage import JPEG_END, lacks_only_its_end
 from pipeline.pictures.memory_limit import one_large_picture
 from pipeline.pictures.pixels import flatten, to_srgb, upright
 
@@ -121,9 +122,19 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Picture | Refu
             flat = upright(flatten(opened.file), opened.orientation)
             image, notes = to_srgb(flat, opened.profile)
         except Exception as error:  # codecs raise anything on hostile bytes
-            return decode_failure(error)
-    image.info = {}
-    return Picture(image, replace(opened.header, notes=opened.header.notes + notes))
+            refused = decode_failure(error)
+        else:
+            image.info = {}
+            return Picture(image, replace(opened.header, notes=opened.header.notes + notes))
+    is_cut = opened.header.format == "JPEG" and refused.reason is RejectReason.TRUNCATED
+    return _with_end(decode(data + JPEG_END, limits)) if is_cut and lacks_only_its_end(data) else refused
+
+
+def _with_end(decoded: Picture | Refused) -> Picture | Refused:
+    if isinstance(decoded, Refused):
+        return decoded
+    notes = (*decoded.header.notes, "ends without EOI")
+    return replace(decoded, header=replace(decoded.header, notes=notes))
 
 
 def open_image(data: bytes, limits: DecodeLimits) -> OpenedImage | Refused:

@@ -25,6 +25,7 @@ _TRANSPOSES = {
 }
 _COLOUR_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # Pillow's mode -> the ICC name
 _SAME_COLOUR = 2  # levels of 255
+_ONE_COLOUR = 2
 _PROBE_HWC = np.stack(np.meshgrid(*[np.linspace(0, 255, 9).round()] * 3), axis=-1).reshape(27, 27, 3).astype(np.uint8)
 
 
@@ -59,6 +60,12 @@ def to_srgb(flat: Image.Image, profile: bytes | None) -> tuple[Image.Image, tupl
         except Exception as error:  # from littlecms, or because it is missing: the picture is still good
             return flat.convert("RGB"), (f"colour profile ignored: {error}",)
     return (flat if flat.mode == "RGB" else flat.convert("RGB")), ()
+
+
+def is_blank(image: Image.Image) -> bool:
+    """True if all pixels of an RGB picture have the same colour, give or take what JPEG makes of one."""
+    extrema = np.array(image.getextrema())  # of each channel: lowest, highest
+    return bool((np.ptp(extrema, axis=1) <= _ONE_COLOUR).all())
 
 
 def _opaque(file: Image.Image) -> Image.Image:
