@@ -23,7 +23,7 @@ from pipeline.curation.plan import (
     to_do,
 )
 from pipeline.curation.selection import Curation, apply_rules, select_shard
-from pipeline.curation.stage_rules import Rules, stage_rules, tag_rules, with_artists
+from pipeline.curation.stage_rules import Rules, stage_rules, tag_rules, with_lists
 from pipeline.curation.survey import quality_table
 from pipeline.storage.fingerprints import describe_changes
 from pipeline.storage.lease import lease
@@ -63,7 +63,7 @@ def resolve_rules(job: CurateJob, dataset: Store) -> Rules:
     flags: Mapping[str, str | None] = job.recorded
     if (job.explain or job.plan) and not (job.preset or job.rules):
         flags = recorded_flags(dataset, job.name)
-    return with_artists(stage_rules(flags.get("stage") or job.stage, flags.get("preset"), flags.get("rules")))
+    return with_lists(stage_rules(flags.get("stage") or job.stage, flags.get("preset"), flags.get("rules")))
 
 
 def curate(curation: Curation, inputs: CurationInputs, execution: Execution, flags: Mapping[str, str | None]) -> None:

@@ -49,6 +49,7 @@ ONLY_IN = {
         "trainer/cluster/replicas.py",
         "trainer/cluster/sample_stream.py",
     },
+    "simplejpeg": {"pipeline/pictures/damage.py"},
     "transformers": {
         "pipeline/pictures/classifiers.py",
         "trainer/encoders/random_encoders.py",

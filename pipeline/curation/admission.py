@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.records import TAG_CATEGORIES, Rating
+from pipeline.curation.leave_out import COLUMNS as LEFT_OUT_COLUMNS
+from pipeline.curation.leave_out import LeftOut
 from pipeline.curation.quality import POST_COLUMNS, QualityTable, era_words, posts_of
 from pipeline.curation.stage_rules import Rules
 from pipeline.tagging.tag_columns import TagColumn, first_excluded
@@ -20,7 +22,7 @@ from pipeline.tagging.tags import TagReader, as_words
 Refusal = tuple[str, str]  # reason, detail
 
 TAG_COLUMNS = [f"tags_{category}" for category in TAG_CATEGORIES]
-RULE_COLUMNS = [*POST_COLUMNS, "width", "height", *TAG_COLUMNS]  # the columns of IMAGES that the rules read
+_RULE_COLUMNS = [*POST_COLUMNS, "width", "height", *TAG_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Check:
     refused_N: NDArray[np.bool_]
     refusal: Callable[[int], Refusal]  # of a refused row
     value: Callable[[int], str]  # the value of any row, and the value that the rule asks for
+
+
+def rule_columns(rules: Rules) -> list[str]:
+    """The columns of IMAGES that the rules read."""
+    return list(dict.fromkeys(["id", *_RULE_COLUMNS, *(LEFT_OUT_COLUMNS if rules.leave_out else [])]))
 
 
 def first_refusals(checks: Iterator[Check], rows: int) -> list[Refusal | None]:
@@ -53,13 +60,17 @@ def checks(
 ) -> Iterator[Check]:
     """The result of each rule, in a fixed order.
 
-    `images` has RULE_COLUMNS and, in a dataset with posts/, `deleted`. `scores` are by <scorer>.<label>, one per row,
+    `images` has `rule_columns` and, in a dataset with posts/, `deleted`. `scores` are by <scorer>.<label>, one per row,
     NaN if there is none.
     """
     if "deleted" in images.column_names:
         yield _deleted(images["deleted"].to_numpy())
+    if rules.leave_out:
+        yield _left_out(images, LeftOut.of(rules.leave_out))
     yield _words("source", "source", images["source"].to_pylist(), rules.sources)
     yield _excluded_tag(images, reader)
+    if rules.required_any or rules.required_all:
+        yield from _required_tags(images, rules, reader)
     # Ratings are often unknown in Pixiv's dumps: such rows are admitted if every rating is.
     ratings, all_ratings = images["rating"].to_pylist(), set(rules.ratings) >= set(Rating)
     yield _words("ratings", "rating", ratings, rules.ratings, unknown=all_ratings)
@@ -102,6 +113,49 @@ def _excluded_tag(images: pa.Table, reader: TagReader) -> Check:
     refused_N = np.zeros(images.num_rows, bool)
     refused_N[list(tags)] = True
     return Check("excluded", refused_N, lambda row: (f"tag {tags[row]}", ""), lambda row: tags.get(row, "no such tag"))
+
+
+def _left_out(images: pa.Table, left_out: LeftOut) -> Check:
+    refused_N = left_out.rows(images)
+    return Check(
+        "leave_out",
+        refused_N,
+        lambda row: ("left out", "by the rule leave_out"),
+        lambda row: "yes" if refused_N[row] else "no",
+    )
+
+
+def _required_tags(images: pa.Table, rules: Rules, reader: TagReader) -> Iterator[Check]:
+    columns = [TagColumn.of(images[f"tags_{category}"]) for category in TAG_CATEGORIES]
+    words = [list(map(reader.name, column.distinct)) for column in columns]
+
+    def has(tag: str) -> NDArray[np.bool_]:
+        """The rows with a tag (N,)."""
+        found_N, wanted = np.zeros(images.num_rows, bool), reader.name(tag)
+        for column, names in zip(columns, words, strict=True):
+            found_N[column.post_T[np.array([name == wanted for name in names], bool)[column.tag_T]]] = True
+        return found_N
+
+    for rule, tags, least in (
+        ("required_any", rules.required_any, 1),
+        ("required_all", rules.required_all, len(rules.required_all)),
+    ):
+        if tags:
+            yield _required(rule, {tag: has(tag) for tag in tags}, least)
+
+
+def _required(rule: str, found: Mapping[str, NDArray[np.bool_]], least: int) -> Check:
+    """`found`: the rows that have each tag."""
+
+    def listed(row: int) -> str:
+        return ", ".join(tag for tag, has_N in found.items() if has_N[row]) or "none"
+
+    return Check(
+        rule,
+        np.sum(list(found.values()), axis=0) < least,
+        lambda row: ("lacks a required tag", f"has {listed(row)}"),
+        lambda row: f"{listed(row)}; asked for: {', '.join(found)}",
+    )
 
 
 def _shape(images: pa.Table, rules: Rules) -> Iterator[Check]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.errors import UsageError
-from pipeline.curation.admission import RULE_COLUMNS, checks
+from pipeline.curation.admission import checks, rule_columns
 from pipeline.curation.command import curate_command
 from pipeline.curation.quality import POST_COLUMNS, QualityTable
 from pipeline.curation.selection import Curation, read_scores
@@ -57,7 +57,7 @@ def _places(
 
 
 def _explained(store: Store, curation: Curation, name: str, shard: str, row: int) -> Iterator[str]:
-    images = read_images(store, shard, ["id", *RULE_COLUMNS])
+    images = read_images(store, shard, rule_columns(curation.rules))
     scores = read_scores(store, shard, images["id"], curation.rules)
     image, own = images.slice(row, 1), {label: values[row : row + 1] for label, values in scores.items()}
     results = list(checks(image, own, curation.rules, curation.quality, TagReader(curation.tags)))

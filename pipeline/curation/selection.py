@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.records import JUDGED, REJECTED, SELECTION, TAG_CATEGORIES
-from pipeline.curation.admission import RULE_COLUMNS, TAG_COLUMNS, checks, first_refusals
+from pipeline.curation.admission import TAG_COLUMNS, checks, first_refusals, rule_columns
 from pipeline.curation.copies import Copies, read_copies
 from pipeline.curation.quality import POST_COLUMNS, RATING_WORDS, QualityTable, era_words, posts_of
 from pipeline.curation.stage_rules import Rules
@@ -58,7 +58,7 @@ class ShardWork:
 def apply_rules(part: ShardWork, curation: Curation) -> None:
     """Writes judged/<shard>: for each row of images/<shard> the first rule that refuses it, or null."""
     store = Store(curation.dataset)
-    images = read_images(store, part.shard, ["id", *RULE_COLUMNS])
+    images = read_images(store, part.shard, rule_columns(curation.rules))
     scores = read_scores(store, part.shard, images["id"], curation.rules)
     results = checks(images, scores, curation.rules, curation.quality, cached_reader(curation.tags))
     refusals = first_refusals(results, images.num_rows)

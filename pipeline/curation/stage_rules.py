@@ -10,13 +10,14 @@ from typing import Any, Final, get_origin, get_type_hints
 from pipeline.core.errors import UsageError
 from pipeline.core.records import Rating
 from pipeline.curation.dedup import NEAR_BITS
+from pipeline.curation.leave_out import LeftOut
 from pipeline.curation.quality import ERA_WORDS, PRESETS
 from pipeline.sources import SOURCES
 from pipeline.tagging.tags import EXCLUDED, IMPLIED, TagReader, TagRules, read_list, read_pairs
 
 _SHIPPED = Path(__file__).parent / "rules"
 # Fields that name a file. A selection depends on the content of the file, not on its path.
-FILES: Final = ("artists_file", "aliases", "implications", "blacklist")
+FILES: Final = ("artists_file", "aliases", "implications", "blacklist", "leave_out_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,11 @@ class Rules:
     sources: tuple[str, ...] = SOURCES
     ratings: tuple[str, ...] = tuple(rating.value for rating in Rating)
     excluded: tuple[str, ...] = tuple(sorted(EXCLUDED))  # pictures with one of these tags are refused
+    # Tags, raw or as words, after aliases: pictures without any of these, or without all of those, are refused.
+    required_any: tuple[str, ...] = ()
+    required_all: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()  # pictures, works, artists and files that are refused: see leave_out.py
+    leave_out_file: str = ""  # text file with more of them, one per line
     preset: str = "kohaku"  # of the quality words
     quality: tuple[str, ...] = ()  # admits only pictures with one of these quality words
     eras: tuple[str, ...] = ()  # admits only pictures with one of these era words
@@ -151,10 +157,18 @@ def _scores(path: Path, given: Any) -> dict[str, ScoreRange]:
     return ranges
 
 
-def with_artists(rules: Rules) -> Rules:
-    """The rules with the artists of `artists_file` added to `artists`."""
-    listed = read_list(_text("artists_file", rules.artists_file))
-    return replace(rules, artists=tuple(dict.fromkeys([*rules.artists, *listed])), artists_file="")
+def with_lists(rules: Rules) -> Rules:
+    """The rules with the entries of `artists_file` and `leave_out_file`. Raises UsageError for an unreadable entry."""
+    lists: dict[str, Any] = {}
+    for name in ("artists", "leave_out"):
+        file = getattr(rules, f"{name}_file")
+        listed = read_list(_text(f"{name}_file", file))
+        lists |= {name: tuple(dict.fromkeys([*getattr(rules, name), *listed])), f"{name}_file": ""}
+    try:
+        LeftOut.of(lists["leave_out"])
+    except ValueError as error:
+        raise UsageError(f"leave_out: {error}; correct {rules.leave_out_file or 'the rule'}") from error
+    return replace(rules, **lists)
 
 
 def tag_rules(rules: Rules) -> TagRules:

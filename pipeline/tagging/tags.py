@@ -63,10 +63,10 @@ class TagReader:
         self._aliases = {as_words(old): as_words(new) for old, new in self._rules.aliases.items()}
         self._aliases = {old: self._last_name(old) for old in self._aliases}
         self._implications = {
-            self._name(tag): tuple(map(self._name, implied)) for tag, implied in self._rules.implications.items()
+            self.name(tag): tuple(map(self.name, implied)) for tag, implied in self._rules.implications.items()
         }
-        self._blacklist = frozenset(map(self._name, self._rules.blacklist))
-        self._excluded = frozenset(map(self._name, self._rules.excluded))
+        self._blacklist = frozenset(map(self.name, self._rules.blacklist))
+        self._excluded = frozenset(map(self.name, self._rules.excluded))
         self._implied = {tag: tuple(self._all_implied(tag)) for tag in self._implications}
         cached = lru_cache(_CACHED_TAGS)
         self.excluded = cached(self._find_excluded)
@@ -75,11 +75,16 @@ class TagReader:
 
     def _find_excluded(self, tag: str) -> str:
         """The tag as words if its pictures are excluded, else ""."""
-        return name if (name := self._name(tag)) in self._excluded else ""
+        return name if (name := self.name(tag)) in self._excluded else ""
 
     def _find_special(self, words: str) -> bool:
         """True if a general tag says who is in the picture."""
         return words in self._rules.special or _COUNT.fullmatch(words) is not None
+
+    def name(self, tag: str) -> str:
+        """The current name of a tag, as words."""
+        words = as_words(tag)
+        return self._aliases.get(words, words)
 
     def meaning(self, category: str, tag: str) -> tuple[str, ...]:
         """The tag as words, then everything that it implies, to be added or dropped as the rules say. () for a tag that
@@ -118,13 +123,8 @@ class TagReader:
             seen.append(words)
         return words
 
-    def _name(self, tag: str) -> str:
-        """The current name of a tag, as words."""
-        words = as_words(tag)
-        return self._aliases.get(words, words)
-
     def _find_meaning(self, tag: str, is_meta: bool) -> tuple[str, ...]:
-        words = self._name(tag)
+        words = self.name(tag)
         if not words or is_popularity_tag(tag) or words in self._blacklist:
             return ()
         if is_meta and any(part in words for part in self._rules.dropped_meta):

@@ -32,7 +32,7 @@ from pipeline.curation.copies import search_digest
 from pipeline.curation.plan import CurationInputs, read_inputs, rule_work, selection_work
 from pipeline.curation.quality import PRESETS, QualityTable, posts_of
 from pipeline.curation.selection import Curation
-from pipeline.curation.stage_rules import stage_rules, tag_rules, with_artists
+from pipeline.curation.stage_rules import stage_rules, tag_rules, with_lists
 from pipeline.ingestion.preflight import plan_shards
 from pipeline.ingestion.rules import IngestRules
 from pipeline.storage.manifest import NAME, Catalog, Manifest, _Entry
@@ -131,7 +131,7 @@ def add_dataset(server: StubS3, shards: int) -> None:
 
 
 def add_selection(files: Files, images: pa.Table, dataset: Store) -> None:
-    rules, folder = with_artists(stage_rules(STAGE, None, None)), f"selections/{STAGE}"
+    rules, folder = with_lists(stage_rules(STAGE, None, None)), f"selections/{STAGE}"
     inputs: CurationInputs = read_inputs(dataset, rules)
     quality = QualityTable.compute(PRESETS[rules.preset], posts_of(pa.concat_tables([images] * 500)))
     preset = {"name": rules.preset, **json.loads(json.dumps(asdict(PRESETS[rules.preset])))}

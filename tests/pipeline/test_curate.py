@@ -26,7 +26,7 @@ from pipeline.curation.compare import compare
 from pipeline.curation.explain import explain
 from pipeline.curation.plan import CurationInputs, plan_lines, read_inputs, rule_work
 from pipeline.curation.selection import Curation, ShardWork
-from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_artists
+from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules, with_lists
 from pipeline.curation.survey import quality_table
 from pipeline.storage import lease as leases
 from pipeline.storage import run_record
@@ -90,7 +90,7 @@ class Dataset:
         return self._resolved(rules, name, renew)[0]
 
     def _resolved(self, rules: Rules, name: str, renew: bool) -> tuple[Curation, CurationInputs]:
-        rules = with_artists(rules)
+        rules = with_lists(rules)
         inputs = read_inputs(self.store, rules)
         quality, borders = quality_table(self.store, f"selections/{name}", inputs, rules.preset, renew)
         self.store.write(f"selections/{name}/quality.json", borders.encode())
@@ -243,6 +243,36 @@ def test_the_digest_depends_on_rows_and_not_on_their_memory_layout() -> None:
     assert len({content_digest(pa.Table.from_pylist(each, schema)) for each in [rows, *changed]}) == 5
 
 
+def test_required_tags_admit_only_pictures_that_have_them(dataset: Dataset) -> None:
+    tags = {1: ["sky", "blue_eyes"], 2: ["sky"], 3: ["blue_eyes"], 4: ["night"]}
+    rows = [image(f"danbooru:{number}", tags_general=names) for number, names in tags.items()]
+    dataset.add("a", *rows, image("danbooru:5", tags_character=["night"], tags_general=["sky"]))
+    dataset.curate(replace(RULES, required_any=("blue eyes", "night")))
+    assert dataset.selected().keys() == {"danbooru:1", "danbooru:3", "danbooru:4", "danbooru:5"}
+    assert dataset.reasons() == {"danbooru:2": "lacks a required tag"}
+    dataset.curate(replace(RULES, required_all=("sky", "blue_eyes")))
+    assert dataset.selected().keys() == {"danbooru:1"}
+    assert dataset.rows("selections/test/rejected")["danbooru:5"]["detail"] == "has sky"
+
+
+def test_ids_works_artists_and_files_can_be_left_out(dataset: Dataset) -> None:
+    file = image("danbooru:2")
+    dataset.add(
+        "a", image("danbooru:1"), file, image("danbooru:3", tags_artist=["some_body"]), image("danbooru:11"),
+        image("pixiv:7_p0"), image("pixiv:7_p1"), image("pixiv:8_p0"), image("pixiv:8_p1"), image("pixiv:88_p0"),
+    )  # fmt: skip
+    left_out = ("danbooru:1", "pixiv:7", "pixiv:8_p1", "artist:some body", file["sha256"].upper())
+    dataset.curate(replace(RULES, leave_out=left_out))
+    assert dataset.selected().keys() == {"danbooru:11", "pixiv:8_p0", "pixiv:88_p0"}
+    assert set(dataset.reasons().values()) == {"left out"}
+
+
+@pytest.mark.parametrize("entry", ["7", "danbooru:x", "artist:", "pixiv:7_1", "abc"])
+def test_an_entry_to_leave_out_that_is_not_understood_is_refused(entry: str) -> None:
+    with pytest.raises(UsageError, match="is no danbooru:ID"):
+        with_lists(replace(RULES, leave_out=(entry,)))
+
+
 # --- Copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +397,7 @@ def test_captions_of_another_engine_are_chosen_by_name_and_recorded(dataset: Dat
     dataset.add("1", image("danbooru:1"))
     dataset.curate()
     with pytest.raises(UsageError, match=r"no captions/second.* --name second"):
-        read_inputs(dataset.store, with_artists(RULES), captions_folder="captions/second")
+        read_inputs(dataset.store, with_lists(RULES), captions_folder="captions/second")
     row = {"id": "danbooru:1", "caption": "By another.", "engine": "", "model": "", "prompt_version": ""}
     dataset.store.write_table("captions/second/1.parquet", pa.Table.from_pylist([row], CAPTIONS), CAPTIONS)
     curation = replace(dataset.curation(), captions="captions/second")

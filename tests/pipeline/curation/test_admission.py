@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.records import IMAGES
-from pipeline.curation.admission import RULE_COLUMNS, TAG_COLUMNS, checks, first_refusals
+from pipeline.curation.admission import TAG_COLUMNS, checks, first_refusals, rule_columns
 from pipeline.curation.quality import PRESETS, QualityTable, posts_of
 from pipeline.curation.stage_rules import Rules, ScoreRange, tag_rules
 from pipeline.tagging.tags import TagReader
 
 RULES = Rules(min_side=100)
 TAGS = TagReader(tag_rules(RULES))
-SCHEMA = pa.schema([IMAGES.field(name) for name in RULE_COLUMNS])
+SCHEMA = pa.schema([IMAGES.field(name) for name in rule_columns(RULES) if name != "id"])
 Row = dict[str, Any]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UsageError
-from pipeline.curation.stage_rules import RULES, ScoreRange, override, stage_rules, tag_rules, with_artists
+from pipeline.curation.stage_rules import RULES, ScoreRange, override, stage_rules, tag_rules, with_lists
 from pipeline.tagging.tags import TagReader
 
 EXAMPLE = Path(__file__).parents[3] / "pipeline" / "curation" / "rules" / "example.toml"
@@ -89,7 +89,7 @@ def test_files_beside_the_rules_file_precede_shipped_files_and_an_empty_name_mea
     tags = tag_rules(rules)
     assert (tags.aliases, tags.implications) == ({"old": "new"}, {})
     assert tags.blacklist == tag_rules(RULES["512"]).blacklist
-    assert with_artists(rules).artists == ("A", "b_c")
+    assert with_lists(rules).artists == ("A", "b_c")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from pipeline.core.records import IMAGES
 from pipeline.curation.execution import InThisProcess
 from pipeline.curation.plan import read_inputs
 from pipeline.curation.selection import Curation
-from pipeline.curation.stage_rules import Rules, tag_rules, with_artists
+from pipeline.curation.stage_rules import Rules, tag_rules, with_lists
 from pipeline.curation.survey import quality_table
 from pipeline.drawings.sample_posts import plan, shards
 from pipeline.ingestion import commit
@@ -87,7 +87,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def _curate(store: Store, name: str, rules: Rules) -> None:
-    rules = with_artists(rules)
+    rules = with_lists(rules)
     inputs = read_inputs(store, rules)
     quality, _ = quality_table(store, f"selections/{name}", inputs, rules.preset, renew=False)
     curation = Curation(store.root, name, rules, tag_rules(rules), quality)
