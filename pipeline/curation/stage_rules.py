@@ -9,6 +9,7 @@ from typing import Any, Final, get_origin, get_type_hints
 
 from pipeline.core.errors import UsageError
 from pipeline.core.records import Rating
+from pipeline.core.text_files import read_text
 from pipeline.curation.dedup import NEAR_BITS
 from pipeline.curation.leave_out import LeftOut
 from pipeline.curation.quality import ERA_WORDS, PRESETS
@@ -102,7 +103,7 @@ def override(rules: Rules, path: Path) -> Rules:
     Raises UsageError if a field is unknown, or its value has another type or is not a known word.
     """
     try:
-        given = tomllib.loads(path.read_text())
+        given = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--rules {path}: {error}; give a TOML file such as {_SHIPPED / 'example.toml'}") from error
     hints = get_type_hints(Rules)
@@ -201,6 +202,6 @@ def tag_rules(rules: Rules) -> TagRules:
 def _text(name: str, path: str) -> str:
     """The content of a file that a rule names, "" if it names none."""
     try:
-        return (_SHIPPED / path).read_text() if path else ""
+        return read_text(_SHIPPED / path) if path else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'{name} = {path!r} cannot be read ({error}); give the path of a text file, or ""') from error

@@ -4,6 +4,7 @@ import ast
 import html
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,7 +60,8 @@ def tag_name(item: Any) -> str:
     if isinstance(item, Mapping):
         item = next((item[name] for name in _NAME_FIELDS if not is_missing(item.get(name))), "")
     name = _ENTITY.sub(lambda found: html.unescape(found[0]), str(item))
-    return _ESCAPED.sub(r"\1", name).strip().replace(" ", "_")
+    name = _ESCAPED.sub(r"\1", name).strip().replace(" ", "_")
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def tag_names(value: Any, commas: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UsageError
+from pipeline.core.text_files import read_text
 
 # Fields of a line in a .jsonl prompt file and of a picture's metadata.
 FIELDS: dict[str, type] = {
@@ -60,7 +61,7 @@ def read_prompts(path: Path) -> list[PictureSpec]:
     """
     try:
         # Not splitlines, which also splits at characters that JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path}: {error}. Give a text file with a prompt per line, or a .jsonl.") from error
     numbered = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

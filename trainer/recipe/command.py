@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, default_dataset, default_run, local_path
+from pipeline.core.text_files import read_text
 from trainer.health.notify import check_address
 
 
@@ -69,7 +70,7 @@ class Command:
             return None
         path = local_path("--prompts", self.prompts)
         try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts {path}: {error}; give a text file with one prompt per line") from error
         if not prompts:

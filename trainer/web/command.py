@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.core.errors import UsageError
 from pipeline.core.jobs import Parser, default_run
+from pipeline.core.text_files import read_text
 
 Logins = list[tuple[str, str]]  # names and passwords
 
@@ -58,7 +59,7 @@ def _logins(file: str | None, variable: str | None) -> Logins | None:
     if file is None:
         return None if variable is None else read_logins(variable, "HDM_PAGE_PASSWORD")
     try:
-        return read_logins(Path(file).read_text(), f"--password-file {file}")
+        return read_logins(read_text(Path(file)), f"--password-file {file}")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--password-file {file}: {error}. Give a text file of NAME:PASSWORD lines.") from error
 
