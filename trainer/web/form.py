@@ -13,6 +13,7 @@ from trainer.drawing.settings import LARGEST_SIDE, PictureRequest, SamplingSetti
 FORM = (
     "prompt", "negative", "width", "height", "steps", "guidance", "sampler", "seed", "x_shift", "y_shift", "zoom",
 )  # fmt: skip
+_LARGEST_EXACT = 2**53 - 1  # JavaScript's Number.MAX_SAFE_INTEGER
 _MAX_TEXT = 4000  # characters; the text encoder reads far fewer
 # Camera (x shift, y shift, zoom) of each example in turn.
 _CAMERAS = ((0.0, 0.0, 1.0), (0.25, 0.0, 1.0), (0.0, 0.0, 1.4), (-0.25, 0.0, 1.0), (0.0, 0.25, 1.0), (0.0, 0.0, 0.75))
@@ -65,6 +66,8 @@ def _typed(name: str, value: Any) -> Any:
     if wanted is int:
         if not math.isfinite(value) or value != int(value):
             raise ValueError(f"{_label(name)} {value}: must be a whole number")
+        if abs(value) > _LARGEST_EXACT:
+            raise ValueError(f"{_label(name)}: at most {_LARGEST_EXACT:,}, because browsers round larger numbers")
         return int(value)
     return float(value)
 

@@ -18,6 +18,7 @@ def test_a_form_requests_one_picture_and_whole_numbers_may_be_floats() -> None:
     request = read_form(GOOD | {"width": 64.0, "seed": 7.0, "zoom": 2}, LIMITS)
     assert (request.prompt, request.seed, request.settings.width, request.settings.zoom) == ("red star", 7, 64, 2.0)
     assert isinstance(request.seed, int)
+    assert read_form(GOOD | {"seed": 2**53 - 1}, LIMITS).seed == 2**53 - 1
     assert isinstance(request.settings.zoom, float)
     assert read_form(GOOD | {"prompt": None, "negative": None}, LIMITS).prompt == ""
 
@@ -51,6 +52,8 @@ def test_a_form_requests_one_picture_and_whole_numbers_may_be_floats() -> None:
         ("steps", 1001, "1000 at most"),
         ("seed", -1, "seed"),
         ("seed", 2.0**70, "seed"),
+        ("seed", 2.0**53, "seed: at most 9,007,199,254,740,991, because browsers round larger numbers"),
+        ("seed", 890238189411846300, "seed: at most"),
         ("sampler", "ddim", "euler, heun"),
         ("sampler", None, "euler, heun"),
         ("sampler", {"a": 1}, "sampler"),
