@@ -32,8 +32,9 @@ def build_request(spec: PictureSpec, side: int) -> PictureRequest:
 
 
 def fit_to_model(model: PictureModel, requests: Sequence[PictureRequest]) -> list[PictureRequest]:
-    """The requests with sides rounded to whole tokens, with a notice, and with the time shift filled in."""
-    fitted, printed = [], set()
+    """The requests with sides rounded to whole tokens, with a notice, and with the time shift filled in. What is not
+    read of a prompt that is too long is printed, too."""
+    fitted, printed = [], set[str]()
     for request in requests:
         asked, settings = request.settings, model.round_size(request.settings)
         if (settings.width, settings.height) != (asked.width, asked.height):
@@ -41,6 +42,9 @@ def fit_to_model(model: PictureModel, requests: Sequence[PictureRequest]) -> lis
             if sizes not in printed:
                 print(f"sample: {sizes}: sides are multiples of {model.token} pixels", flush=True)
             printed.add(sizes)
+        if (unread := model.unread(request)) and unread not in printed:
+            print(f"sample: a prompt is longer than {model.text_tokens} tokens; not read: {unread!r}", flush=True)
+            printed.add(unread)
         fitted.append(replace(request, settings=replace(settings, shift=model.time_shift(settings))))
     return fitted
 

@@ -21,7 +21,7 @@ from trainer.diffusion.keyed_random import sample_key
 from trainer.diffusion.positions import camera
 from trainer.diffusion.sampler import OnStep, Velocity, euler, guided, guided_apart, heun
 from trainer.drawing.picture_files import Pixels
-from trainer.drawing.settings import SamplingSettings
+from trainer.drawing.settings import PictureRequest, SamplingSettings
 from trainer.encoders.latents import Codec
 from trainer.encoders.load_codec import load_codec
 from trainer.encoders.text import TextEncoder, load_text_encoder
@@ -142,6 +142,14 @@ class PictureModel:
                 f"{width} x {height} pixels are {tokens} tokens of {token} pixels, more than the {_MAX_TOKENS} that "
                 "can be drawn. Ask for a smaller picture."
             )
+
+    def unread(self, request: PictureRequest) -> str:
+        """What the model does not read of a prompt or a negative prompt that is too long; "" if it reads both whole."""
+        parts = [
+            self.encoder.unread(text, self.text_tokens, pads_text(self.model.config))
+            for text in (request.prompt, request.settings.negative)
+        ]
+        return " … ".join(filter(None, parts))
 
     def max_batch(self, settings: SamplingSettings) -> int:
         """How many pictures of this size `draw` puts into one batch."""

@@ -87,7 +87,7 @@ class TextEncoder:
         # With a prefix, the BOS that some tokenizers add would be a second one.
         ids = self.tokenizer(list(texts), verbose=False, add_special_tokens=not self.prefix)["input_ids"]
         self.cut_texts += sum(len(row) > max_tokens for row in ids)
-        end = 0 if padding_is_text else min(_KEPT_AT_END, max_tokens // 4)
+        end = _kept_at_end(max_tokens, padding_is_text)
         ids = [_shortened(row, max_tokens, end) or [self._empty_token] for row in ids]
         longest = max(len(row) for row in ids)
         length = max_tokens if padding_is_text else min(max_tokens, math.ceil(longest / multiple) * multiple)
@@ -107,6 +107,17 @@ class TextEncoder:
         if padding_is_text:
             return hidden_BTD, torch.ones_like(mask_BT)
         return hidden_BTD.masked_fill(~mask_BT[:, :, None], 0), mask_BT
+
+    def unread(self, text: str, max_tokens: int, padding_is_text: bool = False) -> str:
+        """The part of a text that `encode` cuts out, as it was written; "" if all of it is read."""
+        places = self.tokenizer(text, verbose=False, add_special_tokens=not self.prefix, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        if len(places) <= max_tokens:
+            return ""
+        end = _kept_at_end(max_tokens, padding_is_text)
+        cut = places[max_tokens - end : len(places) - end]
+        return text[cut[0][0] : cut[-1][1]].strip()
 
     @torch.no_grad()
     def statistics(self, texts: Sequence[str], max_tokens: int, batch: int = 32) -> tuple[Tensor, Tensor]:
@@ -128,6 +139,11 @@ class TextEncoder:
         deviation_D = (squares_D / count - mean_D.square()).clamp(min=0).sqrt()
         # A feature that does not vary must not be blown up.
         return mean_D.float(), deviation_D.clamp(min=max(1e-6, 0.01 * deviation_D.median().item())).float()
+
+
+def _kept_at_end(max_tokens: int, padding_is_text: bool) -> int:
+    """Tokens at the end of a text that is too long that are kept."""
+    return 0 if padding_is_text else min(_KEPT_AT_END, max_tokens // 4)
 
 
 def _shortened(row: list[int], most: int, end: int) -> list[int]:

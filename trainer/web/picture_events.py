@@ -95,9 +95,9 @@ def remove_picture(path: Path) -> None:
 def _summary(wanted: PictureRequest, drawn: DrawnPicture, seconds: float) -> str:
     asked, used = wanted.settings, drawn.request.settings
     text = f"{used.width} × {used.height} pixels, {used.steps} steps, seed {wanted.seed}, in {seconds:.1f} s"
-    if (asked.width, asked.height) == (used.width, used.height):
-        return text
-    return f"{text}; {asked.width} × {asked.height} was rounded: sides are whole tokens"
+    if (asked.width, asked.height) != (used.width, used.height):
+        text += f"; {asked.width} × {asked.height} was rounded: sides are whole tokens"
+    return f"{text}; the prompt is too long, not read: {drawn.unread}" if drawn.unread else text
 
 
 def status(text: str) -> str:

@@ -27,6 +27,7 @@ class DrawnPicture:
     pixels: Pixels
     request: PictureRequest  # with the rounded size and the time shift that were used
     made_with: dict[str, Any]  # PictureModel.made_with
+    unread: str = ""  # part of a prompt that was too long
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def draw_picture(model: PictureModel, request: PictureRequest, on_step: OnStep) 
     except torch.OutOfMemoryError as error:
         size = f"{settings.width} x {settings.height}"
         raise ValueError(f"the GPU has not enough memory for {size} pixels: ask for a smaller picture") from error
-    return DrawnPicture(pixels, replace(request, settings=settings), model.made_with)
+    return DrawnPicture(pixels, replace(request, settings=settings), model.made_with, model.unread(request))
 
 
 async def stream_picture(model: PictureModel, request: PictureRequest) -> AsyncIterator[DrawingStep | DrawnPicture]:

@@ -478,3 +478,19 @@ def test_the_same_captions_and_seed_give_the_same_bytes(folder: Path, tmp_path: 
         same = [(tmp_path / copy / name).read_bytes() == (folder / name).read_bytes() for copy in ("again", "other")]
         assert same == [True, name != "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+
+
+@pytest.mark.parametrize("padding_is_text", [False, True])
+def test_what_is_not_read_of_a_long_text_is_told(encoder: TextEncoder, padding_is_text: bool) -> None:
+    words = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+    text = ", ".join(words)
+    assert encoder.unread("red ball", 40) == ""
+    unread = encoder.unread(text, 40, padding_is_text)
+    assert unread in text
+    before, after = text.split(unread)
+    read = tokens(encoder, [before])[0] + tokens(encoder, [after])[0]
+    assert len(read) <= 40 + 2, "joined anew, a word beside the cut may be two tokens"
+    assert (after.strip() == "") == padding_is_text
+    shortened, _ = encoder.encode([text], 40, 1, padding_is_text)
+    changed, _ = encoder.encode([text.replace(unread, unread.upper())], 40, 1, padding_is_text)
+    assert shortened.shape == changed.shape
