@@ -5,6 +5,7 @@ The order of the checks, each of which sees the result of the one before:
     wrong language                                              before anything that reads English
     preamble, opener, separators, markup                        removed and noted
     repetition loop                                             before truncation, with which most loops end
+    chatter                                                     what the model says to its user (chatter.py)
     truncation                                                  cut to the last whole sentence, or rejected
     too short, too long
     invented name, people, hair colour, eye colour              against the tags (grounding.py)
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
+from captioner.chatter import has_chatter, without_thinking
 from captioner.grounding import contradiction
 from captioner.requests import Answer, CaptionReason, CaptionRequest, Note
 from captioner.words import QUOTED, WORD, word_set
@@ -32,12 +34,17 @@ _FINISH_REASONS: Final = {"repetition": CaptionReason.LOOP, "content_filter": Ca
 def check(text: str, finish_reason: str | None, request: CaptionRequest) -> Answer:
     """The answer to this request. `finish_reason` is that of vLLM or OpenAI's API ("stop", "length" ...), None if
     unknown."""
+    told = without_thinking(text)
+    thought, text = told != text.strip(), told
     reason = unusable(text) or _FINISH_REASONS.get(finish_reason or "")
     if reason:
         return Answer(request.id, None, reason)
     caption, notes = clean(text)
+    notes = (Note.THINKING, *notes) if thought else notes
     if is_loop(caption):
         return Answer(request.id, None, CaptionReason.LOOP, notes)
+    if has_chatter(caption):
+        return Answer(request.id, None, CaptionReason.CHATTER, notes)
     whole = whole_sentences(caption)
     if whole != caption:
         if _count_words(whole) < _MIN_WORDS_AFTER_CUT:
@@ -58,7 +65,11 @@ def check(text: str, finish_reason: str | None, request: CaptionRequest) -> Answ
 # Special tokens of Pixtral and of other templates, also cut in half; but not everything in brackets, such as "[OPEN]".
 _LEAKED = re.compile(
     r"\[/?(?:INST|IMG|TOOL_|AVAILABLE_TOOLS|SYSTEM_PROMPT|PREFIX\]|MIDDLE\]|SUFFIX\]|control_\d)|<SPECIAL_\d"
-    r"|<\||\|>|<</?SYS>>|</?(?:s|unk|pad|image|mask)>"
+    r"|<\||\|>|<\uff5c|\uff5c>|\u25c1|\u2581|<</?SYS>>|</?(?:s|unk|pad|image|mask)>"
+    r"|\[(?:EOS|BOS|PAD|UNK|SEP|CLS|MASK|/?RESPONSE)\]"
+    r"|(?i:</?(?:bos|eos|img|box|ref|quad|answer|caption|think(?:ing)?|thought|reasoning|tool_call|response"
+    r"|(?:start|end)_of_(?:turn|image)|image_soft_token|unused\d+|extra_id_\d+|0x[0-9a-f]{2})>)"
+    r"|(?i:(?:^|\n)\s*(?:#+\s*)?(?:assistant|user|human|system|instruction|model|gpt)\s*:)"
 )
 _REFUSAL_WITHIN = 120  # characters from the start of the text
 # Only at the start of a sentence, because a girl may hold a sign that says "I'm sorry".

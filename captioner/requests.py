@@ -30,6 +30,7 @@ class CaptionReason(StrEnum):
     CONTROL = "control characters"
     REFUSAL = "refusal"
     LANGUAGE = "wrong language"
+    CHATTER = "chatter"
     LOOP = "repetition loop"
     TRUNCATED = "truncated"
     TOO_SHORT = "too short"
@@ -45,6 +46,7 @@ class Note(StrEnum):
     """A fix that was applied to a caption, or a fact about it that is counted."""
 
     PREAMBLE = "preamble"  # "Sure! Here is a description:"
+    THINKING = "thinking"  # "<think> ... </think>"
     OPENER = "opener"  # "The image shows"
     SEPARATOR = "separator"
     CUT = "cut to the last sentence"

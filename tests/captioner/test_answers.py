@@ -88,11 +88,10 @@ def test_a_refusal_is_recognised(text: str) -> None:
     [
         'A girl holds a card that says "I\'m sorry" and bows deeply in front of a closed door.',
         "An AI robot sits at a desk, and as an artist would, holds a brush over an empty canvas.",
-        f"{PLAIN} The rain falls in thin lines over the empty crossing. I'm sorry to say it is late.",
         "A boy who is unable to reach the shelf stands on a stack of books. Nobody is there to help.",
     ],
 )
-def test_an_apology_in_the_picture_or_far_into_the_text_is_not_a_refusal(text: str) -> None:
+def test_an_apology_in_the_picture_is_not_a_refusal(text: str) -> None:
     assert verdict(text, {}).reason is None
 
 
