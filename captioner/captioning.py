@@ -32,6 +32,7 @@ class Outcome:
     tokens_in: int = 0  # sum over all attempts: what was computed and paid for
     tokens_out: int = 0
     raw_text: str = ""  # the model's own words in the last attempt that it answered
+    failure: str = ""  # what the engine said of the last request that failed
 
 
 async def caption_image(
@@ -61,6 +62,7 @@ async def caption_image(
             answer = Answer(request.id, None, EngineFailure.TIMEOUT)
         except RequestFailed as error:
             answer = Answer(request.id, None, error.failure)
+            outcome = replace(outcome, failure=error.detail)
         else:
             answer = check(completion.text, completion.finish_reason, request)
             outcome = replace(

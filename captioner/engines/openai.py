@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -23,6 +24,12 @@ T = TypeVar("T")
 _MAX_RESPONSE_BYTES: Final = 1 << 20  # a caption has a few hundred bytes
 _MAX_TOKENS: Final = 1 << 24  # of one answer: the sum of three fits into a 32-bit column
 _MAX_PAUSE: Final = 60.0  # seconds, whatever a server asks for
+_UNSUPPORTED: Final = re.compile(
+    r"(?:not|un|in)[ _-]?(?:supported|recognized|known|permitted|allowed|expected|valid)|extra[ _](?:inputs|fields)"
+    r"|does not support|unsupported|no longer",
+    re.IGNORECASE,
+)
+_PARAMETER: Final = re.compile(r"\b(?:max_tokens|temperature|top_p|seed|max_completion_tokens)\b")
 _RETRIED: Final = {408: EngineFailure.TIMEOUT} | dict.fromkeys((409, 425, 429), EngineFailure.BUSY)  # by status
 
 
@@ -61,6 +68,7 @@ class OpenAIEngine:
         self.model = model
         self._settings = settings
         self._session = session
+        self._unsupported: set[str] = set()  # parameters that the server has refused
 
     @classmethod
     async def connect(cls, settings: ServerSettings) -> "OpenAIEngine":
@@ -78,22 +86,39 @@ class OpenAIEngine:
 
     async def complete(self, prompt: Prompt, image: Image.Image, params: CompletionParams) -> Completion:
         picture = {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_url, image)}}
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt.content(picture)}],
-            "seed": params.seed,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-        }
+        asked = {"model": self.model, "messages": [{"role": "user", "content": prompt.content(picture)}]}
+        while True:
+            body = asked | self._parameters(params)
+            url = f"{self._settings.api}/chat/completions"
 
-        async def ask() -> Completion:
-            return parse_completion(await _ask(self._session, "POST", f"{self._settings.api}/chat/completions", body))
+            async def ask(url: str = url, body: dict[str, Any] = body) -> Completion:
+                return parse_completion(await _ask(self._session, "POST", url, body))
 
-        return await _with_retries(ask, self._settings)
+            try:
+                return await _with_retries(ask, self._settings)
+            except RequestFailed as error:
+                name = unsupported_parameter(error)
+                if name not in body:
+                    raise
+                self._unsupported.add(name)  # for all later requests, too
+
+    def _parameters(self, params: CompletionParams) -> dict[str, Any]:
+        """The sampling parameters under names that the server takes; without those that it refuses."""
+        names = {"seed": params.seed, "temperature": params.temperature, "top_p": params.top_p}
+        limit = "max_completion_tokens" if "max_tokens" in self._unsupported else "max_tokens"
+        found = names | {limit: params.max_tokens}
+        return {name: value for name, value in found.items() if name not in self._unsupported}
 
     async def close(self) -> None:
         await self._session.close()
+
+
+def unsupported_parameter(error: RequestFailed) -> str:
+    """The sampling parameter that a server refuses, as OpenAI's newer models refuse max_tokens, or ""."""
+    if error.failure is not EngineFailure.REFUSED or not _UNSUPPORTED.search(error.detail):
+        return ""
+    found = _PARAMETER.search(error.detail)
+    return found[0] if found else ""
 
 
 def data_url(image: Image.Image) -> str:

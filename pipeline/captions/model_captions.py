@@ -1,6 +1,7 @@
 """Asks an engine about many pictures at a time, whatever happens to the engine. Knows neither shards nor Ray."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -20,6 +21,7 @@ from pipeline.captions.stats import EngineTimes
 from pipeline.core.errors import JobStopped
 
 _MAX_DEATHS: Final = 3  # of engines while they had the same picture: then it gets the caption of its tags
+_MOST_TOLD: Final = 20
 _MAX_FUTILE_DEATHS: Final = 6  # of engines in a row that answered nothing
 # The job stops after more failures of the engine in this many rows: another thousand rows would not fare better.
 _FAILURE_WINDOW: Final = 1000
@@ -59,6 +61,7 @@ class Captioner:
         self._stopped = ""  # reason
         self._one_suspect = asyncio.Lock()
         self._futile_deaths = 0  # of engines since one last answered
+        self._told = set[str]()  # what engines said of requests that failed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="captioner")
         self._thread.start()
@@ -148,12 +151,17 @@ class Captioner:
         """Raises EngineUnusable if the engine fails too often, or failed too often before."""
         reason = outcome.answer.reason
         self._failures.append(str(reason) if reason in ENGINE_FAILURES else "")
+        if outcome.failure and outcome.failure not in self._told:
+            self._told.add(outcome.failure)
+            if len(self._told) <= _MOST_TOLD:  # the worker's log
+                print(f"caption: {outcome.answer.id}: {reason}: {outcome.failure}", file=sys.stderr, flush=True)
         failures = Counter(filter(None, self._failures))
         if failures.total() > _MAX_FAILURES:
             [(most_frequent, _)] = failures.most_common(1)
+            said = f" ({outcome.failure})" if outcome.failure else ""
             self._stopped = self._stopped or (
                 f"the engine failed on {failures.total()} of the last {len(self._failures)} rows, mostly: "
-                f"{most_frequent}; fix it, run the same command again, and once more with --retry-rejected"
+                f"{most_frequent}{said}; fix it, run the same command again, and once more with --retry-rejected"
             )
         if self._stopped:
             raise EngineUnusable(self._stopped)

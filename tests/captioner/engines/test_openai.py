@@ -290,3 +290,53 @@ def test_concurrent_requests_are_not_limited(server: Server) -> None:
             await engine.close()
 
     assert len(asyncio.run(all_at_once())) == 150
+
+
+def unsupported(name: str) -> tuple[int, dict[str, Any]]:
+    message = f"Unsupported parameter: '{name}' is not supported with this model."
+    return 400, {"error": {"message": message, "param": name, "code": "unsupported_parameter"}}
+
+
+def test_parameters_that_a_server_refuses_are_renamed_or_left_out_for_good(server: Server) -> None:
+    server.answers = [unsupported("max_tokens"), unsupported("temperature")]
+
+    async def ask_twice() -> None:
+        engine = await OpenAIEngine.connect(ServerSettings(url=server.url, tries=1))
+        try:
+            for _ in range(2):
+                assert (await engine.complete(PROMPT, PICTURE, PARAMS)).text == "A red star."
+        finally:
+            await engine.close()
+
+    asyncio.run(ask_twice())
+    parameters = [set(body) - {"model", "messages"} for _, _, body in server.asked]
+    assert parameters == [
+        {"seed", "temperature", "top_p", "max_tokens"},
+        {"seed", "temperature", "top_p", "max_completion_tokens"},
+        {"seed", "top_p", "max_completion_tokens"},
+        {"seed", "top_p", "max_completion_tokens"},
+    ]
+    assert server.asked[1][2]["max_completion_tokens"] == PARAMS.max_tokens
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (400, {"error": "max_tokens must be at most 32"}),
+        (400, {"error": "the picture is not supported"}),
+        (422, {"error": "temperature must be positive"}),
+    ],
+)
+def test_other_refusals_are_told_in_the_servers_words(server: Server, answer: Any) -> None:
+    server.answers = [answer]
+    with pytest.raises(RequestFailed) as refused:
+        ask(server)
+    assert answer[1]["error"] in refused.value.detail
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_refuses_a_parameter_again_and_again_is_not_asked_for_ever(server: Server) -> None:
+    server.answers = [unsupported("max_tokens")] * 5
+    with pytest.raises(RequestFailed, match="max_tokens"):
+        ask(server)
+    assert len(server.asked) == 2

@@ -164,7 +164,7 @@ def test_an_engine_that_fails_on_too_many_rows_stops_the_job(monkeypatch: pytest
     monkeypatch.setattr("pipeline.captions.model_captions._MAX_FAILURES", 20)
     captioner = new_captioner(Script(refuses=True))
     assert {reason for *_, reason in captions(captioner.caption(pending(*range(20))))} == {EngineFailure.REFUSED}
-    stopped = r"^the engine failed on 21 of the last 21 rows, mostly: engine refused the request; fix it"
+    stopped = r"^the engine failed on 21 of the last 21 rows, mostly: engine refused the request \(told to\); fix it"
     for first in (20, 30):  # also rows that were never asked
         with pytest.raises(JobStopped, match=stopped):
             captioner.caption(pending(*range(first, first + 10)))
