@@ -17,7 +17,7 @@ PIPELINE_LEVELS = (
     ("core",),
     ("storage",),
     ("pictures", "tagging"),
-    ("sources", "ingestion", "captions", "scores", "curation", "drawings"),
+    ("sources", "ingestion", "captions", "scores", "curation", "drawings", "exports"),
     ("reporting",),
     ("jobs",),
 )
