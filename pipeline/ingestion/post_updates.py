@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.records import POSTS, TAG_CATEGORIES, Post, Rejected
+from pipeline.ingestion.raw_profiles import name_columns
 from pipeline.ingestion.rules import IngestRules
 from pipeline.sources import ADMISSIBLE, SITES
 from pipeline.sources.pictures import IMAGE_COLUMNS
@@ -128,17 +129,11 @@ def _rows(part: MetadataPart, rules: IngestRules) -> Iterator[tuple[dict[str, An
         columns = [column for column, field in named.items() if field not in IMAGE_COLUMNS]
         given = [name for name, _ in part.reading.constants]
         refreshes = SITES[part.source].refreshes([*(named[column] for column in columns), *given])
-        columns += [path for path in _paths(parquet.schema_arrow) if path.partition(".")[0] in named]
+        columns += name_columns(parquet.schema_arrow, named)
         groups = range(part.first_group, part.first_group + part.groups)
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
             for row in _as_rows(rules.named(batch)):
                 yield row, refreshes
-
-
-def _paths(schema: pa.Schema) -> list[str]:
-    """Columns with the file names of pictures, which tell the pages of Pixiv's works."""
-    structs = [name for name in schema.names if name in IMAGE_COLUMNS and pa.types.is_struct(schema.field(name).type)]
-    return [f"{name}.path" for name in structs if schema.field(name).type.get_field_index("path") >= 0]
 
 
 def _as_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:

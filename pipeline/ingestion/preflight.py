@@ -19,8 +19,6 @@ from pipeline.ingestion.rules import IngestRules, RawShard, tier_folder
 from pipeline.storage.manifest import Catalog
 from pipeline.storage.shards import Store
 
-_FOLDERS_SHOWN = 20
-
 
 @dataclass(frozen=True)
 class IngestPlan:
@@ -51,8 +49,7 @@ class IngestPlan:
         yield f"{len(parts)} raw shards, {sum(raw.rows for raw in parts):,} rows, {_size(sum(map(_bytes, parts)))}"
         for layout, count in sorted(Counter(raw.layout for raw in parts).items()):
             yield f"  {count} x {layout}"
-        for folder, lines in sorted(self.raw.profiles.lines.items())[:_FOLDERS_SHOWN]:
-            yield from (f"  {folder}: {line}" for line in lines)
+        yield from (f"  {line}" for line in self.raw.profiles.described())
         if parts:
             largest = max(parts, key=lambda raw: raw.largest_group)
             yield f"  largest row group: {_size(largest.largest_group)}, in {largest.path}"

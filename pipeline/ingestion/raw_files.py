@@ -33,6 +33,7 @@ class RawFiles:
     """
 
     def __init__(self, paths: list[str], dataset: Store) -> None:
+        self.empty: list[str] = []  # files of no known layout that have no rows
         self.skipped: dict[str, int] = {}  # folders of datasets, and the parquet files in each
         listed: dict[str, FileInfo] = {}
         for path in paths:
@@ -72,6 +73,8 @@ class RawFiles:
         """What was skipped, for the terminal."""
         for folder, count in sorted(self.skipped.items()):
             yield f"skipped {folder}: a dataset of this program, not raw files ({count} parquet files)"
+        if self.empty:
+            yield f"skipped {len(self.empty)} files without rows, for example {self.empty[0]}"
         if self.own:
             yield f"skipped {len(self.own)} files written by this program, for example {self.own[0]}"
 
@@ -107,19 +110,27 @@ class RawFiles:
 
         `recognised` gives the source of a file from its path and fields; its ValueErrors become UsageErrors.
         """
-        alike: dict[tuple[pa.Schema, str, tuple[str, ...]], list[str]] = defaultdict(list)
+        alike: dict[tuple[pa.Schema, str, str, tuple[str, ...]], list[str]] = defaultdict(list)
         for path, footer in self.footers.items():
-            alike[footer.schema, folder_of(path), tuple(partitions(path, rules))].append(path)
+            given = tuple(partitions(path, rules))
+            alike[footer.schema, footer.features, folder_of(path), given].append(path)
         found: dict[str, ReadAs] = {}
-        for (schema, _, given), paths in alike.items():
+        for (schema, features, _, given), paths in alike.items():
             try:
                 source = recognised(paths[0], [*_named(schema, rules).names, *given])
             except ValueError as error:
+                if not any(self.footers[path].rows for path in paths):  # without rows, writers do not know the types
+                    self.empty += paths
+                    continue
                 raise UsageError(f"{paths[0]} is {error}") from error
-            reading = self.profiles.of(paths, schema, source, rules)
+            reading = self.profiles.of(
+                {path: self.footers[path].digest for path in paths}, schema, features, source, rules
+            )
             for path in paths:
                 constants = tuple(sorted(partitions(path, rules).items()))
                 found[path] = ReadAs(source, replace(reading, constants=constants), paths[0])
+        for path in self.empty:
+            self.footers.pop(path, None)
         return {path: found[path] for path in self.footers}
 
 

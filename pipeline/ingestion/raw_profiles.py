@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -16,17 +16,19 @@ from pipeline.core.errors import S3Refused, S3Unavailable, UsageError
 from pipeline.ingestion.rules import IngestRules
 from pipeline.sources import FIELDS, SITES
 from pipeline.sources.pictures import IMAGE_COLUMNS
-from pipeline.sources.reading import Profile, Reading, profile
+from pipeline.sources.reading import UNCERTAIN, Profile, Reading, profile
 from pipeline.storage.fingerprints import digest
 from pipeline.storage.row_reader import open_parquet
 from pipeline.storage.shards import Store
 
 _FILE: Final = "raw-profiles.json"  # in the dataset
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _FILES: Final = 8  # of a layout that samples are taken from, evenly spaced
 _GROUPS: Final = 3  # row groups of each, likewise
 _ROWS: Final = 200  # rows of each
+_ENOUGH: Final = 50  # samples: a reading that fewer decided is decided again when more files join the folder
 _READERS: Final = 8
+_SHOWN: Final = 60  # lines of a plan, beside the uncertain ones
 _NO_VALUE: Final = "__HIVE_DEFAULT_PARTITION__"
 _IDS: Final = frozenset({"id", "parent_id", "pixiv_id"})
 _PARTITION: Final = re.compile(r"([^=]+)=(.*)")
@@ -34,30 +36,61 @@ _PARTITION: Final = re.compile(r"([^=]+)=(.*)")
 
 class RawProfiles:
     """The readings of raw files. A recorded one stays as it is, so that more files of a folder change no finished
-    shard; what is new is read from samples."""
+    shard; what is new, or was decided from few samples, is read from samples."""
 
     def __init__(self, dataset: Store) -> None:
         self._dataset = dataset
         self._recorded = _load(dataset)
         self._changed = False
-        self.lines: dict[str, tuple[str, ...]] = {}  # of the plan, by folder
+        self._labelled: dict[str, tuple[str, Sequence[str]]] = {}  # first file and labelled fields, by layout
+        self.lines: dict[str, dict[str, None]] = {}  # of the plan, by folder, in order
 
-    def of(self, paths: Sequence[str], schema: pa.Schema, source: str, rules: IngestRules) -> Reading:
-        """The reading of files with this schema, of one folder. Raises UsageError for what would be misread."""
+    def of(
+        self, files: Mapping[str, str], schema: pa.Schema, features: str, source: str, rules: IngestRules
+    ) -> Reading:
+        """The reading of files (path -> digest) with this schema and these features (their hash), of one folder.
+
+        Raises UsageError for what would be misread.
+        """
+        paths = list(files)
         folder, constants = folder_of(paths[0]), partitions(paths[0], rules)
         _check_types(paths[0], schema, rules)
         names = [str(field) for field in schema]
-        key = digest([_FORMAT, folder, names, source, rules.renamed, asdict(rules.reading), sorted(constants)])
-        if key not in self._recorded:
-            found = self._profile(paths, source, rules, constants)
-            if found.problems:
-                raise UsageError(f"{paths[0]}: {found.problems[0]}")
-            # Folder names differ within a layout: they are no part of the record.
-            self._recorded[key] = replace(found, reading=replace(found.reading, constants=()))
+        layout = [_FORMAT, folder, names, source, rules.renamed, asdict(rules.reading), sorted(constants)]
+        key, key_of_few = digest([*layout, features]), digest([*layout, features, sorted(files.items())])
+        known = self._recorded.get(key) or self._recorded.get(key_of_few)
+        if known is None:
+            known, samples = self._profile(paths, source, rules)
+            if known.problems:
+                raise UsageError(f"{paths[0]}: {known.problems[0]}")
+            self._recorded[key if samples >= _ENOUGH else key_of_few] = known
             self._changed = True
-        known = self._recorded[key]
-        self.lines[folder or "."] = known.lines
+        labelled = [name for name, _ in known.reading.labels]
+        other, others = self._labelled.setdefault(digest(layout), (paths[0], labelled))
+        if labelled != others:
+            named, unnamed = (paths[0], other) if len(labelled) > len(others) else (other, paths[0])
+            field = sorted({*labelled} ^ {*others})[0]
+            raise UsageError(
+                f"{field} holds class labels that {named} names in its footer and {unnamed} does not: put the files "
+                "into folders of their own, or write the names in place of the numbers"
+            )
+        self.lines.setdefault(folder or ".", {}).update(dict.fromkeys(known.lines))
         return known.reading
+
+    def described(self) -> Iterator[str]:
+        """How columns are read, for the terminal. Folders that are read alike share a line, and no uncertainty is left
+        out."""
+        folders: dict[str, list[str]] = {}
+        for folder, lines in sorted(self.lines.items()):
+            for line in lines:
+                folders.setdefault(line, []).append(folder)
+        plain = [line for line in folders if UNCERTAIN not in line]
+        left_out = set(plain[_SHOWN:])
+        for line, found in folders.items():
+            if line not in left_out:
+                yield f"{found[0]}{f' and {len(found) - 1} other folders' if len(found) > 1 else ''}: {line}"
+        if left_out:
+            yield f"({len(left_out)} further lines, none of them uncertain, are left out)"
 
     def save(self) -> None:
         """Writes what was decided."""
@@ -65,22 +98,20 @@ class RawProfiles:
             profiles = {key: asdict(found) for key, found in self._recorded.items()}
             self._dataset.write(_FILE, json.dumps({"format": _FORMAT, "profiles": profiles}).encode())
 
-    def _profile(self, paths: Sequence[str], source: str, rules: IngestRules, constants: Mapping[str, str]) -> Profile:
+    def _profile(self, paths: Sequence[str], source: str, rules: IngestRules) -> tuple[Profile, int]:
+        """How to read files of one layout, and the number of samples."""
         chosen = [paths[i] for i in _spread(len(paths), _FILES)]
         with ThreadPoolExecutor(_READERS) as readers:
             samples = list(readers.map(lambda path: _sample(path, rules), chosen))
-        features = [found for _, found, _ in samples]
-        if differing := [path for path, found in zip(chosen, features, strict=True) if found != features[0]]:
-            raise UsageError(
-                f"{chosen[0]} and {differing[0]} describe their columns differently: put them into folders of their own"
-            )
         if paths_only := [path for path, (_, _, empty) in zip(chosen, samples, strict=True) if empty]:
             raise UsageError(
                 f"{paths_only[0]} has no pictures, only their names: they are not embedded. Write the file again with "
                 "the pictures' bytes (in datasets: embed_external_files=True)"
             )
-        rows = [dict(constants) | row for found, _, _ in samples for row in found]
-        return profile(SITES[source], rows, features[0], constants, rules.reading)
+        given = [partitions(path, rules) for path in chosen]
+        rows = [(folder, row) for folder, (found, _, _) in zip(given, samples, strict=True) for row in found]
+        known = profile(SITES[source], rows, samples[0][1], rules.reading, rules.admit)
+        return known, len(rows)
 
 
 def _check_types(path: str, schema: pa.Schema, rules: IngestRules) -> None:
@@ -112,10 +143,12 @@ def partitions(path: str, rules: IngestRules) -> dict[str, str]:
 
 
 def _sample(path: str, rules: IngestRules) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """Rows of a file without pictures, the features in its footer by field, and whether all its pictures are null."""
+    """Rows of a file, with names of pictures in place of pictures, the features in its footer by field, and whether
+    all its pictures are null."""
     with open_parquet(path) as parquet:
         named = rules.columns(parquet.schema_arrow.names)
         columns = [column for column, name in named.items() if name not in IMAGE_COLUMNS]
+        columns += name_columns(parquet.schema_arrow, named)
         groups = _spread(parquet.num_row_groups, _GROUPS)
         rows: list[dict[str, Any]] = []
         for group in groups:
@@ -125,6 +158,17 @@ def _sample(path: str, rules: IngestRules) -> tuple[list[dict[str, Any]], dict[s
         features = _features(parquet.schema_arrow.metadata or {})
         empty = bool(parquet.metadata.num_rows) and bool(images) and _all_null(parquet, images)
     return rows, {named[column]: features[column] for column in features if column in named}, empty
+
+
+def name_columns(schema: pa.Schema, named: Mapping[str, str]) -> list[str]:
+    """The parts of columns that hold the file names of pictures, which tell the pages of Pixiv's works."""
+    structs = [column for column, name in named.items() if name in IMAGE_COLUMNS]
+    kinds = {column: schema.field(column).type for column in structs}
+    return [
+        f"{column}.path"
+        for column, kind in kinds.items()
+        if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+    ]
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -92,6 +92,7 @@ class RefreshPlan:
         rows = sum(footer.rows for footer in self.files.footers.values())
         todo = f"{len(self.todo)} of {len(self.images)} shards to do"
         yield f"{len(self.files.footers)} metadata files, {rows:,} rows; {todo}"
+        yield from self.files.profiles.described()
 
 
 def run_refresh(job: IngestJob, map_shards: MapShards | None = None) -> None:

@@ -22,6 +22,8 @@ REQUIRED = (("id",), IMAGE_COLUMNS, ("tag_string_general", "tags_general", *_UNC
 ID_COLUMNS = ("id",)  # what row_id reads
 RATING_COLUMNS = ("rating",)
 DATE_COLUMNS = ("created_at", "timestamp")
+COUNT_COLUMNS = ("score", "fav_count")
+LINK_COLUMNS = ("parent_id", "pixiv_id")
 TAG_COLUMNS = (*(name for names in _CATEGORISED for name in names), *_UNCATEGORISED)
 ADMISSIBLE = ("deleted", "banned", "made by AI", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset(
@@ -40,9 +42,14 @@ _RATINGS = {
 
 # How dumps write ratings: "rating:safe", "Rating.EXPLICIT".
 _RATING_PREFIX = re.compile(r"rating\W")
-_RATING_TAG = re.compile(r"rating:\w+")
+_RATING_TAG = re.compile(r"rating:(\w+)")
+# Tags of other sites' dumps that name their category, such as artist:NAME. Danbooru reserves these prefixes.
+_PREFIXED = re.compile(rf"({'|'.join(TAG_CATEGORIES)}):(.+)")
 
-MADE_BY_AI = frozenset({"ai-generated", "ai-assisted"})
+# Danbooru's two tags, then those of sites with the same API. With hyphens for underscores.
+MADE_BY_AI = frozenset(
+    {"ai-generated", "ai-assisted", "stable-diffusion", "novelai", "novelai-diffusion", "nai-diffusion", "midjourney"}
+)
 
 _REMOVAL_FLAGS = ("is_deleted", "is_banned")
 
@@ -102,16 +109,16 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
         reason = flag.removeprefix("is_")
         if parse_flag(row, flag) and reason not in admit:
             return Rejected(key, reason, f"{flag} is set")
-    rating = _RATING_PREFIX.sub("", parse_code(row.get("rating")))
+    tags, told = _tags(row)
+    rating = _RATING_PREFIX.sub("", parse_code(row.get("rating"))) or told
     if rating and rating not in _RATINGS and "unknown rating" not in admit:
-        return Rejected(key, "unknown rating", f"rating {row['rating']!r}")
-    extension = str(row.get("file_ext") or "").lower()
+        return Rejected(key, "unknown rating", f"rating {told if is_missing(row.get('rating')) else row['rating']!r}")
+    extension = str(row.get("file_ext") or "").lower().lstrip(".")
     if extension in _UNUSABLE_FILES:
         return Rejected(key, "not a still picture", f"file_ext {extension}")
-    tags = _tags(row)
-    made_by = MADE_BY_AI.intersection(tag for names in tags.values() for tag in names)
+    made_by = [tag for names in tags.values() for tag in names if tag.lower().replace("_", "-") in MADE_BY_AI]
     if made_by and "made by AI" not in admit:
-        return Rejected(key, "made by AI", f"tag {min(made_by)}")
+        return Rejected(key, "made by AI", f"tag {made_by[0]}")
     parent = parse_id(row.get("parent_id"))
     return Post(
         id=key,
@@ -128,15 +135,23 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
     )
 
 
-def _tags(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Tags by category. Tags of the uncategorised list that have no category are under "general", if that is empty."""
+def _tags(row: Mapping[str, Any]) -> tuple[dict[str, list[str]], str]:
+    """Tags by category, and the rating that one of them is, or "".
+
+    Tags of the uncategorised list that have no category are under "general", if that is empty.
+    """
     tags = {c: tag_names(first(row, *names)) for c, names in zip(TAG_CATEGORIES, _CATEGORISED, strict=True)}
     if not tags["general"]:
         every = first(row, *_UNCATEGORISED)
         listed = by_category(every)
         if listed is None:
             known = set().union(*tags.values())
-            tags["general"] = [tag for tag in tag_names(every) if tag not in known]
+            for tag in tag_names(every):
+                category, name = found.groups() if (found := _PREFIXED.fullmatch(tag)) else ("general", tag)
+                if name not in known:
+                    tags[category].append(name)
         elif not any(tags.values()):
             tags = {category: tag_names(names) for category, names in listed.items()}
-    return {c: [tag for tag in names if not _RATING_TAG.fullmatch(tag)] for c, names in tags.items()}
+    ratings = [found[1] for names in tags.values() for tag in names if (found := _RATING_TAG.fullmatch(tag))]
+    kept = {c: [tag for tag in names if not _RATING_TAG.fullmatch(tag)] for c, names in tags.items()}
+    return kept, ratings[0].lower() if ratings else ""

@@ -9,8 +9,17 @@ import pyarrow as pa
 from pipeline.core.records import TAG_CATEGORIES, Post, Rating, Rejected
 from pipeline.sources.dates import parse_time
 from pipeline.sources.pictures import IMAGE_COLUMNS, image_bytes, image_path
-from pipeline.sources.tag_lists import tag_items, tag_name
-from pipeline.sources.values import first, is_missing, parse_code, parse_count, parse_flag, parse_id, parse_int
+from pipeline.sources.tag_lists import structured, tag_items, tag_name
+from pipeline.sources.values import (
+    UnreadableField,
+    first,
+    is_missing,
+    parse_code,
+    parse_count,
+    parse_flag,
+    parse_id,
+    parse_int,
+)
 from pipeline.tagging.tags import is_popularity_tag
 
 # Columns that tell this layout from Danbooru's.
@@ -26,15 +35,20 @@ _PAGE_COLUMNS = ("page", "num", "page_index")  # the API has none; "num" is gall
 ID_COLUMNS = ("id", *_PAGE_COLUMNS, "image.path")  # what row_id reads
 RATING_COLUMNS = ("x_restrict", "xRestrict")
 DATE_COLUMNS = ("create_date", "createDate")
+COUNT_COLUMNS = ("total_view", "viewCount", "total_bookmarks", "bookmarkCount")
+LINK_COLUMNS = ()
 TAG_COLUMNS = ("tags",)
 ADMISSIBLE = ("made by AI", "placeholder picture", "unknown rating")  # reasons that --admit may lift
 FIELDS = frozenset({"id", *_PAGE_COLUMNS, "type", "tags", "user", "user_name", "visible", *_APP_API, *_WEB_API})
 
 # x_restrict: 0 all ages, 1 R-18, 2 R-18G. A sanity_level above 2 marks all-ages works that are suggestive.
 _RATINGS = {"0": Rating.GENERAL, "1": Rating.EXPLICIT, "2": Rating.EXPLICIT}
-# Tags that the site adds to such works, and that some dumps have in place of the field. They are not taught.
+# The field in words, and the tags that the site adds to such works, which some dumps have in place of the field.
+_RATING_WORDS = {"false": "0", "general": "0", "safe": "0", "all ages": "0", "all_ages": "0", "true": "1"}
+# They are not taught.
 _RATING_TAGS = {"r-18": "1", "r18": "1", "r-18g": "2", "r18g": "2"}
-_MADE_BY_AI = 2
+# illust_ai_type: 0 not told, 1 not made by AI, 2 made by AI.
+_AI_TYPES = {"": False, "0": False, "1": False, "2": True, "false": False, "true": True}
 # Tags of works made by AI, in lower case without separators. Illustrators tag them so whatever the field says.
 _AI_TAGS = frozenset(
     {
@@ -54,7 +68,7 @@ _AI_TAGS = frozenset(
     | {"novelai", "novelaidiffusion", "stablediffusion", "midjourney", "nijijourney", "にじジャーニー", "holara"}
 )
 _SEPARATORS = re.compile(r"[\s_\-・.]+")
-# A work's id, or the name of one of its files: 84200001, 84200001_1, 84200001_p1.
+# An id that names one of the work's files, and the names of its files: 84200001_1, 84200001_p1.
 _ID_AND_PAGE = re.compile(r"(\d+)_p?(\d+)", re.ASCII)
 
 # Page number in names such as 12345678_p3.png and 12345678_p3_master1200.jpg.
@@ -90,15 +104,27 @@ def named_page(row: Mapping[str, Any]) -> int | None:
     ValueError if the page is out of range."""
     value = first(row, *_PAGE_COLUMNS)
     page = parse_id(value)
-    if value is None and (named := _id_and_page(row)):
+    if named := _id_and_page(row):
+        if value is not None and page != int(named[2]):
+            raise ValueError(f"id is {row['id']!r}, page is {value!r}")
         page = int(named[2])
-    elif value is None and (named := _PAGE_IN_NAME.search(image_path(row))):
-        page = int(named[1])
+    elif value is None and (digits := _page_in_name(row)):
+        page = int(digits)
     elif value is not None and page is None:
         raise ValueError(f"page is {value!r}")
     if page is not None and page >= 2**31:
         raise ValueError(f"page is {page}")
     return page
+
+
+def _page_in_name(row: Mapping[str, Any]) -> str:
+    """The page in the name of the picture's file, ID_p3.png or ID_3.png; "" if there is none."""
+    name = image_path(row).rpartition("/")[2]
+    found = _ID_AND_PAGE.fullmatch(name.partition(".")[0])
+    if found and parse_id(found[1]) == parse_id(row.get("id")):
+        return found[2]
+    found = _PAGE_IN_NAME.search(name)
+    return found[1] if found else ""
 
 
 def _page(row: Mapping[str, Any]) -> int:
@@ -133,14 +159,19 @@ def read_row(row: Mapping[str, Any], admit: Collection[str] = ()) -> Post | Reje
     if parse_code(first(row, "type", "illustType")) in ("ugoira", "2"):
         return Rejected(key, "not a still picture", "type ugoira")
     tags = tag_items(row.get("tags"))
-    names = [_original_name(tag).lower() for tag in tags]
+    names = [_original_name(tag).lower().lstrip("#＃") for tag in tags]
     if "made by AI" not in admit:
-        if parse_int(first(row, "illust_ai_type", "aiType")) == _MADE_BY_AI:
-            return Rejected(key, "made by AI", "illust_ai_type 2")
-        if made_by := [name for name in names if _SEPARATORS.sub("", name) in _AI_TAGS]:
+        by_ai = parse_code(first(row, "illust_ai_type", "aiType"))
+        if by_ai not in _AI_TYPES:
+            raise UnreadableField(f"illust_ai_type is {by_ai!r}, not 0, 1 or 2")
+        if _AI_TYPES[by_ai]:
+            return Rejected(key, "made by AI", f"illust_ai_type {by_ai}")
+        english = (_taught_name(tag).lower() for tag in tags)
+        if made_by := [name for name in (*names, *english) if _SEPARATORS.sub("", name) in _AI_TAGS]:
             return Rejected(key, "made by AI", f"tag {made_by[0]}")
     restriction = parse_code(first(row, *RATING_COLUMNS))
-    restriction = max([_RATING_TAGS.get(restriction, restriction), *(_RATING_TAGS.get(name, "") for name in names)])
+    restriction = _RATING_TAGS.get(restriction, _RATING_WORDS.get(restriction, restriction))
+    restriction = max([restriction, *(_RATING_TAGS.get(name, "") for name in names)])
     if restriction and restriction not in _RATINGS and "unknown rating" not in admit:
         return Rejected(key, "unknown rating", f"x_restrict {restriction}")
     path = image_path(row)
@@ -170,8 +201,8 @@ def _tags(row: Mapping[str, Any], items: Sequence[Any]) -> dict[str, list[str]]:
     """Pixiv's tags under "general" and the work's author under "artist", with underscores for spaces."""
     tags: dict[str, list[str]] = {category: [] for category in TAG_CATEGORIES}
     tags["general"] = [tag_name(_taught_name(item)) for item in items if _taught_name(item)]
-    user = row.get("user")
-    artist = user.get("name") if isinstance(user, Mapping) else first(row, "userName", "user_name")
+    user = structured(row.get("user"))
+    artist = user.get("name") if isinstance(user, Mapping) else first(row, "user", "userName", "user_name")
     if not is_missing(artist):
         tags["artist"] = [str(artist).replace(" ", "_")]
     return tags
@@ -186,7 +217,7 @@ def _taught_name(item: Any) -> str:
     """English name if the site has one, else the original name; "" for popularity tags such as "1000users入り" and
     for ratings."""
     name = _original_name(item)
-    if is_popularity_tag(name) or name.lower() in _RATING_TAGS:
+    if is_popularity_tag(name) or name.lower().lstrip("#＃") in _RATING_TAGS:
         return ""
     if isinstance(item, str):
         return name

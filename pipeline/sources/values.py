@@ -9,6 +9,7 @@ from typing import Any, Final
 # Whole numbers. A fraction of zeros is what pandas writes for integer columns with nulls.
 _ID: Final = re.compile(r"\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
+_GROUPED: Final = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", re.ASCII)  # 1,234,567
 _EXACT: Final = 2**53  # from here on floats skip whole numbers
 _TRUE: Final = frozenset({"true", "t", "yes", "y"})
 _FALSE: Final = frozenset({"false", "f", "no", "n"})
@@ -35,6 +36,8 @@ def parse_int(value: Any) -> int | None:
     """Integer from a number or its text, or None. Fractions are cut off."""
     if isinstance(value, str):
         text = value.strip()
+        if _GROUPED.fullmatch(text):
+            text = text.replace(",", "")
         if not _NUMBER.fullmatch(text):
             return None
         value = int(text) if text.lstrip("+-").isdigit() else float(text)
@@ -65,15 +68,17 @@ def parse_count(value: Any) -> int | None:
 
 
 def parse_code(value: Any) -> str:
-    """An enumeration value as lower-case text ("1" for 1, 1.0 and "1.0"), or "" if it is missing."""
-    found = parse_int(value)
+    """An enumeration value as lower-case text ("1" for 1, 1.0, "1.0" and [1]), or "" if it is missing."""
+    if isinstance(value, list) and len(value) <= 1:  # as some libraries write a single label
+        value = value[0] if value else None
+    found = None if isinstance(value, bool) else parse_int(value)
     if found is not None:
         return str(found)
     return "" if is_missing(value) else str(value).strip().lower()
 
 
 def parse_flag(row: Mapping[str, Any], name: str) -> bool | None:
-    """The flag of a row from a bool, a number or text; None if it is missing. Raises UnreadableField for other text."""
+    """The flag of a row from a bool, a number or text; None if it is missing. Raises UnreadableField for others."""
     value = row.get(name)
     if is_missing(value):
         return None
@@ -83,4 +88,6 @@ def parse_flag(row: Mapping[str, Any], name: str) -> bool | None:
         if number is None and text not in _TRUE | _FALSE:
             raise UnreadableField(f"{name} is {value!r}, neither true nor false")
         return text in _TRUE if number is None else number != 0
+    if not isinstance(value, int | float | Decimal):
+        raise UnreadableField(f"{name} is {value!r}, neither true nor false")
     return bool(value)

@@ -23,19 +23,20 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import JobFailed, S3Refused, S3Unavailable, UsageError
 from pipeline.core.progress import progress_bar
-from pipeline.storage.fingerprints import Provenance
+from pipeline.storage.fingerprints import Provenance, digest
 from pipeline.storage.shards import FileInfo, Store, is_shard
 
 NAME: Final = "manifest.json.gz"  # compressed for its checksum as well as its size
 
-_FORMAT: Final = 1  # increment it when the meaning of an entry changes: all footers are then read again
+_FORMAT: Final = 2  # increment it when the meaning of an entry changes: all footers are then read again
 _TAIL_BYTES: Final = 64 << 10  # holds most footers: a longer one costs a second request
 _WHOLE: Final = 1 << 40  # bytes; more than any manifest has
 _READERS: Final = 32  # on S3 they mostly wait
 _SHOWN_FROM: Final = 1000  # files whose reading gets a progress bar
 _COMPRESSION: Final = 3
 _LFS: Final = b"version https://git-lfs."
-_FOREIGN: Final = {b"ARROW:schema", b"pandas", b"huggingface"}  # long metadata that no job needs
+_FEATURES: Final = b"huggingface"
+_FOREIGN: Final = {b"ARROW:schema", b"pandas", _FEATURES}  # long metadata that no job needs
 
 
 class Footer(NamedTuple):
@@ -46,6 +47,7 @@ class Footer(NamedTuple):
     sources: frozenset[str] = frozenset()  # the sites in its column `source`, if it has one
     metadata: Mapping[str, str] = MappingProxyType({})  # key-value metadata, without Arrow's schema
     schema: pa.Schema = pa.schema([])  # without metadata
+    features: str = ""  # hash of what Hugging Face's libraries say about the columns, such as the names of class labels
     row_bytes: int = 0  # mean per row, uncompressed
     largest_group: int = 0  # uncompressed bytes of the largest row group
 
@@ -247,9 +249,18 @@ def read_footer(file: Store) -> Footer:
         sources=frozenset(_sources(footer, schema)),
         metadata={k.decode(): v.decode() for k, v in (footer.metadata or {}).items() if k not in _FOREIGN},
         schema=schema.remove_metadata(),
+        features=_features(footer.metadata or {}),
         row_bytes=sum(groups) // max(1, footer.num_rows),
         largest_group=max(groups, default=0),
     )
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> str:
+    """Hash of the features, "" if there are none. Other parts of this metadata differ from file to file."""
+    try:
+        return digest(json.loads(metadata[_FEATURES])["info"]["features"])
+    except (KeyError, ValueError, TypeError):
+        return ""
 
 
 def _sources(footer: pq.FileMetaData, schema: pa.Schema) -> Iterable[str]:
@@ -276,8 +287,8 @@ def _load(store: Store, name: str) -> dict[str, _Entry]:
 
 
 def _entry(fields: list[Any], schemas: list[pa.Schema]) -> _Entry:
-    stamp, size, digest, rows, sources, metadata, schema, row_bytes, largest_group, reasons = fields
-    footer = Footer(digest, rows, frozenset(sources), metadata, schemas[schema], row_bytes, largest_group)
+    stamp, size, digest, rows, sources, metadata, schema, features, row_bytes, largest_group, reasons = fields
+    footer = Footer(digest, rows, frozenset(sources), metadata, schemas[schema], features, row_bytes, largest_group)
     return _Entry(stamp, size, footer, reasons)
 
 
@@ -293,7 +304,7 @@ def _dumped(entries: Mapping[str, _Entry]) -> bytes:
             number = numbers[id(footer.schema)] = schemas.setdefault(text, len(schemas))
         files[name] = [
             entry.stamp, entry.bytes, footer.digest, footer.rows, sorted(footer.sources), footer.metadata,
-            number, footer.row_bytes, footer.largest_group, entry.reasons,
+            number, footer.features, footer.row_bytes, footer.largest_group, entry.reasons,
         ]  # fmt: skip
     record = {"format": _FORMAT, "schemas": list(schemas), "files": files}
     return gzip.compress(json.dumps(record, separators=(",", ":")).encode(), _COMPRESSION, mtime=0)

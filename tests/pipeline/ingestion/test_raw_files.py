@@ -232,7 +232,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_the_plan_of_an_unchanged_dataset_opens_no_file(tmp_path: Path, dataset: Store, opened: set[str]) -> None:
-    files = [write_raw(tmp_path / "raw" / f"{number}.parquet", range(number, number + 3)) for number in range(3)]
+    files = [write_raw(tmp_path / "raw" / f"{number}.parquet", range(number, number + 20)) for number in range(3)]
     ingest(dataset, tmp_path / "raw")
     ingest(dataset, tmp_path / "raw")  # reads the new shards
     opened.clear()

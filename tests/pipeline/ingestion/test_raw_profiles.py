@@ -120,12 +120,79 @@ def test_ids_that_their_type_rounds_are_refused(dataset: Store, tmp_path: Path) 
         plan(dataset, tmp_path / "raw")
 
 
-def test_files_of_a_folder_with_other_names_for_the_same_labels_are_refused(dataset: Store, tmp_path: Path) -> None:
-    for number, names in enumerate((["general", "explicit"], ["explicit", "general"])):
-        labels = {"rating": {"names": names, "_type": "ClassLabel"}}
-        write_raw(tmp_path / "raw" / f"{number}.parquet", 1, labels, first=number, rating=[0])
-    with pytest.raises(UsageError, match="describe their columns differently"):
+def write_labelled(path: Path, number: int, names: list[str] | None) -> None:
+    """A picture whose rating is the class label 0."""
+    labels = {"rating": {"names": names, "_type": "ClassLabel"}} if names else None
+    write_raw(path / f"{number}.parquet", 1, labels, first=number, rating=[0])
+
+
+def test_each_file_is_read_by_its_own_class_labels_however_many_and_whenever_they_come(
+    dataset: Store, tmp_path: Path
+) -> None:
+    for number in range(12):
+        write_labelled(tmp_path / "raw", number, ["e", "g"] if number == 9 else ["g", "e"])
+    assert {row["id"]: row["rating"] for row in ingest(dataset, tmp_path / "raw")} == {
+        f"danbooru:{number}": "explicit" if number == 9 else "general" for number in range(12)
+    }
+    write_labelled(tmp_path / "raw", 12, ["q", "g"])
+    assert ingest(dataset, tmp_path / "raw")[4]["rating"] == "questionable"
+
+
+def test_files_with_and_without_names_for_the_same_labels_are_refused(dataset: Store, tmp_path: Path) -> None:
+    write_labelled(tmp_path / "raw", 0, ["e", "g"])
+    write_labelled(tmp_path / "raw", 1, None)
+    with pytest.raises(UsageError, match=r"rating holds class labels that .*0\.parquet names .*1\.parquet does not"):
         plan(dataset, tmp_path / "raw")
+
+
+def test_what_few_samples_decided_is_decided_again_when_files_join_them(dataset: Store, tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw" / "0.parquet", 0)
+    assert not ingest(dataset, tmp_path / "raw")
+    assert any("skipped 1 files without rows" in line for line in plan(dataset, tmp_path / "raw").lines(dataset))
+    write_raw(tmp_path / "raw" / "1.parquet", 1, tag_string=["1girl, long hair"])
+    assert ingest(dataset, tmp_path / "raw")[0]["tags_general"] == ["1girl", "long_hair"]
+
+
+def test_few_samples_are_read_once_for_the_same_files(
+    dataset: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raw(tmp_path / "raw" / "0.parquet", 2)
+    plan(dataset, tmp_path / "raw").save()
+    monkeypatch.setattr(raw_profiles, "_sample", None)
+    assert len(plan(dataset, tmp_path / "raw").shards) == 1
+
+
+def test_old_ratings_are_known_from_the_names_of_all_folders(dataset: Store, tmp_path: Path) -> None:
+    for number, rating in enumerate("sqe"):
+        write_raw(tmp_path / "raw" / f"rating={rating}" / "0.parquet", 60, first=60 * number, rating=None)
+    made = plan(dataset, tmp_path / "raw")
+    assert all(shard.reading.legacy_ratings for shard in made.shards.values())
+
+
+def test_a_folder_name_counts_where_the_column_is_empty(dataset: Store, tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw" / "rating=e" / "0.parquet", 2, rating=[None, "g"])
+    assert [row["rating"] for row in ingest(dataset, tmp_path / "raw")] == ["explicit", "general"]
+
+
+def test_the_plan_shows_what_is_uncertain_in_any_layout_of_a_folder_and_equal_lines_once(
+    dataset: Store, tmp_path: Path
+) -> None:
+    write_raw(tmp_path / "raw" / "0.parquet", 2, rating=["g", "R-18"])
+    write_raw(tmp_path / "raw" / "1.parquet", 2, first=2, tag_string=[["solo"], ["solo"]])
+    for number in range(30):
+        write_raw(tmp_path / "raw" / f"part{number}" / "0.parquet", 1, first=10 + number)
+    lines = list(plan(dataset, tmp_path / "raw").lines(dataset))
+    assert any("UNCERTAIN: unknown in 50%: rating 'R-18'" in line for line in lines)
+    assert sum("spaces between tags" in line for line in lines) == 1
+    assert any("raw and 30 other folders: rating: g 100%" in line for line in lines)
+
+
+def test_pages_in_file_names_are_no_repeated_ids(dataset: Store, tmp_path: Path) -> None:
+    images = [{"bytes": picture(page), "path": f"9_p{page}.png"} for page in range(2)]
+    pixiv = {"x_restrict": [0, 0], "tags": [["空"], ["空"]], "rating": None, "tag_string": None}
+    write_raw(tmp_path / "raw" / "0.parquet", 2, id=[9, 9], image=images, **pixiv)
+    assert not any("UNCERTAIN" in line for line in plan(dataset, tmp_path / "raw").lines(dataset))
+    assert [row["id"] for row in ingest(dataset, tmp_path / "raw")] == ["pixiv:9_p0", "pixiv:9_p1"]
 
 
 def test_a_pointer_of_git_lfs_is_named(dataset: Store, tmp_path: Path) -> None:

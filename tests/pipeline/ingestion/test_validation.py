@@ -272,7 +272,7 @@ def test_a_mapping_without_effect_or_with_two_columns_for_a_field_is_refused(
 
 def test_faults_tolerated_by_the_decoder_are_noted_in_the_row(tmp_path: Path, dataset: Store) -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (40, 40)).save(buffer, "PNG", icc_profile=b"no profile")
+    Image.linear_gradient("L").resize((40, 40)).convert("RGB").save(buffer, "PNG", icc_profile=b"no profile")
     ingest(
         [write_raw(tmp_path / "r" / "one.parquet", [*posts(range(1)), *posts(range(1, 2), image=buffer.getvalue())])],
         dataset,

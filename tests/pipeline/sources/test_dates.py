@@ -1,6 +1,6 @@
 """Dates: every form gives the same moment, and what has no clear meaning gives none."""
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
 
@@ -38,13 +38,19 @@ def test_forms_of_a_moment(value: object) -> None:
     assert parse_time(value) == MOMENT
 
 
-@pytest.mark.parametrize("value", ["2021-05-06", "20210506", 20210506, "2021/05/06", "2021-05-06 UTC"])
+@pytest.mark.parametrize(
+    "value", ["2021-05-06", date(2021, 5, 6), "20210506", 20210506, "2021/05/06", "2021-05-06 UTC"]
+)
 def test_a_date_without_a_time_is_its_midnight(value: object) -> None:
     assert parse_time(value) == datetime(2021, 5, 6, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
-    "value", ["yesterday", "05/06/2021", "", None, float("nan"), "NaT", 0, 12345, -1, "1612010900x", True, [2021], 1e30]
+    "value",
+    [
+        *("yesterday", "05/06/2021", "", None, float("nan"), "NaT", 0, 12345, -1, "1612010900x", True, [2021], 1e30),
+        *("0001-01-01T00:00:00Z", "1970-01-01", "9999-12-31", datetime(1970, 1, 1)),
+    ],
 )
 def test_what_has_no_clear_meaning_is_no_date(value: object) -> None:
     assert parse_time(value) is None

@@ -211,3 +211,66 @@ def test_tags_without_a_category_fill_an_empty_general_list() -> None:
 def test_a_layout_that_fits_both_sites_asks_for_the_source() -> None:
     with pytest.raises(ValueError, match="Give --source danbooru or pixiv"):
         recognise(["id", "image", "tags", "rating", "score"])
+
+
+def test_tags_of_one_list_give_categories_and_the_rating_that_no_field_gives() -> None:
+    row = {"id": 1, "tags": "artist:bob character:miku 1girl rating:e"}
+    post = danbooru.read_row(row)
+    assert isinstance(post, Post)
+    assert (post.tags["artist"], post.tags["character"], post.tags["general"]) == (["bob"], ["miku"], ["1girl"])
+    assert post.rating == "explicit"
+    told = danbooru.read_row(row | {"rating": "g"})
+    assert isinstance(told, Post)
+    assert told.rating == "general"
+
+
+@pytest.mark.parametrize("tag", ["ai-generated", "ai_generated", "Stable_Diffusion"])
+def test_posts_by_ai_are_known_by_any_of_their_tags(tag: str) -> None:
+    outcome = danbooru.read_row({"id": 1, "tags": ["1girl", tag]})
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == "made by AI"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"illust_ai_type": True},
+        {"aiType": "2"},
+        {"tags": ["#NovelAI"]},
+        {"tags": [{"name": "人工知能", "translated_name": "AI-generated"}]},
+    ],
+)
+def test_works_by_ai_are_known_by_flag_tag_and_translation(fields: dict[str, object]) -> None:
+    outcome = pixiv.read_row({"id": 1, "tags": ["空"]} | fields)
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == "made by AI"
+
+
+def test_an_unknown_kind_of_ai_is_not_guessed() -> None:
+    with pytest.raises(UnreadableField, match="illust_ai_type is '7'"):
+        pixiv.read_row({"id": 1, "tags": ["空"], "illust_ai_type": 7})
+
+
+@pytest.mark.parametrize(
+    ("value", "rating"), [(True, "explicit"), (False, "general"), ("Safe", "general"), ("R-18G", "explicit")]
+)
+def test_restrictions_in_words(value: object, rating: str) -> None:
+    post = pixiv.read_row({"id": 1, "tags": ["空"], "x_restrict": value})
+    assert isinstance(post, Post)
+    assert post.rating == rating
+
+
+def test_a_page_in_a_file_name_needs_the_id_of_the_work_and_must_not_contradict_the_column() -> None:
+    image = {"bytes": b"", "path": "folder/9_3.png"}
+    assert pixiv.row_id({"id": 9, "image": image}) == "pixiv:9_p3"
+    assert pixiv.row_id({"id": 8, "image": image}) == "pixiv:8_p0"
+    assert pixiv.row_id({"id": "9_p1", "page": 1}) == "pixiv:9_p1"
+    with pytest.raises(ValueError, match="id is '9_p1', page is 0"):
+        pixiv.row_id({"id": "9_p1", "page": 0})
+
+
+@pytest.mark.parametrize("user", ["bob", {"name": "bob"}, '{"id": 1, "name": "bob"}', "{'name': 'bob'}"])
+def test_an_artist_in_any_form(user: object) -> None:
+    post = pixiv.read_row({"id": 1, "tags": ["空"], "user": user})
+    assert isinstance(post, Post)
+    assert post.tags["artist"] == ["bob"]

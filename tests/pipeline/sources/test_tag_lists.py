@@ -29,6 +29,9 @@ SPELLED = ["1girl", "long hair", "saber (fate)"]
         [[name, 0.9] for name in SPELLED],
         json.dumps(dict.fromkeys(SPELLED, 0.9)),
         {"tags": SPELLED},
+        {"name": SPELLED, "score": [0.9, 0.8, 1]},  # as Hugging Face's libraries store a list of structs
+        str(tuple(SPELLED)),
+        "{'1girl', 'long hair', 'saber (fate)'}",
         [r"1girl", "long hair", r"saber \(fate\)"],
     ],
     ids=str,
@@ -55,6 +58,7 @@ def test_html_entities_are_read_and_a_lone_ampersand_stays() -> None:
         "d&d",
         "dungeons_&_copy",
     ]
+    assert tag_names("&amp;gt;_&amp;lt;") == [">_<"]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", "  ", [], "[]", {}])
@@ -63,7 +67,13 @@ def test_no_tags(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[470575, 13197], 7, [["a", "b", "c"]], {"1girl": "yes"}, [{"id": 5}], b"1girl"], ids=str
+    "value",
+    [
+        *([470575, 13197], 7, [["a", "b", "c"]], {"1girl": "yes"}, [{"id": 5}], b"1girl"),
+        *({"1girl": 98.5}, {"1girl": 5}, {"name": ["a"], "score": []}),
+        *('["1girl", "so', "{1girl,solo}", "array(['a'])"),
+    ],
+    ids=str,
 )
 def test_what_holds_no_names_is_refused(value: object) -> None:
     with pytest.raises(UnreadableField):
@@ -79,6 +89,32 @@ def test_lists_by_category(form: object) -> None:
         "general": ["solo"],
         "artist": ["a"],
     }
+
+
+@pytest.mark.parametrize("field", ["category", "type"])
+@pytest.mark.parametrize("names", [("general", "artist", "Characters"), (0, 1, 4), ("0", "1", "4"), (0.0, 1.0, 4.0)])
+def test_tags_that_name_their_category(field: str, names: tuple[object, ...]) -> None:
+    tags = [{"name": name, field: category} for name, category in zip("abc", names, strict=True)]
+    found = by_category([*tags, {"name": "d"}])
+    assert found is not None
+    assert {category: tag_names(listed) for category, listed in found.items() if listed} == {
+        "general": ["a", "d"],
+        "artist": ["b"],
+        "character": ["c"],
+    }
+    with pytest.raises(UnreadableField, match="unknown category 'species'"):
+        by_category([{"name": "fox", field: "species"}])
+
+
+def test_categories_are_known_by_the_names_of_columns_and_in_the_plural() -> None:
+    found = by_category({"tag_string_general": "solo", "artists": ["a"], "copyrights": None})
+    assert found is not None
+    assert (found["general"], found["artist"], found["copyright"]) == ("solo", ["a"], None)
+
+
+@pytest.mark.parametrize("text", ["[o]_[o] 1girl", "(o)_(o)", "{} solo", "(9), 1girl, saber (fate)"])
+def test_faces_are_no_lists(text: str) -> None:
+    assert tag_names(text) == text.split()
 
 
 def test_an_unknown_category_is_refused_unless_it_is_empty() -> None:

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from pipeline.sources.values import UnreadableField, is_missing, parse_flag, parse_id, parse_int
+from pipeline.sources.values import UnreadableField, is_missing, parse_code, parse_flag, parse_id, parse_int
 
 NAN = float("nan")
 
@@ -23,7 +23,18 @@ def test_what_is_not_the_digits_of_a_whole_number_is_no_id(value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("value", "number"), [(3.7, 3), ("-3", -3), ("1e3", 1000), ("1_0", None), ("x", None), (NAN, None), (None, None)]
+    ("value", "number"),
+    [
+        (3.7, 3),
+        ("-3", -3),
+        ("1,234,567", 1234567),
+        ("1,23", None),
+        ("1e3", 1000),
+        ("1_0", None),
+        ("x", None),
+        (NAN, None),
+        (None, None),
+    ],
 )
 def test_numbers(value: object, number: int | None) -> None:
     assert parse_int(value) == number
@@ -46,6 +57,14 @@ def test_a_missing_flag_is_neither(value: object) -> None:
     assert parse_flag({}, "flag") is None
 
 
-def test_a_flag_of_another_word_is_not_guessed() -> None:
-    with pytest.raises(UnreadableField, match="flag is 'maybe', neither true nor false"):
-        parse_flag({"flag": "maybe"}, "flag")
+@pytest.mark.parametrize("value", ["maybe", [False], {"set": False}])
+def test_a_flag_of_another_form_is_not_guessed(value: object) -> None:
+    with pytest.raises(UnreadableField, match=r"flag is .*, neither true nor false"):
+        parse_flag({"flag": value}, "flag")
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(1, "1"), ("1.0", "1"), (["G"], "g"), ([], ""), (True, "true"), (None, ""), (" R-18 ", "r-18")]
+)
+def test_codes(value: object, code: str) -> None:
+    assert parse_code(value) == code
