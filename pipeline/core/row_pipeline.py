@@ -6,6 +6,7 @@ run again one by one, which isolates the row that kills it; such a row is run a 
 then give it a reason instead of touching its picture.
 """
 
+import gc
 import pickle
 import queue
 import threading
@@ -119,6 +120,9 @@ def stream_rows(
             if items := progress.items(died):
                 for table in consume(_dataset(job, items, [reading, *steps], isolated), watch):
                     progress.update(table)
+                # The operators of Ray Data refer to each other in a circle. Until Python collects them, the actors live
+                # on and keep their CPUs, for which the next pass would wait, perhaps for ever.
+                gc.collect()
 
         run(isolated=False, died=False)
         undisturbed = 0  # passes in which no node was lost

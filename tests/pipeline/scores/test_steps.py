@@ -1,6 +1,7 @@
 """The score pipeline on Ray: a picture that kills its process costs one row, and actors are planned to fit."""
 
 import ctypes
+import gc
 import io
 import os
 import signal
@@ -72,7 +73,7 @@ def brightness(folder: Path, *_: Any, **__: Any) -> Callable[[pa.Table], Iterato
 
 
 def test_a_picture_that_kills_its_process_is_rejected_alone_and_an_actor_that_dies_costs_nothing(
-    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     dataset = Store(str(tmp_path / "dataset"))
     write_images(dataset)
@@ -83,6 +84,10 @@ def test_a_picture_that_kills_its_process_is_rejected_alone_and_an_actor_that_di
     )
     monkeypatch.setattr(steps, "prepare_rows", partial(faulty_decoder, poison=png(100 + POISON)))
     monkeypatch.setattr(steps, "loading", partial(brightness, tmp_path))
+    # Without it the actors of one pass were freed at any time, or never, and the next pass waited for their CPUs.
+    gc.collect()
+    gc.disable()
+    request.addfinalizer(gc.enable)
     assert score_shards(plan, dataset, "scores/light", model, plan_classifiers(None, 2 * ROWS, 4, False)) == {}
     assert (tmp_path / "killed").exists()
     for shard, first in (("a", 0), ("b", 100)):
