@@ -274,7 +274,7 @@ def ray_address(bucket: str) -> Iterator[str]:
     from pipeline.core.cluster import start_local
 
     start_local(num_cpus=3, include_dashboard=False, logging_level="ERROR")
-    # pytest keeps each record until its test ends, with the traceback, whose frames keep Ray Data's actors and their CPUs.
+    # pytest keeps each record until its test ends. Its traceback would keep Ray Data's actors, and so their CPUs.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

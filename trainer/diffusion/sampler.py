@@ -15,37 +15,41 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int], None]  # called with the number of steps done and the total
 
 
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """steps + 1 times from 1 (noise) down to 0 (data), evenly spaced before `flow.shift_time`."""
+def time_grid(steps: int, shift: float = 1.0, start: float = 1.0) -> list[float]:
+    """steps + 1 times from `start` (1 is noise) down to 0 (data), evenly spaced before `flow.shift_time`."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
-    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    if not 0 < start <= 1:
+        raise ValueError(f"the first time {start} must be above 0 and at most 1")
+    unshifted = start / (shift - (shift - 1) * start)  # its shift_time is `start`
+    times = shift_time(torch.linspace(unshifted, 0, steps + 1, dtype=torch.float64), shift)
     return [float(t) for t in times]
 
 
-def euler(velocity: Velocity, start: Tensor, steps: int, shift: float = 1.0, on_step: OnStep | None = None) -> Tensor:
-    """Latents at t = 0 from noise at t = 1, at one velocity call per step. Exact if the velocity is constant."""
-    return _integrate(velocity, start, steps, shift, on_step, second_order=False)
+def euler(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, on_step: OnStep | None = None, start: float = 1.0
+) -> Tensor:
+    """Latents at t = 0 from those at t = `start`, at one velocity call per step. Exact if the velocity is constant."""
+    return _integrate(velocity, x, time_grid(steps, shift, start), on_step, second_order=False)
 
 
-def heun(velocity: Velocity, start: Tensor, steps: int, shift: float = 1.0, on_step: OnStep | None = None) -> Tensor:
+def heun(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, on_step: OnStep | None = None, start: float = 1.0
+) -> Tensor:
     """Like `euler`, but of second order: a step averages the velocities at its two ends, which takes two calls."""
-    return _integrate(velocity, start, steps, shift, on_step, second_order=True)
+    return _integrate(velocity, x, time_grid(steps, shift, start), on_step, second_order=True)
 
 
 @torch.no_grad()
-def _integrate(
-    velocity: Velocity, x: Tensor, steps: int, shift: float, on_step: OnStep | None, second_order: bool
-) -> Tensor:
+def _integrate(velocity: Velocity, x: Tensor, times: list[float], on_step: OnStep | None, second_order: bool) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round away small steps
-    times = time_grid(steps, shift)
     for i, (t, next_t) in enumerate(itertools.pairwise(times)):
         step, slope = next_t - t, velocity(x, x.new_full((len(x),), t))
         if second_order:
             slope = (slope + velocity(x + step * slope, x.new_full((len(x),), next_t))) / 2
         x = x + step * slope
         if on_step is not None:
-            on_step(i + 1, steps)
+            on_step(i + 1, len(times) - 1)
     return x
 
 

@@ -154,6 +154,8 @@ _SETTINGS_HELP = {
     "shift": "above 1: more steps near noise. Default: by the number of tokens, 1 at the training resolution",
     "selection_rate": "TREAD: share of tokens that skip the middle blocks, with the prompt. Default: 0",
     "unconditional_rate": "the same with the negative prompt (self-guidance). Default: 0",
+    "hires": "enlarge the picture by this factor and finish it at that size. Default: 1, not at all",
+    "hires_strength": "how much may change then, from 0.01 to 1. Default: 0.5",
 }
 
 

@@ -92,7 +92,9 @@ def draw_to_files(model: PictureModel, batches: Sequence[DrawingBatch], out: Pat
     """Draws and saves batch by batch. Returns number -> picture if `keep`, for a sheet, else {}."""
     kept: dict[int, Pixels] = {}
     made_with = model.made_with
-    with progress_bar(iter(()), sum(batch.settings.steps for batch in batches), "sample", "steps") as bar:
+    with progress_bar(
+        iter(()), sum(b.settings.steps + b.settings.hires_steps for b in batches), "sample", "steps"
+    ) as bar:
         for batch in batches:
             pictures = batch.draw(model, on_step=lambda *_: bar.update())
             for path in batch.save(out, pictures, made_with):

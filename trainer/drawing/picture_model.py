@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.storage.shards import Store
 from trainer.diffusion.conditioning import aspect, pads_text, picture_positions
-from trainer.diffusion.flow import draw_noise, shift_for_tokens
+from trainer.diffusion.flow import draw_noise, interpolate, shift_for_tokens
 from trainer.diffusion.keyed_random import sample_key
 from trainer.diffusion.positions import camera
 from trainer.diffusion.sampler import OnStep, Velocity, euler, guided, guided_apart, heun
@@ -36,6 +37,8 @@ from trainer.runs.weights import trained_model
 MAX_BATCH = 32
 _BATCH_TOKENS = 32 * 1024
 _MAX_TOKENS = 256 * 256  # of one picture: 4096 x 4096 pixels in tokens of 16
+
+_SECOND_NOISE = 0x2545F4914F6CDD1D  # changes the keys, so that a larger picture gets noise of its own
 
 _SAMPLERS = {"euler": euler, "heun": heun}
 
@@ -125,11 +128,19 @@ class PictureModel:
         return shift_for_tokens(settings.width * settings.height, self.resolution**2)
 
     def round_size(self, settings: SamplingSettings) -> SamplingSettings:
-        """The settings with sides rounded to whole tokens. Raises ValueError if that is too many tokens."""
+        """The settings with sides rounded to whole tokens. Raises ValueError if that is too many tokens, also once the
+        picture is enlarged."""
         width, height = self.nearest_size(settings.width), self.nearest_size(settings.height)
         rounded = replace(settings, width=width, height=height)
-        self.check_size(rounded)
+        self.check_size(self.enlarged(rounded))
         return rounded
+
+    def enlarged(self, settings: SamplingSettings) -> SamplingSettings:
+        """The settings of the larger picture that `hires` asks for."""
+        if settings.hires == 1:
+            return settings
+        width, height = (self.nearest_size(settings.hires * side) for side in (settings.width, settings.height))
+        return replace(settings, width=width, height=height, hires=1.0, shift=None)
 
     def check_size(self, settings: SamplingSettings) -> None:
         """Raises ValueError if a side is not a whole number of tokens, or if there are too many tokens."""
@@ -153,7 +164,8 @@ class PictureModel:
 
     def max_batch(self, settings: SamplingSettings) -> int:
         """How many pictures of this size `draw` puts into one batch."""
-        return max(1, min(MAX_BATCH, _BATCH_TOKENS * self.token**2 // (settings.width * settings.height)))
+        largest = self.enlarged(settings)
+        return max(1, min(MAX_BATCH, _BATCH_TOKENS * self.token**2 // (largest.width * largest.height)))
 
     def draw(
         self,
@@ -183,18 +195,38 @@ class PictureModel:
     def latents(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, on_step: OnStep | None = None
     ) -> Tensor:
-        """Sampled latents (B, C, H, W), fp32, of all prompts in one batch. Raises ValueError as `check_size` does."""
+        """Sampled latents (B, C, H, W), fp32, of all prompts in one batch; those of the larger pictures with `hires`.
+        Raises ValueError as `check_size` does."""
         self.check_size(settings)
+        larger = self.enlarged(settings)
+        self.check_size(larger)
         keys_B = torch.tensor([sample_key(seed, 0, 0) for seed in seeds], device=self.device)
-        shape = (self.codec.channels, settings.height // self.codec.factor, settings.width // self.codec.factor)
-        integrate = _SAMPLERS[settings.sampler]
-        return integrate(
-            self._guided(list(prompts), keys_B, settings),
-            draw_noise(keys_B, shape),
-            settings.steps,
-            self.time_shift(settings),
-            on_step,
-        )
+        done, total = 0, settings.steps + settings.hires_steps
+
+        def report(*_: int) -> None:
+            nonlocal done
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
+
+        integrate, texts = _SAMPLERS[settings.sampler], list(prompts)
+        noise_BCHW = draw_noise(keys_B, self._latent_shape(settings))
+        velocity, shift = self._guided(texts, keys_B, settings), self.time_shift(settings)
+        latents_BCHW = integrate(velocity, noise_BCHW, settings.steps, shift, report)
+        if settings.hires == 1:
+            return latents_BCHW
+        # Enlarged as pixels: not every codec's latents are a smaller picture.
+        pixels_B3HW = self.codec.decode(latents_BCHW).float()
+        pixels_B3HW = F.interpolate(pixels_B3HW, (larger.height, larger.width), mode="bicubic").round().clamp(0, 255)
+        keys_B = keys_B ^ _SECOND_NOISE
+        noise_BCHW = draw_noise(keys_B, self._latent_shape(larger))
+        strength_B = keys_B.new_full((len(keys_B),), settings.hires_strength, dtype=torch.float32)
+        mixed_BCHW = interpolate(self.codec.encode(pixels_B3HW.to(torch.uint8)), noise_BCHW, strength_B)
+        velocity, shift = self._guided(texts, keys_B, larger), self.time_shift(larger)
+        return integrate(velocity, mixed_BCHW, settings.hires_steps, shift, report, settings.hires_strength)
+
+    def _latent_shape(self, settings: SamplingSettings) -> tuple[int, int, int]:
+        return self.codec.channels, settings.height // self.codec.factor, settings.width // self.codec.factor
 
     def _guided(self, prompts: list[str], keys_B: Tensor, settings: SamplingSettings) -> Velocity:
         """Velocity with classifier-free guidance: both branches in one forward pass if their routing rates agree."""

@@ -19,7 +19,7 @@ FIELDS: dict[str, type] = {
     **dict.fromkeys(("x_shift", "y_shift", "zoom"), float),
     **dict.fromkeys(("seed", "steps"), int),
     "sampler": str,
-    **dict.fromkeys(("guidance", "shift", "selection_rate", "unconditional_rate"), float),
+    **dict.fromkeys(("guidance", "shift", "selection_rate", "unconditional_rate", "hires", "hires_strength"), float),
 }
 _TYPE_NAMES = {str: "a text in quotes", int: "a whole number", float: "a number"}
 # Flag without dashes -> field. "shift" alone would be taken for the camera's.

@@ -8,6 +8,8 @@ from trainer.model.routing import kept_image_tokens
 # These limits catch mistakes, and requests that would keep a machine busy for days.
 LARGEST_SIDE = 4096  # pixels
 _MAX_STEPS = 1000
+_LARGEST_FACTOR = 8
+_LEAST_STRENGTH = 0.01
 _MAX_MAGNITUDE = 100.0  # of guidance and of shifts (in frames); also of zooming in or out
 
 Sampler = Literal["euler", "heun"]
@@ -30,6 +32,10 @@ class SamplingSettings:
     # TREAD self-guidance: share of image tokens that skip the middle blocks, for the prompt and the negative prompt.
     selection_rate: float = 0.0
     unconditional_rate: float = 0.0
+    # Drawn at width x height, then enlarged by this factor, mixed with noise up to the time hires_strength, and
+    # finished at the larger size. 1: not enlarged.
+    hires: float = 1.0
+    hires_strength: float = 0.5  # how much may change: 1 draws the larger picture anew
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= _MAX_STEPS:
@@ -38,6 +44,8 @@ class SamplingSettings:
             **dict.fromkeys(("width", "height"), (1, LARGEST_SIDE)),
             **dict.fromkeys(("guidance", "x_shift", "y_shift"), (-_MAX_MAGNITUDE, _MAX_MAGNITUDE)),
             **dict.fromkeys(("zoom", "shift"), (1 / _MAX_MAGNITUDE, _MAX_MAGNITUDE)),
+            "hires": (1, _LARGEST_FACTOR),
+            "hires_strength": (_LEAST_STRENGTH, 1),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -48,6 +56,11 @@ class SamplingSettings:
         for rate in (self.selection_rate, self.unconditional_rate):
             kept_image_tokens(1, rate)  # raises ValueError for a bad rate
         _check_utf8(self.negative)
+
+    @property
+    def hires_steps(self) -> int:
+        """Sampling steps at the larger size: their share is that of the time that is left."""
+        return 0 if self.hires == 1 else max(1, round(self.steps * self.hires_strength))
 
 
 @dataclass(frozen=True, kw_only=True)

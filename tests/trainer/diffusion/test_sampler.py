@@ -44,6 +44,12 @@ def test_euler_is_of_first_order_and_heun_of_second() -> None:
 
 def test_times_fall_from_1_to_0_and_bend_as_training_times_do() -> None:
     assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert time_grid(2, start=0.5) == [0.5, 0.25, 0]
+    shifted = time_grid(2, 3.0, start=0.6)
+    assert shifted == pytest.approx([0.6, 0.375, 0]), "1/3, 1/6, 0 before the shift"
+    for start in (0.0, 1.1):
+        with pytest.raises(ValueError, match="first time"):
+            time_grid(2, start=start)
     even = torch.tensor(time_grid(4), dtype=torch.float64)
     assert time_grid(4, 3.0) == pytest.approx(shift_time(even, 3.0).tolist())
 

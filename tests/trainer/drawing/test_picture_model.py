@@ -139,3 +139,35 @@ def test_a_checkpoint_whose_encoder_is_missing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         PictureModel.load(with_stage(random_run, tmp_path / "run", **stage), torch.device("cpu"))
+
+
+def test_a_larger_picture_starts_from_the_smaller_one_and_with_full_strength_from_noise_alone(
+    model: PictureModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, changes = model.draw(["red star"], [0], SMALL)[0].astype(float), []
+    for strength in (0.01, 1.0):
+        [large] = model.draw(["red star"], [0], replace(SMALL, hires=2.0, hires_strength=strength))
+        assert large.shape == (2 * SMALL.height, 2 * SMALL.width, 3)
+        reduced = large.reshape(SMALL.height, 2, SMALL.width, 2, 3).mean((1, 3))
+        changes.append(np.abs(reduced - small).mean())
+    assert changes[0] < 0.5 * changes[1], "not 0: the codec of 8 x 8 blocks loses details"
+
+    anew = replace(SMALL, hires=2.0, hires_strength=1.0)
+    expected = model.latents(["red star"], [0], anew)
+    encode = model.codec.encode
+    monkeypatch.setattr(model.codec, "encode", lambda pixels: torch.ones_like(encode(pixels)))
+    assert torch.equal(model.latents(["red star"], [0], anew), expected)
+    halfway = replace(anew, hires_strength=0.5)
+    changed = model.latents(["red star"], [0], halfway)
+    monkeypatch.undo()
+    assert not torch.equal(model.latents(["red star"], [0], halfway), changed)
+
+
+def test_the_steps_of_both_sizes_are_counted_and_the_larger_size_is_checked(model: PictureModel) -> None:
+    steps: list[tuple[int, int]] = []
+    settings = replace(SMALL, steps=4, hires=2.0, hires_strength=0.5)
+    model.draw(["a"], [0], settings, on_step=lambda *step: steps.append(step))
+    assert steps == [(number, 6) for number in range(1, 7)]
+    assert model.max_batch(SamplingSettings(width=1024, height=512, hires=2.0)) == 1
+    with pytest.raises(ValueError, match="width 32768: must be from 1 to 4096"):
+        model.round_size(SamplingSettings(width=4096, height=2048, hires=8.0))

@@ -32,6 +32,9 @@ NAN, INF = float("nan"), float("inf")
         ({"sampler": "ddim"}, "euler, heun"),
         ({"selection_rate": 1.0}, "selection_rate"),
         ({"unconditional_rate": NAN}, "selection_rate"),
+        ({"hires": 0.5}, "hires 0.5: must be from 1 to 8"),
+        ({"hires_strength": 0.0}, "hires_strength"),
+        ({"hires_strength": NAN}, "hires_strength"),
         ({"negative": "\udcff"}, "UTF-8"),
     ],
 )
