@@ -376,7 +376,7 @@ def _repeated(store: Store, shards: Sequence[str], place_N2: Place, id_N: NDArra
 
 
 def _thumbnails(store: Store, shards: Sequence[str], place_C2: Place) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Thumbnails (C, BYTES) of some rows, and whether each has one: datasets of earlier versions have none."""
+    """Thumbnails (C, BYTES) of some rows, and whether each has one: shards of earlier versions lack the column."""
     column = _read_rows(store, shards, place_C2, ["thumbnail"])["thumbnail"].combine_chunks()
     filled = column.fill_null(bytes(BYTES))
     values = np.frombuffer(filled.buffers()[1] or b"", np.uint8, len(filled) * BYTES, filled.offset * BYTES)
@@ -384,13 +384,19 @@ def _thumbnails(store: Store, shards: Sequence[str], place_C2: Place) -> tuple[N
 
 
 def _read_rows(store: Store, shards: Sequence[str], place_C2: Place, columns: list[str]) -> pa.Table:
-    """Columns of images/ of some rows, in their order."""
+    """Columns of images/ of some rows, in their order. Thumbnails are null for shards without any."""
     order = np.argsort(place_C2[:, 0], kind="stable")
     bounds = np.searchsorted(place_C2[order, 0], np.arange(len(shards) + 1))
 
     def read(part: tuple[int, tuple[int, int]]) -> pa.Table:
         number, (start, end) = part
-        return read_images(store, shards[number], columns).select(columns).take(pa.array(place_C2[order[start:end], 1]))
+        rows = pa.array(place_C2[order[start:end], 1])
+        try:
+            return read_images(store, shards[number], columns).select(columns).take(rows)
+        except KeyError:
+            if columns != ["thumbnail"]:
+                raise
+            return pa.table({"thumbnail": pa.nulls(len(rows), IMAGES.field("thumbnail").type)})
 
     wanted = [part for part in enumerate(pairwise(bounds.tolist())) if part[1][0] < part[1][1]]
     with ThreadPoolExecutor(_READERS) as readers:

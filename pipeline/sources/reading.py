@@ -380,7 +380,8 @@ def _check_rows(
             f"read, for example {_shown(unknown_dates)}; such rows get no era. Another column can be named with --map "
             f"COLUMN={site.DATE_COLUMNS[0]}"
         )
-    if untagged > _REFUSED * keys.total():
+    has_tags = any(name in row for row in rows for name in site.TAG_COLUMNS)  # metadata may have none
+    if has_tags and untagged > _REFUSED * keys.total():
         found.lines.append(
             f"tags: {UNCERTAIN}: {untagged / keys.total():.0%} of the samples have none. If another column holds them: "
             f"--map COLUMN={site.TAG_COLUMNS[-1]}"

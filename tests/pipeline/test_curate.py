@@ -777,6 +777,16 @@ def test_thumbnails_tell_apart_what_the_hash_does_not(dataset: Dataset) -> None:
     assert dataset.reasons() == {"danbooru:2": "duplicate", "danbooru:3": "duplicate"}, "the last has no thumbnail"
 
 
+def test_shards_of_earlier_versions_have_no_thumbnails(dataset: Dataset) -> None:
+    dataset.add("a", image("danbooru:1", phash=1 << 40), image("danbooru:2", phash=1 << 40))
+    dataset.add("b", image("danbooru:3", phash=1 << 40, thumbnail=bytes([128]) * 1536))
+    path = dataset.store.path("images/a.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["thumbnail"]).replace_schema_metadata(table.schema.metadata), path)
+    dataset.curate()
+    assert dataset.reasons() == {"danbooru:2": "duplicate", "danbooru:3": "duplicate"}
+
+
 def test_variants_of_one_post_are_kept_and_the_end_of_a_chain_as_well(dataset: Dataset) -> None:
     first = image("danbooru:1", phash=1 << 40, tags_meta=["variant_set"])
     variant = image("danbooru:2", phash=1 << 40 | 1, tags_meta=["variant_set"], parent="danbooru:1")

@@ -294,3 +294,25 @@ def test_flags_about_pictures_are_refused_beside_refresh(flag: str, monkeypatch:
     monkeypatch.setattr("sys.argv", ["ingest.py", "--refresh", "metadata", "--raw", "raw"])
     with pytest.raises(UsageError, match="not allowed with argument"):
         parse_args("")
+
+
+def test_class_labels_and_commas_are_read_as_in_raw_files_and_shown(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.images("a", image("danbooru:1"), image("danbooru:2"))
+    rows = [{"id": 1, "rating": 0, "tag_string_general": "1girl, long hair"}, {"id": 2, "rating": 1}]
+    path = folder.metadata("new", *rows)
+    features = {"rating": {"names": ["explicit", "general"], "_type": "ClassLabel"}}
+    table = pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+    folder.refresh(path)
+    first, second = folder.posts("a")
+    assert (first["rating"], first["tags_general"]) == ("explicit", ["1girl", "long_hair"])
+    assert (second["rating"], second["tags_general"]) == ("general", ["old_general"])
+    assert "commas between tags" in capsys.readouterr().out
+
+
+def test_metadata_without_tags_is_not_uncertain(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.images("a", image("danbooru:1"))
+    folder.refresh(folder.metadata("new", {"id": 1, "fav_count": 3}))
+    assert "UNCERTAIN" not in capsys.readouterr().out
