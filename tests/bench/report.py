@@ -75,6 +75,7 @@ def generate_shard(store: Store, shard: str, start: int, rows: int, vocabulary: 
         "notes": pa.nulls(rows, pa.string()),
         "sha256": pa.array([f"{number:064x}" for number in range(start, start + rows)]),
         "phash": pa.array(rng.integers(0, 2**63, rows), pa.uint64()),
+        "thumbnail": pa.nulls(rows, pa.binary(1536)),
         "rating": pa.array(rng.choice(["general", "sensitive", "questionable", "explicit"], rows)),
         "score": pa.array(rng.lognormal(2, 2, rows), pa.float64()).cast(pa.int32(), safe=False),
         "favourites": pa.array(rng.lognormal(3, 2, rows), pa.float64()).cast(pa.int32(), safe=False),
