@@ -16,11 +16,11 @@ from pipeline.pictures.thumbnails import planes
 Floats = NDArray[np.float32]
 
 # Largest difference of any pixel between copies that were saved again or resized, in levels of 255.
-_BRIGHTNESS: Final = 20
+_BRIGHTNESS: Final = 15
 _COLOUR: Final = 18
 # The same for copies with trimmed edges, after one has been moved and stretched onto the other and both were smoothed,
 # because interpolation blurs. So much is allowed only if that explains most of the difference.
-_TRIMMED_BRIGHTNESS: Final = 28
+_TRIMMED_BRIGHTNESS: Final = 25
 _TRIMMED_COLOUR: Final = 24
 _TRIMMED_MEAN: Final = 5
 _UNEXPLAINED: Final = 0.75  # share of the mean difference that may be left

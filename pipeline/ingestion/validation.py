@@ -19,7 +19,7 @@ from pipeline.pictures.decoder import Picture, Refused, decode
 from pipeline.pictures.memory_limit import PIXEL_BYTES, decoding_memory, memory_limit
 from pipeline.pictures.perceptual_hash import perceptual_hash
 from pipeline.pictures.pixels import is_blank
-from pipeline.pictures.thumbnails import small_copy, thumbnail
+from pipeline.pictures.thumbnails import thumbnail
 from pipeline.sources import SITES
 from pipeline.sources.pictures import image_bytes
 from pipeline.sources.reading import Reading
@@ -144,7 +144,7 @@ def _check_post(
 
 
 def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
-    row, small = asdict(post), small_copy(picture.image)
+    row = asdict(post)
     tags, md5 = row.pop("tags"), row.pop("md5")
     notes = picture.header.notes
     # A copy that was resized or saved again on the way from the site.
@@ -156,8 +156,8 @@ def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
         "height": picture.header.height,
         "notes": "; ".join(notes) or None,
         "sha256": _sha256(post.image),
-        "phash": perceptual_hash(small),
-        "thumbnail": thumbnail(small),
+        "phash": perceptual_hash(picture.image),
+        "thumbnail": thumbnail(picture.image),
         **{f"tags_{category}": tags[category] for category in TAG_CATEGORIES},
     }
 

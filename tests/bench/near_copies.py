@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.curation.dedup import NEAR_ASPECT, NEAR_BITS
 from pipeline.curation.look_alike import look_alike
 from pipeline.pictures.perceptual_hash import FLAT, perceptual_hash
-from pipeline.pictures.thumbnails import small_copy, thumbnail
+from pipeline.pictures.thumbnails import thumbnail
 
 Change = Callable[[Image.Image], Image.Image]
 _FILES = (".png", ".jpg", ".jpeg", ".webp")
@@ -32,9 +32,8 @@ class Known:
     """What curate knows of some pictures."""
 
     def __init__(self, pictures: list[Image.Image]) -> None:
-        small = [small_copy(picture) for picture in pictures]
-        self.phash = np.array([perceptual_hash(each) for each in small], np.uint64)
-        self.thumbnail = np.stack([np.frombuffer(thumbnail(each), np.uint8) for each in small])
+        self.phash = np.array([perceptual_hash(each) for each in pictures], np.uint64)
+        self.thumbnail = np.stack([np.frombuffer(thumbnail(each), np.uint8) for each in pictures])
         self.aspect = np.log([picture.width / picture.height for picture in pictures])
 
     def near(self, left: NDArray[np.int64], other: "Known", right: NDArray[np.int64]) -> NDArray[np.bool_]:
