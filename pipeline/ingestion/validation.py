@@ -144,7 +144,7 @@ def _check_post(
 
 
 def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
-    row = asdict(post)
+    row, small = asdict(post), thumbnail(picture.image)
     tags, md5 = row.pop("tags"), row.pop("md5")
     notes = picture.header.notes
     # A copy that was resized or saved again on the way from the site.
@@ -156,8 +156,8 @@ def _image_row(post: Post, picture: Picture) -> dict[str, Any]:
         "height": picture.header.height,
         "notes": "; ".join(notes) or None,
         "sha256": _sha256(post.image),
-        "phash": perceptual_hash(picture.image),
-        "thumbnail": thumbnail(picture.image),
+        "phash": perceptual_hash(small),
+        "thumbnail": small,
         **{f"tags_{category}": tags[category] for category in TAG_CATEGORIES},
     }
 

@@ -32,7 +32,7 @@ class Known:
     """What curate knows of some pictures."""
 
     def __init__(self, pictures: list[Image.Image]) -> None:
-        self.phash = np.array([perceptual_hash(each) for each in pictures], np.uint64)
+        self.phash = np.array([perceptual_hash(thumbnail(each)) for each in pictures], np.uint64)
         self.thumbnail = np.stack([np.frombuffer(thumbnail(each), np.uint8) for each in pictures])
         self.aspect = np.log([picture.width / picture.height for picture in pictures])
 

@@ -86,7 +86,7 @@ def face(colour: str = "gold", smiles: bool = True) -> Image.Image:
 @pytest.mark.parametrize("other", [face("orange"), face("deepskyblue"), face(smiles=False)])
 def test_another_colour_or_a_detail_is_another_picture(other: Image.Image) -> None:
     """Their hashes are equal or nearly so, which once made all of them copies of one another."""
-    bits = perceptual_hash(face()) ^ perceptual_hash(other)
+    bits = perceptual_hash(thumbnail(face())) ^ perceptual_hash(thumbnail(other))
     assert bits.bit_count() <= 4
     assert alike(face(), face())
     assert not alike(face(), other)
